@@ -1,0 +1,241 @@
+"""Triton kernels of the GPU path. Both run under TRITON_INTERPRET=1 and need nothing above sm80."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lt_sglang.attention.indices import StreamingTables, Windows
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _decode_rows(
+    out_ptr,
+    indptr_ptr,
+    rows_ptr,
+    seq_lens_ptr,
+    req_to_token_ptr,
+    req_to_token_stride,
+    full_to_streaming_ptr,
+    row_of_ptr,
+    sink_base,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0)
+    row = tl.load(rows_ptr + request).to(tl.int64)
+    length = tl.load(seq_lens_ptr + request).to(tl.int32)
+    sink_set = tl.load(row_of_ptr + row).to(tl.int64)
+    start = tl.load(indptr_ptr + request).to(tl.int64)
+    first = tl.maximum(length - RECENT, 0)
+    sinks = tl.minimum(first, SINK)
+    item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = item < tl.minimum(length, SINK + RECENT)
+    is_sink = item < sinks
+    position = tl.where(is_sink, item, first + item - sinks)
+    full = tl.load(req_to_token_ptr + row * req_to_token_stride + position, mask=valid, other=0)
+    slot = tl.load(full_to_streaming_ptr + full.to(tl.int64), mask=valid, other=0)
+    stored = sink_base + sink_set * SINK + item
+    slot = tl.where(is_sink & (sink_set >= 0), stored, slot)
+    tl.store(out_ptr + start + item, slot.to(tl.int32), mask=valid)
+
+
+def decode_rows(
+    out: torch.Tensor,
+    indptr: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tables: StreamingTables,
+    windows: Windows,
+) -> None:
+    """Write what ``indices.decode_rows_reference`` returns into ``out`` (int32), with no host sync.
+
+    Args:
+        out: int32, at least indptr[bs] elements.
+        indptr: int32 [bs + 1], exclusive sums of ``lazy_lengths``.
+        rows: int [bs], request rows. seq_lens: int [bs].
+    """
+    block = min(1024, triton.next_power_of_2(windows.lazy_tokens))
+    grid = (len(rows), triton.cdiv(windows.lazy_tokens, block))
+    _decode_rows[grid](
+        out,
+        indptr,
+        rows,
+        seq_lens,
+        tables.req_to_token,
+        tables.req_to_token.stride(0),
+        tables.full_to_streaming,
+        tables.row_of,
+        windows.sink_base,
+        SINK=windows.sink_tokens,
+        RECENT=windows.recent_tokens,
+        BLOCK=block,
+    )
+
+
+@triton.jit
+def _merge_sinks(
+    out_ptr,
+    lse_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    sink_rows_ptr,
+    tile_request_ptr,
+    tile_token_ptr,
+    tile_position_ptr,
+    tile_count_ptr,
+    query_token_stride,
+    key_row_stride,
+    value_row_stride,
+    scale_log2,
+    key_scale,
+    value_scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    count = tl.load(tile_count_ptr + tile)
+    position0 = tl.load(tile_position_ptr + tile)
+    request = tl.load(tile_request_ptr + tile).to(tl.int64)
+    token = tl.load(tile_token_ptr + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
+    position = position0 + tl.arange(0, BLOCK_Q)
+    in_tile = tl.arange(0, BLOCK_Q) < count
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < DIM
+    kv_head = head // GROUP
+    query = tl.load(
+        query_ptr + token[:, None] * query_token_stride + head * DIM + dim[None, :],
+        mask=in_tile[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    out_at = out_ptr + token[:, None] * (HEADS * DIM) + head * DIM + dim[None, :]
+    lse_at = lse_ptr + token * HEADS + head
+    # Start from the window's softmax: its log2-sum is `top`, its sum 1, its output `out`.
+    top = tl.load(lse_at, mask=in_tile, other=0.0)
+    total = tl.full([BLOCK_Q], 1.0, tl.float32)
+    acc = tl.load(out_at, mask=in_tile[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
+    for offset in range(0, SINK, BLOCK_S):
+        sink = offset + tl.arange(0, BLOCK_S)
+        real = sink < SINK
+        row = tl.load(sink_rows_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
+        key = tl.load(
+            key_ptr + row[None, :] * key_row_stride + kv_head * DIM + dim[:, None],
+            mask=real[None, :] & in_dim[:, None],
+            other=0.0,
+        )
+        score = tl.dot(query, key.to(query.dtype)) * (scale_log2 * key_scale)
+        seen = real[None, :] & (position[:, None] - sink[None, :] >= RECENT)
+        score = tl.where(seen, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        value = tl.load(
+            value_ptr + row[:, None] * value_row_stride + kv_head * DIM + dim[None, :],
+            mask=real[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        mixed = tl.dot(weight.to(query.dtype), value.to(query.dtype)) * value_scale
+        acc = acc * shrink[:, None] + mixed
+        total = total * shrink + tl.sum(weight, 1)
+        top = new_top
+    acc = acc / total[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_dim[None, :])
+
+
+@torch.no_grad()
+def merge_sinks(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    tiles: SinkTiles,
+    windows: Windows,
+    scale: float,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
+    """Add the sinks to attention that saw the window only; changes ``out`` in place.
+
+    Args:
+        out: [tokens, heads, dim], the window's attention output.
+        lse: float32 [tokens, heads], its log-sum-exp to base 2 (FlashInfer's).
+        query: [tokens, heads, dim], last dimension contiguous.
+        keys, values: [rows, kv heads, dim], a lazy layer's streaming buffers.
+        rows: int [bs, w_sink], from ``indices.sink_rows``.
+        tiles: which queries belong to which request, from ``make_tiles``.
+        scale: softmax scale; key_scale, value_scale: of an fp8 KV cache.
+    """
+    tokens, heads, dim = query.shape
+    if tiles.number == 0 or tokens == 0:
+        return
+    _merge_sinks[(tiles.number, heads)](
+        out,
+        lse,
+        query,
+        keys,
+        values,
+        rows,
+        tiles.request,
+        tiles.token,
+        tiles.position,
+        tiles.count,
+        query.stride(0),
+        keys.stride(0),
+        values.stride(0),
+        scale * LOG2E,
+        key_scale,
+        value_scale,
+        HEADS=heads,
+        GROUP=heads // keys.shape[1],
+        SINK=windows.sink_tokens,
+        RECENT=windows.recent_tokens,
+        DIM=dim,
+        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+        BLOCK_Q=TILE_QUERIES,
+        BLOCK_S=min(64, max(16, triton.next_power_of_2(windows.sink_tokens))),
+    )
+
+
+TILE_QUERIES = 64
+
+
+class SinkTiles:
+    """Runs of up to TILE_QUERIES consecutive queries of one request that see sinks.
+
+    request, token, position, count: int32 [number]; token is the run's first row in the batch,
+    position its first position in the request.
+    """
+
+    def __init__(self, runs: list[tuple[int, int, int, int]], device: torch.device | str) -> None:
+        self.number = len(runs)
+        table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4).t().contiguous()
+        table = table.to(device, non_blocking=True)
+        self.request, self.token, self.position, self.count = table.unbind(0)
+
+
+def make_tiles(
+    prefix_lens: list[int], extend_lens: list[int], windows: Windows, device: torch.device | str
+) -> SinkTiles:
+    """Tiles of every query at position >= w_recent; the others see all sinks inside their window."""
+    runs: list[tuple[int, int, int, int]] = []
+    token = 0
+    for request, (prefix, extend) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
+        skip = min(max(windows.recent_tokens - prefix, 0), extend)
+        for offset in range(skip, extend, TILE_QUERIES):
+            runs.append((request, token + offset, prefix + offset, min(TILE_QUERIES, extend - offset)))
+        token += extend
+    return SinkTiles(runs if windows.sink_tokens else [], device)

@@ -1,0 +1,171 @@
+"""What a server is asked to do: mode, lazy layers, windows.
+
+The configuration travels as the key ``lighttransfer`` of the model's config.json (or of
+``--json-model-override-args``), so every rank, and every process that reads the model config, sees
+the same one. This module imports neither torch nor sglang.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lt_sglang.errors import LightTransferError
+
+MODES = ("static",)
+CONFIG_KEY = "lighttransfer"
+DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1
+DEFAULT_RECENT_TOKENS = 1020
+DEFAULT_EXPECTED_TOKENS = 8192
+MAX_TOKENS = 1 << 24
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Parse ``"5-24,26,30-33"`` into sorted unique layer indices; ``"none"`` and ``""`` give ``()``.
+
+    Raises LightTransferError on anything else, and on a layer named twice.
+    """
+    text = text.strip()
+    if text in ("", "none"):
+        return ()
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise LightTransferError(
+                f"lazy_layers: {part.strip()!r} is neither a layer (7) nor a range (5-24); "
+                "write comma-separated layers and ranges, or none"
+            )
+        low, high = int(first), int(last) if dash else int(first)
+        if low > high:
+            raise LightTransferError(f"lazy_layers: the range {part.strip()!r} runs backwards")
+        layers.extend(range(low, high + 1))
+    if len(set(layers)) != len(layers):
+        twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+        raise LightTransferError(f"lazy_layers: layer {twice[0]} is named twice")
+    return tuple(sorted(layers))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """The inverse of parse_layers: ``(5, 6, 7, 9)`` becomes ``"5-7,9"``, ``()`` becomes ``"none"``."""
+    ordered = sorted(layers)
+    runs: list[list[int]] = []
+    for layer in ordered:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in runs) or "none"
+
+
+@dataclass(frozen=True)
+class LightTransferConfig:
+    """A validated request for lazy layers.
+
+    lazy_layers: sorted layer indices (0-based) that keep only sink + recent tokens.
+    sink_tokens: w_sink >= 0, the first tokens of a request every query of a lazy layer sees.
+    recent_tokens: w_recent >= 1, the most recent tokens it sees, its own included.
+    expected_tokens: prompt + output tokens of a typical request; splits the KV memory between the
+        full and the streaming pool. None means min(context length, 8192).
+    source: where the configuration came from, for logs and /server_info.
+    """
+
+    lazy_layers: tuple[int, ...]
+    mode: str = "static"
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    recent_tokens: int = DEFAULT_RECENT_TOKENS
+    expected_tokens: int | None = None
+    source: str = "flags"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise LightTransferError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        _check_int("sink_tokens", self.sink_tokens, 0)
+        _check_int("recent_tokens", self.recent_tokens, 1)
+        if self.expected_tokens is not None:
+            _check_int("expected_tokens", self.expected_tokens, 1)
+        if any(type(layer) is not int or layer < 0 for layer in self.lazy_layers):
+            raise LightTransferError("lazy_layers: layers are integers from 0")
+        if list(self.lazy_layers) != sorted(set(self.lazy_layers)):
+            raise LightTransferError("lazy_layers: layers must be sorted and unique")
+
+    @property
+    def retained_tokens(self) -> int:
+        """Streaming KV slots a long request holds besides its sink rows.
+
+        At least w_sink, so that nothing is freed before every sink position has been computed.
+        """
+        return max(self.recent_tokens, self.sink_tokens, 2)
+
+    @property
+    def lazy_tokens(self) -> int:
+        """Keys a query of a lazy layer sees at most: w_sink + w_recent."""
+        return self.sink_tokens + self.recent_tokens
+
+    def check_model(self, num_layers: int) -> None:
+        """Raise LightTransferError if a lazy layer does not exist in a model of ``num_layers``."""
+        if self.lazy_layers and self.lazy_layers[-1] >= num_layers:
+            raise LightTransferError(
+                f"lazy_layers: layer {self.lazy_layers[-1]} does not exist, "
+                f"the model has layers 0 to {num_layers - 1}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of the key ``lighttransfer``; from_dict reads it back."""
+        return {
+            "mode": self.mode,
+            "lazy_layers": format_layers(self.lazy_layers),
+            "sink_tokens": self.sink_tokens,
+            "recent_tokens": self.recent_tokens,
+            "expected_tokens": self.expected_tokens,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str | None = None) -> LightTransferConfig:
+        """Read the value of the key ``lighttransfer``.
+
+        lazy_layers may be a string ("5-24,26") or a list of integers. Raises LightTransferError on
+        unknown keys, a missing lazy_layers and every bad value. Keys that start with ``_`` are notes.
+        """
+        if not isinstance(data, Mapping):
+            raise LightTransferError(f"{CONFIG_KEY}: must be an object, not {type(data).__name__}")
+        allowed = set(cls.__dataclass_fields__)
+        unknown = sorted(key for key in data if key not in allowed and not key.startswith("_"))
+        if unknown:
+            raise LightTransferError(
+                f"{CONFIG_KEY}.{unknown[0]}: unknown key, allowed are {', '.join(sorted(allowed))}"
+            )
+        if "lazy_layers" not in data:
+            raise LightTransferError(f"{CONFIG_KEY}.lazy_layers: missing; write e.g. '5-24,26' or 'none'")
+        values = {key: value for key, value in data.items() if key in allowed}
+        layers = values["lazy_layers"]
+        if isinstance(layers, str):
+            values["lazy_layers"] = parse_layers(layers)
+        elif isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers):
+            if len(set(layers)) != len(layers):
+                raise LightTransferError("lazy_layers: a layer is named twice")
+            values["lazy_layers"] = tuple(sorted(layers))
+        else:
+            raise LightTransferError("lazy_layers: must be a string such as '5-24,26' or a list of integers")
+        if source is not None:
+            values["source"] = source
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> LightTransferConfig:
+        """Read a config file: the object itself, or any object that has it under ``lighttransfer``."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise LightTransferError(f"{source}: not valid JSON ({error})") from None
+        if isinstance(data, Mapping) and CONFIG_KEY in data:
+            data = data[CONFIG_KEY]
+        return cls.from_dict(data, source=source)
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if type(value) is not int or not low <= value <= MAX_TOKENS:
+        raise LightTransferError(f"{name}: {value!r} is not an integer from {low} to {MAX_TOKENS}")

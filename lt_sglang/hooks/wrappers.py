@@ -1,0 +1,62 @@
+"""The functions that wrap SGLang's. Each does nothing unless its server asked for lazy layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.resolve import is_requested
+
+
+def init_model_runner(original: Callable[[Any], None], worker: Any) -> None:
+    """Build LightTransferModelRunner where SGLang builds ModelRunner."""
+    if not is_requested(worker.server_args):
+        original(worker)
+        return
+    import sglang.srt.model_executor.model_runner as module
+
+    from lt_sglang.model_runner import LightTransferModelRunner
+
+    given = getattr(worker.model_config.hf_config, CONFIG_KEY)
+    config = LightTransferConfig.from_dict(given)
+
+    def build(*args: Any, **kwargs: Any) -> LightTransferModelRunner:
+        return LightTransferModelRunner(*args, lt_config=config, **kwargs)
+
+    # The original looks the class up in its module as it runs; this thread builds one worker at a time.
+    stock = module.ModelRunner
+    module.ModelRunner = build
+    try:
+        original(worker)
+    finally:
+        module.ModelRunner = stock
+
+
+def add_state(original: Callable[..., None], controller: Any, state: dict[str, Any]) -> None:
+    """Add ``lighttransfer`` to what /server_info reports of a scheduler."""
+    original(controller, state)
+    runner = controller.scheduler.tp_worker.model_runner
+    if hasattr(runner, "lt_config"):
+        state[CONFIG_KEY] = runner.describe()
+
+
+def check_pools(original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Add the sink store to SGLang's idle leak check; an idle server has no request that uses a set."""
+    leak, messages = original(checker, *args, **kwargs)
+    sinks = getattr(checker.tree_cache, "sinks", None)
+    if sinks is None:
+        return leak, messages
+    wrong = sinks.check_integrity()
+    return leak or bool(wrong), [*messages, *wrong]
+
+
+def skip_pynccl_on_cpu(original: Callable[..., None], communicator: Any, *args: Any, **kwargs: Any) -> None:
+    """On a CPU, leave a communicator that says it is not available."""
+    import torch
+
+    if torch.cuda.is_available():
+        original(communicator, *args, **kwargs)
+        return
+    communicator.available = False
+    communicator.disabled = True

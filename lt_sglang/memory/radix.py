@@ -1,0 +1,145 @@
+"""SGLang's unified radix cache, taught that lazy layers also need a request's first tokens.
+
+The tree, its eviction and its locks stay stock: they guarantee the last ``sliding_window_size`` tokens
+of a prefix in the streaming pool. What they may drop are the sinks. So, before anything can drop
+positions 0 .. w_sink - 1 of a request, the request takes a set of sink rows (SinkStore), and a cached
+prefix longer than the window is a hit only while the set of its first tokens is still stored.
+
+Every way in which stock SGLang can free a streaming slot of a running request, and where it is met:
+
+    free_swa_out_of_window_slots, a request's own slots in decode    evict_sliding_windows
+    the same, between prefill chunks and at the end of a prefill     checkpoint
+    eviction of tree nodes beyond the locked window                  checkpoint (the lock moves there)
+    early release of the prompt's lock in decode                     release_swa_prefix_lock
+    a hit whose head was evicted earlier                             match_prefix
+
+Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.sinks import SinkKey, SinkStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+BACKEND_NAME = "lighttransfer"
+
+
+def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
+    """Factory for ``register_radix_cache_backend``; serves requests with and without lazy layers."""
+    runner = ctx.tp_worker.model_runner
+    store = getattr(runner, "sink_store", None)
+    if store is None:
+        return create_unified_radix_cache(ctx)
+
+    def build(params: CacheInitParams) -> LightTransferRadixCache:
+        return LightTransferRadixCache(params, store)
+
+    return create_unified_radix_cache(ctx, cache_class=build)
+
+
+class LightTransferRadixCache(UnifiedRadixCache):
+    """UnifiedRadixCache that keeps the sinks of every request that outgrew its window."""
+
+    def __init__(self, params: CacheInitParams, sinks: SinkStore) -> None:
+        self.sinks = sinks
+        super().__init__(params)
+        window = self.sliding_window_size
+        if window is None or window < 1:
+            raise LightTransferError("radix cache: lazy layers need a sliding window, SGLang passed none")
+        # One forward writes the keys of up to `window` earlier tokens and its own.
+        self._kept_tokens = int(window)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As UnifiedRadixCache; a miss if the hit outlived its sinks."""
+        result = super().match_prefix(params)
+        if result.device_prefix_len <= self._kept_tokens:
+            return result
+        key = params.key
+        tokens = key.token_ids[: self.sinks.sink_tokens]
+        if self.sinks.touch(_sink_key(tokens, key.extra_key, key.cache_salt)):
+            return result
+        return zero_match_result(self, result, extra_key=key.extra_key)
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
+        if req.prefix_len > self._kept_tokens:
+            adopted = self.sinks.adopt(_request_id(req), self._key_of(req), _row_of(req))
+            if not adopted:
+                raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
+        return super().prefix_device_indices(req)
+
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
+        if not self.disable and up_to > self._kept_tokens and not self._keep_sinks(req):
+            return
+        super().checkpoint(req, up_to=up_to, **kwargs)
+
+    def evict_sliding_windows(self, req: Req, pre_len: int, *, eviction_interval: int = 1) -> None:
+        """As UnifiedRadixCache; slides only once the sinks are safe."""
+        if pre_len > self._kept_tokens and not self._keep_sinks(req):
+            return
+        super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
+
+    def release_swa_prefix_lock(self, req: Req) -> None:
+        """As UnifiedRadixCache, once the sinks are safe."""
+        if self._keep_sinks(req):
+            super().release_swa_prefix_lock(req)
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """As UnifiedRadixCache; the request gives its sink set back."""
+        self.sinks.release(_request_id(req))
+        super().on_release(req, checkpointed=checkpointed)
+
+    def reset(self) -> None:
+        """As UnifiedRadixCache; forgets the sinks no running request uses."""
+        super().reset()
+        self.sinks.clear()
+
+    def sanity_check(self) -> None:
+        """As UnifiedRadixCache, and the sink store's own check; raises on the first fault."""
+        super().sanity_check()
+        wrong = self.sinks.check_integrity()
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+
+    def _keep_sinks(self, req: Req) -> bool:
+        request = _request_id(req)
+        if self.sinks.holds(request):
+            return True
+
+        def slots() -> torch.Tensor:
+            row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : self.sinks.sink_tokens]
+            return self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row.to(torch.int64)]
+
+        return self.sinks.capture(request, self._key_of(req), _row_of(req), slots)
+
+    def _key_of(self, req: Req) -> SinkKey:
+        count = self.sinks.sink_tokens
+        tokens = req.origin_input_ids[:count]
+        if len(tokens) < count:
+            tokens = tokens + req.output_ids[: count - len(tokens)]
+        return _sink_key(tokens, req.extra_key, req.cache_salt)
+
+
+def _sink_key(tokens: Any, extra_key: str | None, cache_salt: str | None) -> SinkKey:
+    return (*tokens, extra_key, cache_salt)
+
+
+def _request_id(req: Req) -> str:
+    # A retracted request comes back as the same object; a re-used rid does not.
+    return f"{req.rid}@{id(req):x}"
+
+
+def _row_of(req: Req) -> Any:
+    return lambda: req.kv.req_pool_idx

@@ -1,0 +1,212 @@
+"""The sink store: K and V of the first w_sink tokens of a request, kept apart from the allocator.
+
+K and V of the first w_sink positions depend on those tokens alone (causal attention), so requests
+that begin alike share one set of rows. A set is w_sink rows at the tail of every lazy layer's
+streaming buffer:
+
+    | 0 padding | 1 .. streaming_tokens: SGLang's allocator | set 0 | set 1 | ... |
+
+A request takes a set when its window is about to leave position 0; until then its sinks are ordinary
+slots. The store is host state that every rank keeps alike; what the device must do (copy rows, point
+requests at sets) is queued and done by ``flush`` on the forward stream, before the forward that needs
+it and after every forward that still uses the old slots.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+NO_SET = -1
+
+SinkKey = tuple[Hashable, ...]
+
+
+@dataclass
+class SinkSet:
+    """One set: its index, what it holds, and the ids of the requests that use it."""
+
+    index: int
+    key: SinkKey
+    users: set[str] = field(default_factory=set)
+
+
+@dataclass
+class SinkStats:
+    """Counters since the start, for metrics and tests."""
+
+    captured: int = 0
+    shared: int = 0
+    evicted: int = 0
+    refused: int = 0
+
+
+class SinkStore:
+    """Sets of sink rows, keyed by the tokens they hold, kept by least recent use.
+
+    Args:
+        capacity: number of sets.
+        sink_tokens: w_sink, rows of a set.
+        request_rows: rows of SGLang's req_to_token table.
+        device: where ``row_of`` lives.
+
+    Attributes:
+        row_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
+    """
+
+    def __init__(self, capacity: int, sink_tokens: int, request_rows: int, device: str) -> None:
+        self.capacity = capacity
+        self.sink_tokens = sink_tokens
+        self.device = device
+        self.row_of = torch.full((request_rows,), NO_SET, dtype=torch.int32, device=device)
+        self.stats = SinkStats()
+        self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
+        self._free = list(range(capacity - 1, -1, -1))
+        self._of_request: dict[str, SinkSet] = {}
+        self._row_of_request: dict[str, Callable[[], int | None]] = {}
+        self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
+        self._pending_copies: list[tuple[int, torch.Tensor]] = []
+
+    def __contains__(self, key: SinkKey) -> bool:
+        return key in self._sets
+
+    def touch(self, key: SinkKey) -> bool:
+        """Whether ``key`` is stored; if so it becomes the most recently used."""
+        if key not in self._sets:
+            return False
+        self._sets.move_to_end(key)
+        return True
+
+    def holds(self, request: str) -> bool:
+        """Whether ``request`` already uses a set."""
+        return request in self._of_request
+
+    def adopt(self, request: str, key: SinkKey, row: Callable[[], int | None]) -> bool:
+        """Let ``request`` use the stored set ``key``; False if there is none.
+
+        row: called at the next flush for the request's row of req_to_token; None means the request
+        is gone by then.
+        """
+        if request in self._of_request:
+            return True
+        if not self.touch(key):
+            return False
+        self._bind(request, self._sets[key], row)
+        self.stats.shared += 1
+        return True
+
+    def capture(
+        self, request: str, key: SinkKey, row: Callable[[], int | None], slots: Callable[[], torch.Tensor]
+    ) -> bool:
+        """Let ``request`` use the set ``key``, filling it from ``slots`` if it is new.
+
+        slots: called at most once, at once; returns int64 [w_sink], the streaming slots that hold
+        positions 0 .. w_sink - 1 now. They may be freed as soon as this returns.
+
+        Returns False, and changes nothing, if every set is in use by other requests: the caller must
+        then keep the slots themselves.
+        """
+        if self.adopt(request, key, row):
+            return True
+        index = self._take_index()
+        if index is None:
+            self.stats.refused += 1
+            return False
+        entry = SinkSet(index, key)
+        self._sets[key] = entry
+        self._pending_copies.append((index, slots()))
+        self._bind(request, entry, row)
+        self.stats.captured += 1
+        return True
+
+    def release(self, request: str) -> None:
+        """``request`` ends or gives its row back; its set stays stored for requests that begin alike."""
+        entry = self._of_request.pop(request, None)
+        if entry is None:
+            return
+        entry.users.discard(request)
+        row = self._row_of_request.pop(request)()
+        if row is not None:
+            self._pending_rows.append((lambda: row, NO_SET))
+
+    def clear(self) -> None:
+        """Forget every set that no request uses (the prefix cache was flushed)."""
+        for key in [key for key, entry in self._sets.items() if not entry.users]:
+            self._free.append(self._sets.pop(key).index)
+
+    def flush(self, base: int, copy_rows: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Do the queued device work on the current stream.
+
+        base: index of set 0's first row in the streaming buffers.
+        copy_rows: ``copy_rows(target, source)`` with int64 row indices, for K and V of every lazy layer.
+        """
+        if self._pending_copies:
+            # A later copy into the same set (evicted, then reused) supersedes an earlier one.
+            latest = dict(self._pending_copies)
+            self._pending_copies.clear()
+            source = torch.cat(list(latest.values()))
+            first = torch.tensor([base + index * self.sink_tokens for index in latest], dtype=torch.int64)
+            target = first[:, None] + torch.arange(self.sink_tokens)
+            copy_rows(target.flatten().to(self.device, non_blocking=True), source)
+        if self._pending_rows:
+            rows: dict[int, int] = {}
+            for resolve, index in self._pending_rows:
+                row = resolve()
+                if row is not None:
+                    rows[row] = index
+            self._pending_rows.clear()
+            if rows:
+                where = torch.tensor(list(rows), dtype=torch.int64).to(self.device, non_blocking=True)
+                what = torch.tensor(list(rows.values()), dtype=torch.int32).to(self.device, non_blocking=True)
+                self.row_of.index_copy_(0, where, what)
+
+    @property
+    def used(self) -> int:
+        """Sets that hold sinks, in use or kept for later."""
+        return len(self._sets)
+
+    @property
+    def in_use(self) -> int:
+        """Sets that running requests use."""
+        return sum(1 for entry in self._sets.values() if entry.users)
+
+    @property
+    def requests(self) -> int:
+        """Running requests that use a set."""
+        return len(self._of_request)
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with the store, one sentence each; empty when all is well."""
+        wrong = []
+        indices = sorted([entry.index for entry in self._sets.values()] + self._free)
+        if indices != list(range(self.capacity)):
+            wrong.append(f"sink sets are lost or doubled: {len(indices)} accounted of {self.capacity}")
+        for key, entry in self._sets.items():
+            if entry.key != key:
+                wrong.append(f"sink set {entry.index} is filed under another key")
+            for request in entry.users:
+                if self._of_request.get(request) is not entry:
+                    wrong.append(f"sink set {entry.index} counts request {request}, which does not use it")
+        for request, entry in self._of_request.items():
+            if request not in entry.users:
+                wrong.append(f"request {request} uses sink set {entry.index}, which does not count it")
+        return wrong
+
+    def _bind(self, request: str, entry: SinkSet, row: Callable[[], int | None]) -> None:
+        entry.users.add(request)
+        self._of_request[request] = entry
+        self._row_of_request[request] = row
+        self._pending_rows.append((row, entry.index))
+
+    def _take_index(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        for key, entry in self._sets.items():
+            if not entry.users:
+                del self._sets[key]
+                self.stats.evicted += 1
+                return entry.index
+        return None

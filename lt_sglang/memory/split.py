@@ -1,0 +1,112 @@
+"""How the KV budget is split between the full and the streaming pool. Pure arithmetic.
+
+SGLang sizes its sliding-window pool by a fixed ratio (0.8), which gives nearly all that lazy layers
+save back to a pool that stands empty. Here the split follows the length of the requests: a request of
+T tokens holds T slots in the full pool and about w_recent in the streaming pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lt_sglang.errors import LightTransferError
+
+SPARE_SINK_SETS = 8
+# With no full layer at all, the full pool holds positions, not bytes: 16 bytes of bookkeeping each.
+MAX_VIRTUAL_TOKENS = 1 << 26
+
+
+@dataclass(frozen=True)
+class PoolSplit:
+    """Sizes in tokens; ``sink_sets`` times w_sink rows stand at the tail of the streaming pool.
+
+    requests: how many requests of ``expected_tokens`` fit at once (a float, before rounding).
+    """
+
+    full_tokens: int
+    streaming_tokens: int
+    sink_sets: int
+    requests: float
+    expected_tokens: int
+    streaming_per_request: int
+
+
+@dataclass(frozen=True)
+class SplitInput:
+    """full_bytes, streaming_bytes: KV bytes of one token in all full / all lazy layers of a rank.
+
+    retained_tokens: LightTransferConfig.retained_tokens. chunk_tokens: the tokens one prefill batch
+    writes before the window slides over them.
+    """
+
+    full_bytes: int
+    streaming_bytes: int
+    retained_tokens: int
+    sink_tokens: int
+    expected_tokens: int
+    chunk_tokens: int
+    context_tokens: int
+
+    @property
+    def streaming_per_request(self) -> int:
+        """Slots a running request holds on average.
+
+        The window, and a quarter of a window more: until it has decoded w_recent tokens, a request
+        holds its prompt's last window (which the prefix cache can reuse) beside its new tokens.
+        """
+        headroom = max(16, self.retained_tokens // 4)
+        return min(self.expected_tokens, self.retained_tokens + headroom)
+
+    @property
+    def streaming_fixed(self) -> int:
+        """Slots for the prefill batch in flight, whatever the number of requests."""
+        return self.chunk_tokens + self.retained_tokens + 2
+
+
+def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
+    """Split ``budget_bytes`` so that both pools run full together at ``expected_tokens``.
+
+    Raises LightTransferError if not even one prefill chunk and one window fit.
+    """
+    per_request = given.streaming_per_request
+    fixed_bytes = given.streaming_bytes * (given.streaming_fixed + SPARE_SINK_SETS * given.sink_tokens)
+    request_bytes = given.full_bytes * given.expected_tokens + given.streaming_bytes * (
+        per_request + given.sink_tokens
+    )
+    requests = (budget_bytes - fixed_bytes) / request_bytes
+    if requests <= 0:
+        raise LightTransferError(
+            f"KV memory: {budget_bytes / 2**20:.0f} MiB do not hold one prefill chunk of "
+            f"{given.chunk_tokens} tokens and one window; raise --mem-fraction-static or lower "
+            "--chunked-prefill-size"
+        )
+    if given.full_bytes:
+        full_tokens = int(requests * given.expected_tokens)
+    else:
+        full_tokens = int(
+            min(max(requests * given.expected_tokens, 2 * given.context_tokens), MAX_VIRTUAL_TOKENS)
+        )
+    return _sizes(full_tokens, requests, given)
+
+
+def split_tokens(full_tokens: int, given: SplitInput) -> PoolSplit:
+    """The split for a full pool of exactly ``full_tokens`` (``--max-total-tokens``)."""
+    return _sizes(full_tokens, full_tokens / given.expected_tokens, given)
+
+
+def split_bytes(split: PoolSplit, given: SplitInput) -> int:
+    """Bytes that ``split`` takes; never above the budget it was made from."""
+    streaming = split.streaming_tokens + split.sink_sets * given.sink_tokens
+    return split.full_tokens * given.full_bytes + streaming * given.streaming_bytes
+
+
+def _sizes(full_tokens: int, requests: float, given: SplitInput) -> PoolSplit:
+    streaming = int(requests * given.streaming_per_request) + given.streaming_fixed
+    return PoolSplit(
+        full_tokens=full_tokens,
+        streaming_tokens=streaming,
+        sink_sets=int(requests) + SPARE_SINK_SETS if given.sink_tokens else 0,
+        requests=requests,
+        expected_tokens=given.expected_tokens,
+        streaming_per_request=given.streaming_per_request,
+    )

@@ -1,0 +1,140 @@
+"""The model runner that owns lazy layers: pools, sink rows, windows, and the checks at start.
+
+Source: sglang/srt/model_executor/model_runner.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.model_runner import ModelRunner
+
+from lt_sglang.attention.indices import StreamingTables, Windows
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.hooks.table import check_applied
+from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
+from lt_sglang.memory.sinks import SinkStore
+
+logger = logging.getLogger(__name__)
+
+
+class LightTransferModelRunner(ModelRunner):
+    """ModelRunner with lazy layers; with an empty list of lazy layers it is ModelRunner.
+
+    Attributes:
+        lt_config: the configuration being served, the same on every rank.
+        sink_store: the sink sets, or None when no layer is lazy.
+    """
+
+    def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
+        self.lt_config = lt_config
+        self.sink_store: SinkStore | None = None
+        check_applied()
+        super().__init__(*args, **kwargs)
+
+    def load_model(self) -> None:
+        """Load the weights, then give every lazy layer its window; raises LightTransferError."""
+        super().load_model()
+        layers = {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
+        self.lt_config.check_model(len(layers))
+        _check_layers(layers)
+        if not self.lt_config.lazy_layers:
+            return
+        if not self.is_hybrid_swa or self.sliding_window_size != self.lt_config.retained_tokens - 1:
+            raise LightTransferError(
+                "model config: SGLang did not take the sliding window of the lazy layers "
+                f"(is_hybrid_swa={self.is_hybrid_swa}, sliding_window_size={self.sliding_window_size})"
+            )
+        for layer_id in self.lt_config.lazy_layers:
+            layers[layer_id].sliding_window_size = self.lt_config.recent_tokens - 1
+
+    def init_kv_cache_configurator(self, draft_parallel_layout: Any = None) -> None:
+        """Build the configurator that splits the KV memory for the requests served."""
+        super().init_kv_cache_configurator(draft_parallel_layout)
+        if self.lt_config.lazy_layers:
+            self.kv_cache_configurator = LightTransferKVCacheConfigurator.adopt(
+                self.kv_cache_configurator, self.lt_config
+            )
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate the pools and the sink store."""
+        super().alloc_memory_pool(*args, **kwargs)
+        if not self.lt_config.lazy_layers:
+            return
+        lazy = tuple(self.layer_info.swa_attention_layer_ids)
+        if lazy != self.lt_config.lazy_layers:
+            raise LightTransferError(
+                f"KV pools: SGLang made layers {list(lazy)} streaming, asked for {list(self.lt_config.lazy_layers)}"
+            )
+        self.sink_store = SinkStore(
+            capacity=self.kv_cache_configurator.split.sink_sets,
+            sink_tokens=self.lt_config.sink_tokens,
+            request_rows=self.req_to_token_pool.req_to_token.shape[0],
+            device=self.device,
+        )
+
+    def windows(self) -> Windows:
+        """w_sink, w_recent and where the sink rows begin."""
+        return Windows(
+            sink_tokens=self.lt_config.sink_tokens,
+            recent_tokens=self.lt_config.recent_tokens,
+            sink_base=self.token_to_kv_pool.size_swa + self.page_size,
+        )
+
+    def streaming_tables(self) -> StreamingTables:
+        """The device tables that turn positions into rows of the streaming buffers."""
+        assert self.sink_store is not None
+        return StreamingTables(
+            req_to_token=self.req_to_token_pool.req_to_token,
+            full_to_streaming=self.token_to_kv_pool_allocator.full_to_swa_index_mapping,
+            row_of=self.sink_store.row_of,
+        )
+
+    def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ModelRunner, after the sink rows this forward reads have been filled."""
+        if self.sink_store is not None:
+            pool = self.token_to_kv_pool.swa_kv_pool
+            self.sink_store.flush(self.windows().sink_base, lambda target, source: copy_rows(pool, target, source))
+        return super().forward(forward_batch, *args, **kwargs)
+
+    def describe(self) -> dict[str, Any]:
+        """What /server_info shows under ``lighttransfer``."""
+        report: dict[str, Any] = self.lt_config.to_dict()
+        report["num_lazy_layers"] = len(self.lt_config.lazy_layers)
+        report["attention_backend"] = type(self.attn_backend).__name__
+        if self.sink_store is not None:
+            split = self.kv_cache_configurator.split
+            report["pools"] = {
+                "full_tokens": self.full_max_total_num_tokens,
+                "streaming_tokens": self.swa_max_total_num_tokens,
+                "sink_sets": self.sink_store.capacity,
+                "sink_sets_used": self.sink_store.used,
+                "sink_sets_in_use": self.sink_store.in_use,
+                "sink_requests": self.sink_store.requests,
+                "expected_tokens": split.expected_tokens,
+                "expected_requests": round(split.requests, 2),
+            }
+            report["sinks"] = vars(self.sink_store.stats).copy()
+        return report
+
+
+def _check_layers(layers: dict[int, RadixAttention]) -> None:
+    if sorted(layers) != list(range(len(layers))):
+        raise LightTransferError(
+            "model: its attention layers are not numbered 0 to n - 1, so lazy layers cannot be named; "
+            "supported are decoder-only models such as Llama, Mistral, Qwen2, Qwen3, Qwen2-MoE, Mixtral"
+        )
+    for layer_id, layer in layers.items():
+        odd = {
+            "a sliding window of its own": layer.sliding_window_size not in (-1, None),
+            "cross-attention": layer.is_cross_attention,
+            "logit soft-capping": bool(layer.logit_cap),
+            "non-causal attention": layer.attn_type != AttentionType.DECODER,
+            "different K and V head sizes": layer.qk_head_dim != layer.v_head_dim,
+        }
+        for what, present in odd.items():
+            if present:
+                raise LightTransferError(f"model: layer {layer_id} has {what}, which lazy layers do not support")

@@ -1,0 +1,5 @@
+"""Names shared by processes."""
+
+BACKEND = "lighttransfer"
+ACTIVE_VARIABLE = "LT_SGLANG_ACTIVE"
+CHECK_VARIABLE = "LT_SGLANG_CHECK"

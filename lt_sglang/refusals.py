@@ -1,0 +1,86 @@
+"""SGLang features that lazy layers do not work with, refused by name before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lt_sglang.errors import LightTransferError
+from lt_sglang.names import BACKEND
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """flag: SGLang's flag. field: its ServerArgs field. refused: a value's test. why: half a sentence."""
+
+    flag: str
+    field: str
+    refused: Callable[[Any], bool]
+    why: str
+
+
+def _set(value: Any) -> bool:
+    return value not in (None, False, "", 0)
+
+
+def _above_one(value: Any) -> bool:
+    return value is not None and value > 1
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("--speculative-algorithm", "speculative_algorithm", _set, "draft tokens are verified with full KV"),
+    Refusal(
+        "--disaggregation-mode",
+        "disaggregation_mode",
+        lambda value: value not in (None, "null"),
+        "the KV transfer does not carry sink rows",
+    ),
+    Refusal("--pp-size", "pp_size", _above_one, "pipeline stages do not agree on sink rows"),
+    Refusal("--dcp-size", "dcp_size", _above_one, "context-parallel KV is not cut into windows"),
+    Refusal("--attn-cp-size", "attn_cp_size", _above_one, "context-parallel KV is not cut into windows"),
+    Refusal("--enable-hierarchical-cache", "enable_hierarchical_cache", _set, "HiCache does not store sink rows"),
+    Refusal("--enable-dp-attention", "enable_dp_attention", _set, "it was not tested with hybrid caches"),
+    Refusal("--enable-mixed-chunk", "enable_mixed_chunk", _set, "lazy layers plan prefill and decode apart"),
+    Refusal("--enable-unified-memory", "enable_unified_memory", _set, "the pools are split by request length"),
+    Refusal("--enable-two-batch-overlap", "enable_two_batch_overlap", _set, "sink rows are filled once a forward"),
+    Refusal("--enable-pdmux", "enable_pdmux", _set, "sink rows are filled on one stream"),
+    Refusal("--enable-streaming-session", "enable_streaming_session", _set, "a session keeps slots, not sinks"),
+    Refusal("--enable-session-radix-cache", "enable_session_radix_cache", _set, "a session keeps slots, not sinks"),
+    Refusal("--enable-lmcache", "enable_lmcache", _set, "external caches do not store sink rows"),
+    Refusal("--enable-flexkv", "enable_flexkv", _set, "external caches do not store sink rows"),
+    Refusal("--enable-hisparse", "enable_hisparse", _set, "it replaces the KV pools"),
+    Refusal("--enable-kv-cache-sharding", "enable_kv_cache_sharding", _set, "it replaces the KV pools"),
+    Refusal("--disable-hybrid-swa-memory", "disable_hybrid_swa_memory", _set, "lazy layers live in that memory"),
+    Refusal(
+        "--enable-deterministic-inference",
+        "enable_deterministic_inference",
+        _set,
+        "lazy layers split the KV of a request by its length",
+    ),
+    Refusal("--radix-cache-backend", "radix_cache_backend", _set, "lazy layers bring their own"),
+    Refusal("--page-size", "page_size", _above_one, "windows move token by token; use 1"),
+    Refusal(
+        "--kv-cache-dtype",
+        "kv_cache_dtype",
+        lambda value: value not in (None, "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        "supported are auto, bfloat16, fp8_e4m3 and fp8_e5m2",
+    ),
+    Refusal("--dllm-algorithm", "dllm_algorithm", _set, "diffusion models attend both ways"),
+)
+
+
+def check_server_args(args: Any) -> None:
+    """Raise LightTransferError for the first flag of ``args`` that cannot be served with lazy layers."""
+    for role in ("prefill_attention_backend", "decode_attention_backend"):
+        name = getattr(args, role)
+        if name not in (None, BACKEND):
+            flag = "--" + role.replace("_", "-")
+            raise LightTransferError(f"{flag} {name}: with lazy layers it must be {BACKEND} or not be given")
+    if args.attention_backend not in (None, BACKEND):
+        raise LightTransferError(f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases")
+    for refusal in REFUSALS:
+        value = getattr(args, refusal.field)
+        if refusal.refused(value):
+            shown = "" if value is True else f" {value}"
+            raise LightTransferError(f"{refusal.flag}{shown}: not supported with lazy layers: {refusal.why}")

@@ -1,0 +1,104 @@
+"""Turn ``--attention-backend lighttransfer`` into settings that stock SGLang understands.
+
+Runs inside SGLang's own argument resolution (register_resolution_hook), once, before any model config
+is built; what it declares reaches every rank with the server arguments. Nothing here runs unless the
+backend is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.models import find_known
+from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
+from lt_sglang.refusals import check_server_args
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = "lt_sglang.resolve"
+
+
+def is_requested(args: Any) -> bool:
+    """Whether any of SGLang's three backend flags names us."""
+    names = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
+    return BACKEND in names
+
+
+def load_config(overrides: dict[str, Any], model_config: dict[str, Any], model_path: str) -> LightTransferConfig:
+    """The configuration to serve: overrides, else the model's own, else the known model's.
+
+    Raises LightTransferError when there is none.
+    """
+    if CONFIG_KEY in overrides:
+        given = overrides[CONFIG_KEY]
+        return LightTransferConfig.from_dict(given, source=None if "source" in given else "model override args")
+    if CONFIG_KEY in model_config:
+        return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
+    known = find_known(model_path)
+    if known is not None:
+        return known.config
+    raise LightTransferError(
+        f"lazy_layers: none given for {model_path}; use lt-sglang serve --lt-lazy-layers or --lt-config, or the "
+        f"key '{CONFIG_KEY}' in the model's config.json or in --json-model-override-args"
+    )
+
+
+def model_overrides(config: LightTransferConfig, num_layers: int) -> dict[str, Any]:
+    """Entries for ``--json-model-override-args`` that make stock SGLang build hybrid pools.
+
+    hybrid_layer_pattern: 1 for a streaming layer (sglang/srt/configs/model_config.py,
+    get_hybrid_layer_ids). sliding_window_size: earlier tokens kept, so w_recent - 1.
+    """
+    overrides: dict[str, Any] = {CONFIG_KEY: config.to_dict()}
+    if config.lazy_layers:
+        lazy = set(config.lazy_layers)
+        overrides["is_hybrid_swa"] = True
+        overrides["hybrid_layer_pattern"] = [int(layer in lazy) for layer in range(num_layers)]
+        overrides["sliding_window_size"] = config.retained_tokens - 1
+    return overrides
+
+
+def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Wraps SGLang's step handle_model_source_paths: the model path is final, nothing was read yet."""
+    previous(server_args)
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    args = resolving_view(server_args)
+    if not is_requested(args):
+        return
+    check_server_args(args)
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    overrides = json.loads(args.json_model_override_args or "{}")
+    model = get_config(args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides)
+    config = load_config(overrides, model.to_dict(), args.model_path)
+    text_config = model.get_text_config()
+    config.check_model(text_config.num_hidden_layers)
+    overrides.update(model_overrides(config, text_config.num_hidden_layers))
+    declare_resolution(
+        server_args, _SOURCE, json_model_override_args=json.dumps(overrides), radix_cache_backend=BACKEND
+    )
+    # Children inherit it; see plugin.register.
+    os.environ[ACTIVE_VARIABLE] = "1"
+    logger.info("LightTransfer: %s", config)
+
+
+def disable_graphs_on_cpu(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Wraps handle_attention_backend_compatibility: torch attention on a CPU runs eagerly."""
+    previous(server_args)
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    args = resolving_view(server_args)
+    if not is_requested(args) or args.device != "cpu":
+        return
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        config = with_phase(args.cuda_graph_config, phase, backend=Backend.DISABLED)
+        declare_resolution(server_args, _SOURCE, cuda_graph_config=config)
