@@ -1,0 +1,280 @@
+"""The GPU backend: FlashInfer for every layer, one plan for full and one for lazy layers a step.
+
+Decode of a lazy layer is one paged call over [sink rows] + [window slots]; a Triton kernel writes that
+list once a step for all lazy layers. Prefill of a lazy layer is a windowed paged call over the window
+before the chunk and the chunk itself, then a Triton kernel adds the sinks each query sees beyond it. Full
+layers run SGLang's own code. Only FlashInfer's FA2 kernels and Triton are needed (sm80 and newer); full
+layers use FA3 for prefill where FlashInfer has it.
+
+Source: sglang/srt/layers/attention/flashinfer_backend.py (wrapper 0: sliding window, wrapper 1: full).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    FlashInferIndicesUpdaterDecode,
+    FlashInferIndicesUpdaterPrefill,
+    WrapperDispatch,
+)
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_rows
+from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
+from lt_sglang.errors import LightTransferError
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from lt_sglang.model_runner import LightTransferModelRunner
+
+LAZY, FULL = 0, 1
+
+
+@dataclass(frozen=True)
+class LazyPrefill:
+    """What the lazy layers of one prefill batch share. rows: int64 [requests, w_sink]."""
+
+    rows: torch.Tensor
+    tiles: SinkTiles
+    windows: Windows
+
+
+class LightTransferFlashInferBackend(FlashInferAttnBackend):
+    """FlashInferAttnBackend with lazy layers; with none it is FlashInferAttnBackend."""
+
+    def __init__(self, model_runner: LightTransferModelRunner) -> None:
+        super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
+        self.lazy_layers = frozenset(model_runner.lt_config.lazy_layers)
+        self.lazy_prefill: LazyPrefill | None = None
+        if not self.lazy_layers:
+            return
+        if self.dispatch_reason != WrapperDispatch.SLIDING_WINDOW or not self.use_sliding_window_kv_pool:
+            raise LightTransferError("attention backend: SGLang did not set up the streaming pool for FlashInfer")
+        if self.is_dllm_model or self.enable_mis:
+            raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
+        self.lazy_tokens = model_runner.lt_config.lazy_tokens
+        self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
+        self.indices_updater_prefill = LazyPrefillUpdater(model_runner, self)
+
+    def init_cuda_graph_state(
+        self, max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None
+    ) -> None:
+        """As FlashInferAttnBackend; the lazy layers' index buffer is as small as their windows."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
+        if self.lazy_layers:
+            size = max_num_tokens * self.lazy_tokens
+            self.cuda_graph_kv_indices[LAZY] = torch.zeros(size, dtype=torch.int32, device="cuda")
+
+    def _get_wrapper_idx(self, layer: RadixAttention) -> int:
+        if not self.lazy_layers:
+            return int(super()._get_wrapper_idx(layer))
+        return LAZY if layer.layer_id in self.lazy_layers else FULL
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """[tokens, heads * dim] of the batch's new tokens."""
+        if layer.layer_id not in self.lazy_layers:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        given = self.lazy_prefill
+        assert given is not None
+        if save_kv_cache and k is not None:
+            where = KVWriteLoc.for_layer(forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc)
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        out, lse = self.forward_metadata.prefill_wrappers[LAZY].forward_return_lse(
+            query,
+            (keys, values),
+            causal=True,
+            sm_scale=layer.scaling,
+            window_left=given.windows.recent_tokens - 1,
+            k_scale=layer.k_scale_float,
+            v_scale=layer.v_scale_float,
+        )
+        merge_sinks(
+            out,
+            lse,
+            query,
+            keys,
+            values,
+            given.rows,
+            given.tiles,
+            given.windows,
+            layer.scaling,
+            layer.k_scale_float or 1.0,
+            layer.v_scale_float or 1.0,
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+
+class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
+    """Plans decode: the full wrapper as stock, the lazy wrapper over sinks and windows."""
+
+    def __init__(self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend) -> None:
+        self.runner = model_runner
+        super().__init__(model_runner, attn_backend)
+
+    def update_sliding_window(
+        self,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor | None,
+        seq_lens_sum: int,
+        decode_wrappers: list[Any],
+        encoder_lens: torch.Tensor | None,
+        spec_info: Any,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool | None = None,
+        *,
+        plan: Any,
+        req_pool_indices: torch.Tensor,
+    ) -> None:
+        """As FlashInferIndicesUpdaterDecode.update_sliding_window; no host sync under CUDA graphs."""
+        self.call_begin_forward(
+            decode_wrappers[FULL],
+            seq_lens,
+            seq_lens_sum,
+            self.kv_indptr[FULL],
+            None,
+            spec_info,
+            seq_lens_cpu=seq_lens_cpu,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=disable_split_kv,
+            plan=plan,
+            req_pool_indices=req_pool_indices,
+        )
+        windows = self.runner.windows()
+        wrapper = decode_wrappers[LAZY]
+        batch = len(seq_lens)
+        lengths_host = lazy_lengths(seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:batch], windows)
+        indptr_host = torch.zeros(batch + 1, dtype=torch.int32)
+        torch.cumsum(lengths_host, 0, out=indptr_host[1:])
+        indptr = self.kv_indptr[LAZY][: batch + 1]
+        torch.cumsum(lazy_lengths(seq_lens, windows), 0, out=indptr[1:])
+        if wrapper.is_cuda_graph_enabled:
+            rows = wrapper._paged_kv_indices_buf
+        else:
+            rows = torch.empty(int(indptr_host[-1]), dtype=torch.int32, device=seq_lens.device)
+        decode_rows(rows, indptr, req_pool_indices, seq_lens, self.runner.streaming_tables(), windows)
+        begin = wrapper.begin_forward
+        # SGLang swaps begin_forward for fast_decode_plan after the first plan of a captured graph.
+        fast = {"global_override_indptr_cpu": indptr_host} if hasattr(begin, "func") else {}
+        begin(
+            indptr,
+            rows,
+            self.kv_last_page_len[:batch],
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            1,
+            data_type=self.data_type,
+            q_data_type=self.q_data_type,
+            non_blocking=True,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=bool(disable_split_kv),
+            **fast,
+        )
+
+
+class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
+    """Plans prefill: the full wrappers as stock, the lazy wrapper windowed over cached window + chunk."""
+
+    def __init__(self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend) -> None:
+        self.runner = model_runner
+        super().__init__(model_runner, attn_backend)
+
+    def update_sliding_window(
+        self,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor | None,
+        seq_lens_sum: int,
+        prefix_lens: torch.Tensor | None,
+        prefill_wrappers: list[Any],
+        use_ragged: bool,
+        encoder_lens: torch.Tensor | None,
+        spec_info: Any,
+        fixed_split_size: int | None = None,
+        multi_item_params: Any = None,
+        cross_attention_custom_mask: torch.Tensor | None = None,
+        extend_prefix_lens_cpu: list[int] | None = None,
+        custom_kv_indices: torch.Tensor | None = None,
+        *,
+        plan: Any,
+    ) -> None:
+        """As FlashInferIndicesUpdaterPrefill.update_sliding_window; lazy layers are always paged."""
+        assert spec_info is None and prefix_lens is not None and seq_lens_cpu is not None
+        prefixes = extend_prefix_lens_cpu if extend_prefix_lens_cpu is not None else prefix_lens.tolist()
+        self.call_begin_forward(
+            self.prefill_wrapper_ragged,
+            prefill_wrappers[FULL],
+            req_pool_indices,
+            prefix_lens if use_ragged else seq_lens,
+            sum(prefixes) if use_ragged else seq_lens_sum,
+            seq_lens,
+            prefix_lens,
+            None,
+            self.kv_indptr[FULL],
+            self.qo_indptr[FULL],
+            use_ragged,
+            None,
+            fixed_split_size=fixed_split_size,
+            plan=plan,
+        )
+        self._plan_lazy(prefill_wrappers[LAZY], req_pool_indices, prefix_lens, seq_lens, seq_lens_cpu, prefixes)
+
+    def _plan_lazy(
+        self,
+        wrapper: Any,
+        requests: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        prefixes: list[int],
+    ) -> None:
+        windows, tables = self.runner.windows(), self.runner.streaming_tables()
+        lengths = seq_lens_cpu[: len(prefixes)].tolist()
+        extends = [length - prefix for length, prefix in zip(lengths, prefixes, strict=True)]
+        before = windows.recent_tokens - 1
+        spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
+        first = prefix_lens.clamp(min=before).to(torch.int64) - before
+        rows = span_rows(requests, first, seq_lens.to(torch.int64) - first, sum(spans), tables)
+        # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
+        wrapper.begin_forward(
+            _indptr(extends),
+            _indptr(spans),
+            rows,
+            torch.ones(len(spans), dtype=torch.int32),
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            1,
+            causal=True,
+            window_left=before,
+            q_data_type=self.q_data_type,
+            kv_data_type=self.data_type,
+            non_blocking=True,
+        )
+        self.attn_backend.lazy_prefill = LazyPrefill(
+            rows=sink_rows(requests, tables, windows),
+            tiles=make_tiles(prefixes, extends, windows, requests.device),
+            windows=windows,
+        )
+
+
+def _indptr(lengths: list[int]) -> torch.Tensor:
+    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    indptr[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return indptr

@@ -1,0 +1,108 @@
+"""One SGLang engine in one process: start it, run tasks, write what came out.
+
+    python engine_job.py SPEC.json OUT.json [--wait]
+
+With --wait it imports SGLang, then starts the engine once a line arrives on standard input.
+
+SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
+
+    {"kind": "score", "prompts": [[ids]], "new_tokens": n}   greedy tokens and their log-probabilities
+    {"kind": "steady", "prompt_tokens": s, "requests": n, "new_tokens": m}   fill the memory, then decode
+    {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
+
+Every prompt is random and new, so the radix cache, which stays on, never hits.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def _prompts(rng: random.Random, count: int, tokens: int, vocab: int) -> list[list[int]]:
+    return [[rng.randrange(10, vocab) for _ in range(tokens)] for _ in range(count)]
+
+
+def _greedy(new_tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+
+
+def _score(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    outs = engine.generate(
+        input_ids=task["prompts"],
+        sampling_params=_greedy(task["new_tokens"]),
+        return_logprob=True,
+        logprob_start_len=0,
+    )
+    scored = []
+    for out in outs:
+        meta = out["meta_info"]
+        scored.append(
+            {
+                "output_ids": out["output_ids"],
+                "input_logprobs": [item[0] for item in meta["input_token_logprobs"][1:]],
+                "output_logprobs": [item[0] for item in meta["output_token_logprobs"]],
+                "cached_tokens": meta["cached_tokens"],
+            }
+        )
+    return scored
+
+
+def _steady(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) -> dict[str, Any]:
+    prompts = _prompts(rng, task["requests"], task["prompt_tokens"], vocab)
+    start = time.perf_counter()
+    outs = engine.generate(input_ids=prompts, sampling_params=_greedy(task["new_tokens"]))
+    seconds = time.perf_counter() - start
+    tokens = sum(len(out["output_ids"]) for out in outs)
+    engine.flush_cache()
+    return {"seconds": seconds, "output_tokens": tokens, "requests": len(outs)}
+
+
+def _prefill(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) -> list[float]:
+    seconds = []
+    for prompt in _prompts(rng, task["repeats"] + 1, task["prompt_tokens"], vocab):
+        start = time.perf_counter()
+        engine.generate(input_ids=[prompt], sampling_params=_greedy(1))
+        seconds.append(time.perf_counter() - start)
+    engine.flush_cache()
+    return seconds[1:]
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(sys.argv[2])
+    import sglang
+
+    if "--wait" in sys.argv:  # imported ahead of time; the GPU is still another job's
+        sys.stdin.readline()
+    start = time.perf_counter()
+    engine = sglang.Engine(**spec["engine"])
+    result: dict[str, Any] = {"start_seconds": time.perf_counter() - start, "tasks": []}
+    rng = random.Random(spec.get("seed", 0))
+    vocab = spec.get("vocab", 512)
+    for task in spec["tasks"]:
+        print(f"TASK {json.dumps({k: v for k, v in task.items() if k != 'prompts'})}", flush=True)
+        value: Any
+        if task["kind"] == "score":
+            value = _score(engine, task)
+        elif task["kind"] == "steady":
+            value = _steady(engine, task, rng, vocab)
+        else:
+            value = _prefill(engine, task, rng, vocab)
+        print("TASK END", flush=True)
+        result["tasks"].append(value)
+        # A step that is cut off keeps what it measured.
+        out.write_text(json.dumps(result))
+    state = engine.get_server_info()["internal_states"][0]
+    result["lighttransfer"] = state.get("lighttransfer")
+    result["memory_usage"] = state.get("memory_usage")
+    out.write_text(json.dumps(result))
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Run engine jobs with time limits and read SGLang's own decode log lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+_DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([0-9.]+)")
+
+
+@dataclass(frozen=True)
+class Steady:
+    """running: most requests decoding at once. throughput: median tok/s of the log intervals at that
+    number, without the first (it still contains prefill). low, high: their range. intervals: how many."""
+
+    running: int
+    throughput: float
+    low: float
+    high: float
+    intervals: int
+
+
+class Job:
+    """An engine job: ``Job(...)`` imports SGLang in the background, ``run`` uses the GPU.
+
+    Importing takes half a minute, so a sequence of jobs is faster if the next one is made before this
+    one runs.
+    """
+
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self._out = folder / f"{name}.json"
+        self._out.unlink(missing_ok=True)
+        spec_file = folder / f"{name}.spec"
+        spec_file.write_text(json.dumps(spec))
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "engine_job.py"), str(spec_file), str(self._out), "--wait"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+            )
+
+    def run(self, limit_s: float) -> dict[str, Any] | None:
+        """The result, or what it had measured when it failed or ran past ``limit_s`` seconds."""
+        start = time.perf_counter()
+        try:
+            self._process.communicate("go\n", timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            print(f"{self.name}: past its limit of {limit_s:.0f} s", flush=True)
+        finally:
+            self.stop()
+        print(f"{self.name}: exit {self._process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
+        if self._process.returncode != 0:
+            lines = [line for line in self.log.read_text().splitlines() if "server_args=" not in line]
+            print("\n".join(line[:300] for line in lines[-6:]), flush=True)
+        return json.loads(self._out.read_text()) if self._out.exists() else None
+
+    def stop(self) -> None:
+        """End the process and all its children."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+
+def task_logs(log: str) -> list[list[str]]:
+    """The log lines of each task of a job, in order."""
+    tasks: list[list[str]] = []
+    current: list[str] | None = None
+    for line in log.splitlines():
+        if line.startswith("TASK END"):
+            current = None
+        elif line.startswith("TASK "):
+            current = []
+            tasks.append(current)
+        elif current is not None:
+            current.append(line)
+    return tasks
+
+
+def steady_of(lines: list[str]) -> Steady | None:
+    """Steady decode from the log lines of one ``steady`` task; None if it never decoded twice in a row."""
+    runs: list[list[tuple[int, float]]] = [[]]
+    for line in lines:
+        found = _DECODE.search(line)
+        if found:
+            runs[-1].append((int(found[1]), float(found[2])))
+        elif "Prefill batch" in line:
+            runs.append([])
+    most = max((n for run in runs for n, _ in run), default=0)
+    rates = [rate for run in runs for n, rate in run[1:] if n == most]
+    if not rates:
+        return None
+    return Steady(most, statistics.median(rates), min(rates), max(rates), len(rates))
