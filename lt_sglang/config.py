@@ -20,6 +20,7 @@ DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1
 DEFAULT_RECENT_TOKENS = 1020
 DEFAULT_EXPECTED_TOKENS = 8192
 MAX_TOKENS = 1 << 24
+MAX_LAYERS = 1024  # a mistyped range must not fill the memory
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise LightTransferError(
                 f"lazy_layers: {part.strip()!r} is neither a layer (7) nor a range (5-24); "
                 "write comma-separated layers and ranges, or none"
@@ -41,6 +42,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
         low, high = int(first), int(last) if dash else int(first)
         if low > high:
             raise LightTransferError(f"lazy_layers: the range {part.strip()!r} runs backwards")
+        if high >= MAX_LAYERS:
+            raise LightTransferError(f"lazy_layers: {high} is not a layer from 0 to {MAX_LAYERS - 1}")
         layers.extend(range(low, high + 1))
     if len(set(layers)) != len(layers):
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
@@ -69,6 +72,7 @@ class LightTransferConfig:
     recent_tokens: w_recent >= 1, the most recent tokens it sees, its own included.
     expected_tokens: prompt + output tokens of a typical request; splits the KV memory between the
         full and the streaming pool. None means min(context length, 8192).
+    expected_output_tokens: how many of them are output; None means not known.
     source: where the configuration came from, for logs and /server_info.
     """
 
@@ -77,6 +81,7 @@ class LightTransferConfig:
     sink_tokens: int = DEFAULT_SINK_TOKENS
     recent_tokens: int = DEFAULT_RECENT_TOKENS
     expected_tokens: int | None = None
+    expected_output_tokens: int | None = None
     source: str = "flags"
 
     def __post_init__(self) -> None:
@@ -86,6 +91,13 @@ class LightTransferConfig:
         _check_int("recent_tokens", self.recent_tokens, 1)
         if self.expected_tokens is not None:
             _check_int("expected_tokens", self.expected_tokens, 1)
+        if self.expected_output_tokens is not None:
+            _check_int("expected_output_tokens", self.expected_output_tokens, 0)
+            if self.expected_tokens is not None and self.expected_output_tokens > self.expected_tokens:
+                raise LightTransferError(
+                    f"expected_output_tokens: {self.expected_output_tokens} is more than expected_tokens "
+                    f"({self.expected_tokens}), which counts prompt and output"
+                )
         if any(type(layer) is not int or layer < 0 for layer in self.lazy_layers):
             raise LightTransferError("lazy_layers: layers are integers from 0")
         if list(self.lazy_layers) != sorted(set(self.lazy_layers)):
@@ -120,6 +132,7 @@ class LightTransferConfig:
             "sink_tokens": self.sink_tokens,
             "recent_tokens": self.recent_tokens,
             "expected_tokens": self.expected_tokens,
+            "expected_output_tokens": self.expected_output_tokens,
             "source": self.source,
         }
 

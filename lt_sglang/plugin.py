@@ -20,11 +20,11 @@ def register() -> None:
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-    from lt_sglang.resolve import apply_config, disable_graphs_on_cpu
+    from lt_sglang.resolve import apply_config, settle_graphs
 
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
         register_resolution_hook("handle_model_source_paths")(apply_config)
-        register_resolution_hook("handle_attention_backend_compatibility")(disable_graphs_on_cpu)
+        register_resolution_hook("handle_attention_backend_compatibility")(settle_graphs)
     if os.environ.get(ACTIVE_VARIABLE) == "1":
         _install()
     if BACKEND not in ATTENTION_BACKEND_CHOICES:

@@ -89,16 +89,22 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     logger.info("LightTransfer: %s", config)
 
 
-def disable_graphs_on_cpu(server_args: Any, previous: Callable[[Any], None]) -> None:
+def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Wraps handle_attention_backend_compatibility: torch attention on a CPU runs eagerly."""
     previous(server_args)
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     args = resolving_view(server_args)
-    if not is_requested(args) or args.device != "cpu":
+    if not is_requested(args):
         return
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
+    if args.device != "cpu":
+        if args.cuda_graph_config.prefill.backend == Backend.FULL:
+            raise LightTransferError(
+                "--cuda-graph-backend-prefill full: not supported with lazy layers; use breakable or disabled"
+            )
+        return
     for phase in (Phase.DECODE, Phase.PREFILL):
         config = with_phase(args.cuda_graph_config, phase, backend=Backend.DISABLED)
         declare_resolution(server_args, _SOURCE, cuda_graph_config=config)

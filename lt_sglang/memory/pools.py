@@ -59,6 +59,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
             expected_tokens=expected,
             chunk_tokens=min(chunk, model.context_len),
             context_tokens=model.context_len,
+            expected_output_tokens=self.lt_config.expected_output_tokens,
         )
 
     def config_from_budget(self, budget_bytes: int, *, cap_tokens: int | None = None) -> MemoryPoolConfig:

@@ -80,8 +80,15 @@ class LightTransferRadixCache(UnifiedRadixCache):
         return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
-        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
-        if not self.disable and up_to > self._kept_tokens and not self._keep_sinks(req):
+        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree.
+
+        With the tree disabled the window slides here as it would into the tree. SGLang alone frees a
+        prefill's slots two chunks late, which the streaming pool has no room for.
+        """
+        if self.disable:
+            if not req.finished():
+                self.evict_sliding_windows(req, up_to)
+        elif up_to > self._kept_tokens and not self._keep_sinks(req):
             return
         super().checkpoint(req, up_to=up_to, **kwargs)
 

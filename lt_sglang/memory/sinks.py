@@ -75,14 +75,16 @@ class SinkStore:
 
     def touch(self, key: SinkKey) -> bool:
         """Whether ``key`` is stored; if so it becomes the most recently used."""
+        if not self.sink_tokens:
+            return True
         if key not in self._sets:
             return False
         self._sets.move_to_end(key)
         return True
 
     def holds(self, request: str) -> bool:
-        """Whether ``request`` already uses a set."""
-        return request in self._of_request
+        """Whether ``request`` already uses a set, or needs none because w_sink is 0."""
+        return not self.sink_tokens or request in self._of_request
 
     def adopt(self, request: str, key: SinkKey, row: Callable[[], int | None]) -> bool:
         """Let ``request`` use the stored set ``key``; False if there is none.
@@ -90,7 +92,7 @@ class SinkStore:
         row: called at the next flush for the request's row of req_to_token; None means the request
         is gone by then.
         """
-        if request in self._of_request:
+        if self.holds(request):
             return True
         if not self.touch(key):
             return False
@@ -128,7 +130,10 @@ class SinkStore:
         if entry is None:
             return
         entry.users.discard(request)
-        row = self._row_of_request.pop(request)()
+        bound = self._row_of_request.pop(request)
+        # If it comes back before the next flush (a retraction), its new row must not get the old set.
+        self._pending_rows = [pending for pending in self._pending_rows if pending[0] is not bound]
+        row = bound()
         if row is not None:
             self._pending_rows.append((lambda: row, NO_SET))
 
@@ -147,6 +152,9 @@ class SinkStore:
             # A later copy into the same set (evicted, then reused) supersedes an earlier one.
             latest = dict(self._pending_copies)
             self._pending_copies.clear()
+            for slots in latest.values():
+                if slots.is_cuda:  # made on the scheduler's stream, read on this one
+                    slots.record_stream(torch.cuda.current_stream(slots.device))
             source = torch.cat(list(latest.values()))
             first = torch.tensor([base + index * self.sink_tokens for index in latest], dtype=torch.int64)
             target = first[:, None] + torch.arange(self.sink_tokens)

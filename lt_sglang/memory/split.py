@@ -36,7 +36,7 @@ class SplitInput:
     """full_bytes, streaming_bytes: KV bytes of one token in all full / all lazy layers of a rank.
 
     retained_tokens: LightTransferConfig.retained_tokens. chunk_tokens: the tokens one prefill batch
-    writes before the window slides over them.
+    writes before the window slides over them. expected_output_tokens: of expected_tokens, or None.
     """
 
     full_bytes: int
@@ -46,21 +46,26 @@ class SplitInput:
     expected_tokens: int
     chunk_tokens: int
     context_tokens: int
+    expected_output_tokens: int | None = None
 
     @property
     def streaming_per_request(self) -> int:
-        """Slots a running request holds on average.
+        """Slots a running request holds: its window and a headroom.
 
-        The window, and a quarter of a window more: until it has decoded w_recent tokens, a request
-        holds its prompt's last window (which the prefix cache can reuse) beside its new tokens.
+        Until it has decoded w_recent tokens, a request holds its prompt's last window (which the prefix
+        cache can reuse) beside its new tokens. The headroom is the expected output, at most a window;
+        a quarter of a window where the output is not known.
         """
-        headroom = max(16, self.retained_tokens // 4)
+        if self.expected_output_tokens is None:
+            headroom = max(16, self.retained_tokens // 4)
+        else:
+            headroom = min(self.expected_output_tokens, self.retained_tokens)
         return min(self.expected_tokens, self.retained_tokens + headroom)
 
     @property
     def streaming_fixed(self) -> int:
         """Slots for the prefill batch in flight, whatever the number of requests."""
-        return self.chunk_tokens + self.retained_tokens + 2
+        return self.chunk_tokens + 2
 
 
 def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
@@ -74,6 +79,11 @@ def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
         per_request + given.sink_tokens
     )
     requests = (budget_bytes - fixed_bytes) / request_bytes
+    if requests * per_request < given.retained_tokens:
+        # One window is there whatever the requests are (see _sizes).
+        left = budget_bytes - fixed_bytes - given.streaming_bytes * given.retained_tokens
+        request_bytes -= given.streaming_bytes * per_request
+        requests = left / request_bytes if left > 0 else 0.0
     if requests <= 0:
         raise LightTransferError(
             f"KV memory: {budget_bytes / 2**20:.0f} MiB do not hold one prefill chunk of "
@@ -101,7 +111,9 @@ def split_bytes(split: PoolSplit, given: SplitInput) -> int:
 
 
 def _sizes(full_tokens: int, requests: float, given: SplitInput) -> PoolSplit:
-    streaming = int(requests * given.streaming_per_request) + given.streaming_fixed
+    # Even a pool too small for one expected request must admit a prefill: one window and one chunk.
+    windows = max(int(requests * given.streaming_per_request), given.retained_tokens)
+    streaming = windows + given.streaming_fixed
     return PoolSplit(
         full_tokens=full_tokens,
         streaming_tokens=streaming,
