@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
@@ -60,6 +61,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
             chunk_tokens=min(chunk, model.context_len),
             context_tokens=model.context_len,
             expected_output_tokens=self.lt_config.expected_output_tokens,
+            eviction_interval=max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get()),
         )
 
     def config_from_budget(self, budget_bytes: int, *, cap_tokens: int | None = None) -> MemoryPoolConfig:

@@ -37,6 +37,8 @@ class SplitInput:
 
     retained_tokens: LightTransferConfig.retained_tokens. chunk_tokens: the tokens one prefill batch
     writes before the window slides over them. expected_output_tokens: of expected_tokens, or None.
+    eviction_interval: tokens by which SGLang lets a window slide at a time in decode
+    (SGLANG_SWA_EVICTION_INTERVAL).
     """
 
     full_bytes: int
@@ -47,19 +49,25 @@ class SplitInput:
     chunk_tokens: int
     context_tokens: int
     expected_output_tokens: int | None = None
+    eviction_interval: int = 128
 
     @property
     def streaming_per_request(self) -> int:
         """Slots a running request holds: its window and a headroom.
 
         Until it has decoded w_recent tokens, a request holds its prompt's last window (which the prefix
-        cache can reuse) beside its new tokens. The headroom is the expected output, at most a window;
-        a quarter of a window where the output is not known.
+        cache can reuse) beside its new tokens; from then on the window slides in steps of the eviction
+        interval. So the headroom is a short output whole; for a long one it falls with the share of its
+        life that a request spends in its first window (twice the average, for requests in step); where
+        the output is not known it is a quarter of a window.
         """
-        if self.expected_output_tokens is None:
-            headroom = max(16, self.retained_tokens // 4)
+        output, window = self.expected_output_tokens, self.retained_tokens
+        if output is None:
+            headroom = max(self.eviction_interval, window // 4)
+        elif output <= window:
+            headroom = output
         else:
-            headroom = min(self.expected_output_tokens, self.retained_tokens)
+            headroom = min(window, window * window // output + self.eviction_interval)
         return min(self.expected_tokens, self.retained_tokens + headroom)
 
     @property
