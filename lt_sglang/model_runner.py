@@ -32,6 +32,7 @@ class LightTransferModelRunner(ModelRunner):
     def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
         self.lt_config = lt_config
         self.sink_store: SinkStore | None = None
+        self.kv_cache_configurator: Any = None
         check_applied()
         super().__init__(*args, **kwargs)
 
@@ -55,9 +56,8 @@ class LightTransferModelRunner(ModelRunner):
         """Build the configurator that splits the KV memory for the requests served."""
         super().init_kv_cache_configurator(draft_parallel_layout)
         if self.lt_config.lazy_layers:
-            self.kv_cache_configurator = LightTransferKVCacheConfigurator.adopt(
-                self.kv_cache_configurator, self.lt_config
-            )
+            stock: Any = self.kv_cache_configurator
+            self.kv_cache_configurator = LightTransferKVCacheConfigurator.adopt(stock, self.lt_config)
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the pools and the sink store."""
@@ -67,7 +67,8 @@ class LightTransferModelRunner(ModelRunner):
         lazy = tuple(self.layer_info.swa_attention_layer_ids)
         if lazy != self.lt_config.lazy_layers:
             raise LightTransferError(
-                f"KV pools: SGLang made layers {list(lazy)} streaming, asked for {list(self.lt_config.lazy_layers)}"
+                f"KV pools: SGLang made layers {list(lazy)} streaming, "
+                f"asked for {list(self.lt_config.lazy_layers)}"
             )
         self.sink_store = SinkStore(
             capacity=self.kv_cache_configurator.split.sink_sets,
@@ -97,7 +98,9 @@ class LightTransferModelRunner(ModelRunner):
         """As ModelRunner, after the sink rows this forward reads have been filled."""
         if self.sink_store is not None:
             pool = self.token_to_kv_pool.swa_kv_pool
-            self.sink_store.flush(self.windows().sink_base, lambda target, source: copy_rows(pool, target, source))
+            self.sink_store.flush(
+                self.windows().sink_base, lambda target, source: copy_rows(pool, target, source)
+            )
         return super().forward(forward_batch, *args, **kwargs)
 
     def describe(self) -> dict[str, Any]:
@@ -137,4 +140,6 @@ def _check_layers(layers: dict[int, RadixAttention]) -> None:
         }
         for what, present in odd.items():
             if present:
-                raise LightTransferError(f"model: layer {layer_id} has {what}, which lazy layers do not support")
+                raise LightTransferError(
+                    f"model: layer {layer_id} has {what}, which lazy layers do not support"
+                )

@@ -29,7 +29,9 @@ def _above_one(value: Any) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("--speculative-algorithm", "speculative_algorithm", _set, "draft tokens are verified with full KV"),
+    Refusal(
+        "--speculative-algorithm", "speculative_algorithm", _set, "draft tokens are verified with full KV"
+    ),
     Refusal(
         "--disaggregation-mode",
         "disaggregation_mode",
@@ -39,19 +41,31 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--pp-size", "pp_size", _above_one, "pipeline stages do not agree on sink rows"),
     Refusal("--dcp-size", "dcp_size", _above_one, "context-parallel KV is not cut into windows"),
     Refusal("--attn-cp-size", "attn_cp_size", _above_one, "context-parallel KV is not cut into windows"),
-    Refusal("--enable-hierarchical-cache", "enable_hierarchical_cache", _set, "HiCache does not store sink rows"),
+    Refusal(
+        "--enable-hierarchical-cache", "enable_hierarchical_cache", _set, "HiCache does not store sink rows"
+    ),
     Refusal("--enable-dp-attention", "enable_dp_attention", _set, "it was not tested with hybrid caches"),
     Refusal("--enable-mixed-chunk", "enable_mixed_chunk", _set, "lazy layers plan prefill and decode apart"),
-    Refusal("--enable-unified-memory", "enable_unified_memory", _set, "the pools are split by request length"),
-    Refusal("--enable-two-batch-overlap", "enable_two_batch_overlap", _set, "sink rows are filled once a forward"),
+    Refusal(
+        "--enable-unified-memory", "enable_unified_memory", _set, "the pools are split by request length"
+    ),
+    Refusal(
+        "--enable-two-batch-overlap", "enable_two_batch_overlap", _set, "sink rows are filled once a forward"
+    ),
     Refusal("--enable-pdmux", "enable_pdmux", _set, "sink rows are filled on one stream"),
-    Refusal("--enable-streaming-session", "enable_streaming_session", _set, "a session keeps slots, not sinks"),
-    Refusal("--enable-session-radix-cache", "enable_session_radix_cache", _set, "a session keeps slots, not sinks"),
+    Refusal(
+        "--enable-streaming-session", "enable_streaming_session", _set, "a session keeps slots, not sinks"
+    ),
+    Refusal(
+        "--enable-session-radix-cache", "enable_session_radix_cache", _set, "a session keeps slots, not sinks"
+    ),
     Refusal("--enable-lmcache", "enable_lmcache", _set, "external caches do not store sink rows"),
     Refusal("--enable-flexkv", "enable_flexkv", _set, "external caches do not store sink rows"),
     Refusal("--enable-hisparse", "enable_hisparse", _set, "it replaces the KV pools"),
     Refusal("--enable-kv-cache-sharding", "enable_kv_cache_sharding", _set, "it replaces the KV pools"),
-    Refusal("--disable-hybrid-swa-memory", "disable_hybrid_swa_memory", _set, "lazy layers live in that memory"),
+    Refusal(
+        "--disable-hybrid-swa-memory", "disable_hybrid_swa_memory", _set, "lazy layers live in that memory"
+    ),
     Refusal(
         "--enable-deterministic-inference",
         "enable_deterministic_inference",
@@ -78,7 +92,9 @@ def check_server_args(args: Any) -> None:
             flag = "--" + role.replace("_", "-")
             raise LightTransferError(f"{flag} {name}: with lazy layers it must be {BACKEND} or not be given")
     if args.attention_backend not in (None, BACKEND):
-        raise LightTransferError(f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases")
+        raise LightTransferError(
+            f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases"
+        )
     for refusal in REFUSALS:
         value = getattr(args, refusal.field)
         if refusal.refused(value):

@@ -30,22 +30,26 @@ def is_requested(args: Any) -> bool:
     return BACKEND in names
 
 
-def load_config(overrides: dict[str, Any], model_config: dict[str, Any], model_path: str) -> LightTransferConfig:
+def load_config(
+    overrides: dict[str, Any], model_config: dict[str, Any], model_path: str
+) -> LightTransferConfig:
     """The configuration to serve: overrides, else the model's own, else the known model's.
 
     Raises LightTransferError when there is none.
     """
     if CONFIG_KEY in overrides:
         given = overrides[CONFIG_KEY]
-        return LightTransferConfig.from_dict(given, source=None if "source" in given else "model override args")
+        return LightTransferConfig.from_dict(
+            given, source=None if "source" in given else "model override args"
+        )
     if CONFIG_KEY in model_config:
         return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
     known = find_known(model_path)
     if known is not None:
         return known.config
     raise LightTransferError(
-        f"lazy_layers: none given for {model_path}; use lt-sglang serve --lt-lazy-layers or --lt-config, or the "
-        f"key '{CONFIG_KEY}' in the model's config.json or in --json-model-override-args"
+        f"lazy_layers: none given for {model_path}; use lt-sglang serve --lt-lazy-layers or --lt-config, "
+        f"or the key '{CONFIG_KEY}' in the model's config.json or in --json-model-override-args"
     )
 
 
@@ -76,7 +80,9 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     overrides = json.loads(args.json_model_override_args or "{}")
-    model = get_config(args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides)
+    model = get_config(
+        args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides
+    )
     config = load_config(overrides, model.to_dict(), args.model_path)
     text_config = model.get_text_config()
     config.check_model(text_config.num_hidden_layers)

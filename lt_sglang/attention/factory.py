@@ -20,8 +20,8 @@ def create(runner: ModelRunner) -> Any:
 
     if not isinstance(runner, LightTransferModelRunner):
         raise LightTransferError(
-            "attention backend lighttransfer: the model runner is SGLang's own, so the plug-in's hooks are not "
-            "in place in this process; see the log for 'Failed to apply hooks', or run lt-sglang doctor"
+            "attention backend lighttransfer: the model runner is SGLang's own, so the plug-in's hooks are "
+            "not in place in this process; see the log for 'Failed to apply hooks', or run lt-sglang doctor"
         )
     if runner.device == "cpu":
         from lt_sglang.attention.torch_backend import LightTransferTorchBackend

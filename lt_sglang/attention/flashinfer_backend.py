@@ -55,7 +55,9 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if not self.lazy_layers:
             return
         if self.dispatch_reason != WrapperDispatch.SLIDING_WINDOW or not self.use_sliding_window_kv_pool:
-            raise LightTransferError("attention backend: SGLang did not set up the streaming pool for FlashInfer")
+            raise LightTransferError(
+                "attention backend: SGLang did not set up the streaming pool for FlashInfer"
+            )
         if self.is_dllm_model or self.enable_mis:
             raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
@@ -91,7 +93,9 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         given = self.lazy_prefill
         assert given is not None
         if save_kv_cache and k is not None:
-            where = KVWriteLoc.for_layer(forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc)
+            where = KVWriteLoc.for_layer(
+                forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc
+            )
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
@@ -123,7 +127,9 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
 class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
     """Plans decode: the full wrapper as stock, the lazy wrapper over sinks and windows."""
 
-    def __init__(self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend) -> None:
+    def __init__(
+        self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend
+    ) -> None:
         self.runner = model_runner
         super().__init__(model_runner, attn_backend)
 
@@ -191,7 +197,9 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
 class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
     """Plans prefill: the full wrappers as stock, the lazy wrapper windowed over cached window + chunk."""
 
-    def __init__(self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend) -> None:
+    def __init__(
+        self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend
+    ) -> None:
         self.runner = model_runner
         super().__init__(model_runner, attn_backend)
 
@@ -233,7 +241,9 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
             fixed_split_size=fixed_split_size,
             plan=plan,
         )
-        self._plan_lazy(prefill_wrappers[LAZY], req_pool_indices, prefix_lens, seq_lens, seq_lens_cpu, prefixes)
+        self._plan_lazy(
+            prefill_wrappers[LAZY], req_pool_indices, prefix_lens, seq_lens, seq_lens_cpu, prefixes
+        )
 
     def _plan_lazy(
         self,

@@ -12,7 +12,7 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _decode_rows(
+def _decode_rows(  # type: ignore[no-untyped-def]
     out_ptr,
     indptr_ptr,
     rows_ptr,
@@ -78,7 +78,7 @@ def decode_rows(
 
 
 @triton.jit
-def _merge_sinks(
+def _merge_sinks(  # type: ignore[no-untyped-def]
     out_ptr,
     lse_ptr,
     query_ptr,

@@ -12,7 +12,13 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
-from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_reference, lazy_lengths, sink_rows
+from lt_sglang.attention.indices import (
+    StreamingTables,
+    Windows,
+    decode_rows_reference,
+    lazy_lengths,
+    sink_rows,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -108,7 +114,8 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         if save and k is not None:
             where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
-        return self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        return keys, values
 
 
 def _block_keys(
@@ -128,7 +135,11 @@ def _block_keys(
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, layer: RadixAttention
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: RadixAttention,
 ) -> torch.Tensor:
     """Softmax attention of [queries, heads, dim] over [keys, kv heads, dim]; bool mask [queries, keys]."""
     return (

@@ -89,5 +89,6 @@ def check_applied() -> None:
         function = pkgutil.resolve_name(hook.target)
         if getattr(function, "__wrapped__", None) is None:
             raise LightTransferError(
-                f"hooks: {hook.target} is not wrapped in this process; the log says why above; run lt-sglang doctor"
+                f"hooks: {hook.target} is not wrapped in this process; the log says why above; "
+                "run lt-sglang doctor"
             )

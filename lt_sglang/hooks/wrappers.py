@@ -41,7 +41,9 @@ def add_state(original: Callable[..., None], controller: Any, state: dict[str, A
         state[CONFIG_KEY] = runner.describe()
 
 
-def check_pools(original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any) -> Any:
+def check_pools(
+    original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Add the sink store to SGLang's idle leak check; an idle server has no request that uses a set."""
     leak, messages = original(checker, *args, **kwargs)
     sinks = getattr(checker.tree_cache, "sinks", None)

@@ -35,7 +35,9 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
     split: PoolSplit | None
 
     @classmethod
-    def adopt(cls, stock: KVCacheConfigurator, config: LightTransferConfig) -> LightTransferKVCacheConfigurator:
+    def adopt(
+        cls, stock: KVCacheConfigurator, config: LightTransferConfig
+    ) -> LightTransferKVCacheConfigurator:
         """Rebuild SGLang's own configurator as this class, field by field."""
         fields = {f.name: getattr(stock, f.name) for f in dataclasses.fields(stock) if f.init}
         adopted = cls(**fields)
@@ -133,7 +135,9 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         token_to_kv_pool_allocator: Any,
     ) -> Any:
         if token_to_kv_pool_allocator is not None or get_memory().enable_hisparse:
-            raise LightTransferError("KV pools: draft workers and HiSparse are not supported with lazy layers")
+            raise LightTransferError(
+                "KV pools: draft workers and HiSparse are not supported with lazy layers"
+            )
         # Also with no full layer: the full side then hands out positions that cost no KV bytes, and
         # one mechanism (and one prefix cache) serves every set of layers.
         return SWATokenToKVPoolAllocator(

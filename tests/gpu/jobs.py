@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -64,7 +65,10 @@ class Job:
             print(f"{self.name}: past its limit of {limit_s:.0f} s", flush=True)
         finally:
             self.stop()
-        print(f"{self.name}: exit {self._process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{self.name}: exit {self._process.returncode} after {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
         if self._process.returncode != 0:
             lines = [line for line in self.log.read_text().splitlines() if "server_args=" not in line]
             print("\n".join(line[:300] for line in lines[-6:]), flush=True)
@@ -72,10 +76,8 @@ class Job:
 
     def stop(self) -> None:
         """End the process and all its children."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
 

@@ -55,7 +55,9 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
         self.model.to(device).eval()
         self._mask: torch.Tensor | None = None
         for layer in self.model.model.layers:
@@ -75,7 +77,9 @@ class Reference:
         at = torch.arange(count, device=self.device)
         gap = at[:, None] - at[None, :]
         seen = (gap >= 0) & ((at[None, :] < SINK) | (gap < RECENT))
-        self._mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf"))[None, None]
+        self._mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf"))[
+            None, None
+        ]
         ids = torch.tensor([tokens], device=self.device)
         logits = self.model(ids).logits[0, :-1].float().log_softmax(-1)
         return logits.gather(1, ids[0, 1:, None])[:, 0].cpu()

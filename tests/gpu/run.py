@@ -133,7 +133,7 @@ class Run:
 
 
 def run_parity(run: Run, fp8: bool = False) -> None:
-    """Log-probabilities against float32: graphs on and off, slots reused, prefixes hit; or an fp8 KV cache."""
+    """Log-probabilities against float32: graphs on and off, slots reused, prefixes hit; or fp8 KV."""
     model = parity.make_model(Path("/tmp/lt-parity-model"))
     lazy_text = ",".join(map(str, parity.LAZY))
     score = [{"kind": "score", "prompts": parity.prompts(), "new_tokens": parity.NEW_TOKENS}]
@@ -154,7 +154,9 @@ def run_parity(run: Run, fp8: bool = False) -> None:
             "eager": engine_args(model, **common, **on, disable_cuda_graph=True),
         }
     outs = {}
-    steps = [Step(name, engine, score * (2 if name == "graph" else 1), 150) for name, engine in variants.items()]
+    steps = [
+        Step(name, engine, score * (2 if name == "graph" else 1), 150) for name, engine in variants.items()
+    ]
     for step, result in run.jobs_together(steps) if fp8 else run.jobs(steps):
         if result and result["tasks"]:
             outs[step.name] = result
@@ -171,9 +173,17 @@ def run_parity(run: Run, fp8: bool = False) -> None:
     run.report.setdefault("parity", {}).update(found)
     for label, error in found.items():
         run.say(f"parity {label:18s} " + "  ".join(f"{k} {v:.4g}" for k, v in error.items()))
-    for label, noise in (("graph", "stock"), ("graph_again", "stock"), ("eager", "stock"), ("fp8", "fp8_stock")):
+    for label, noise in (
+        ("graph", "stock"),
+        ("graph_again", "stock"),
+        ("eager", "stock"),
+        ("fp8", "fp8_stock"),
+    ):
         if label in found and noise in found:
-            good = found[label]["mean"] <= 1.25 * found[noise]["mean"] and found[label]["max"] <= 1.5 * found[noise]["max"]
+            good = (
+                found[label]["mean"] <= 1.25 * found[noise]["mean"]
+                and found[label]["max"] <= 1.5 * found[noise]["max"]
+            )
             run.say(f"parity {label} within the noise of {noise}: {'PASS' if good else 'FAIL'}")
     if "graph" in outs and "eager" in outs:
         pairs = zip(outs["graph"]["tasks"][0], outs["eager"]["tasks"][0], strict=True)
@@ -212,7 +222,8 @@ def _cell_result(run: Run, name: str, task: dict[str, Any], value: Any, lines: l
     if steady:
         run.say(
             f"{name:22s} {task['prompt_tokens']:6d} in: {steady.running:4d} running "
-            f"{steady.throughput:8.0f} tok/s ({steady.low:.0f} to {steady.high:.0f}, {steady.intervals} intervals), "
+            f"{steady.throughput:8.0f} tok/s ({steady.low:.0f} to {steady.high:.0f}, "
+            f"{steady.intervals} intervals), "
             f"{value['seconds']:.1f} s in all"
         )
     return {**task, **value, "steady": asdict(steady) if steady else None}
@@ -240,7 +251,9 @@ def lazy_step(tokens: int, layers: str, cells: list[dict[str, Any]], limit_s: fl
 
 def stock_step(backend: str, cells: list[dict[str, Any]], limit_s: float, **extra: Any) -> Step:
     """The same without lazy layers, on one of stock SGLang's backends."""
-    engine = engine_args(mistral(Path("/tmp/lt-mistral")), load_format="dummy", attention_backend=backend, **extra)
+    engine = engine_args(
+        mistral(Path("/tmp/lt-mistral")), load_format="dummy", attention_backend=backend, **extra
+    )
     return Step(f"stock_{backend}", engine, cells, limit_s, vocab=32000)
 
 
@@ -284,19 +297,6 @@ def run_backends(run: Run) -> None:
 def run_fp8(run: Run) -> None:
     """Parity with an fp8 KV cache; FlashInfer compiles two kernels for it (minutes on a new machine)."""
     run_parity(run, fp8=True)
-
-
-def run_more(run: Run) -> None:
-    """The cells of ``steady`` that one lease could not hold."""
-    model = mistral(Path("/tmp/lt-mistral"))
-    dummy = {"load_format": "dummy"}
-    for tokens, requests in ((8192, 92), (4096, 160)):
-        on = lazy(HALF, 4, 1020, tokens + NEW_TOKENS)
-        steady_step(run, f"lt_half_{tokens // 1024}k", engine_args(model, **dummy, **on), [cell(tokens, requests)], 150)
-    on = lazy(THREE_QUARTERS, 4, 1020, 16384 + NEW_TOKENS)
-    steady_step(run, "lt_three_quarters_16k", engine_args(model, **dummy, **on), [cell(16384, 92)], 160)
-    args = engine_args(model, attention_backend="fa3", **dummy)
-    steady_step(run, "stock_fa3", args, [cell(16384, 27), PREFILL_32K, cell(16384, 8)], 150)
 
 
 STEPS = {

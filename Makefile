@@ -1,0 +1,68 @@
+# From a fresh clone: `make serve` to try it, `make test` to check it. `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+MODEL ?=
+TP ?=
+ARGS ?=
+PYTEST_FLAGS ?=
+
+ROOT := $(CURDIR)
+# This clone's code, and the metadata that announces its plug-in (scripts/announce.py).
+export PYTHONPATH := $(ROOT):$(ROOT)/.lt
+
+# A library's complaint at interpreter exit, which would hide pytest's closing line.
+export PYTHONWARNINGS := ignore:builtin type swigvarlink has no __module__ attribute:DeprecationWarning
+
+# Recursive, so that only targets that use them pay for them.
+ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
+PY = $(ENV_PATH)/bin/python
+RUN = $(PY) scripts/run.py $(PY)
+
+.PHONY: help env model serve test test-unit test-contract test-engine test-gpu lint typecheck lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo
+	@echo 'make serve [MODEL=folder-or-name] [TP=2] [ARGS="--port 30001 ..."]'
+	@echo 'make test [PYTEST_FLAGS="-v -k name"]     make env [PYTHON=python3.12]'
+
+env: ## build the Python environment, once, outside the clone
+	@$(PYTHON) scripts/env.py build
+	@$(PYTHON) scripts/announce.py
+
+model: env ## convert the demo model, once, and print its folder
+	@$(PY) -m lt_sglang.demo.smollm2
+
+serve: env ## serve MODEL; without one, and without a GPU, the demo model with half its layers lazy
+	@exec $(PY) -m lt_sglang serve $(if $(MODEL),--model-path $(MODEL)) $(if $(TP),--tp-size $(TP)) $(ARGS)
+
+test: lint typecheck ## everything that needs no GPU
+	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu' \
+	    $(wildcard tests/unit tests/contract tests/loadtest tests/deploy tests/engine)
+
+test-unit: env ## fast tests; no server
+	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/unit
+
+test-contract: env ## the hooks against the pinned SGLang
+	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/contract
+
+test-engine: env ## real servers on the CPU
+	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu' tests/engine
+
+test-gpu: env ## what needs a CUDA device
+	@$(RUN) -m pytest $(PYTEST_FLAGS) -m gpu tests
+
+lint: env ## ruff
+	@$(PY) -m ruff check .
+
+typecheck: env ## mypy --strict
+	@$(PY) -m mypy
+
+lock: ## resolve the dependencies again; UPGRADE=1 takes newer versions
+	@$(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+clean: ## delete what make left in the clone (the environment is kept)
+	@rm -rf .lt .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+"""Read a model's config.json without importing transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.errors import LightTransferError
+
+
+def read_model_config(model_path: str, revision: str | None = None) -> dict[str, Any] | None:
+    """config.json of a local folder or a hub name; None if it is neither, or cannot be fetched.
+
+    Raises LightTransferError if a local folder has none, or if it is not a JSON object.
+    """
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        file = folder / "config.json"
+        if not file.is_file():
+            raise LightTransferError(f"--model-path {model_path}: the folder has no config.json")
+    else:
+        fetched = _fetch(model_path, revision)
+        if fetched is None:
+            return None
+        file = fetched
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LightTransferError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise LightTransferError(f"{file}: must be a JSON object")
+    return data
+
+
+_IGNORE_WINDOW = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+
+def _fetch(name: str, revision: str | None) -> Path | None:
+    # SGLang also takes ModelScope names, object stores and GGUF files: what the hub does not know is
+    # left to it, with its own message.
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception:
+        return None
+
+
+def unsupported_features(model_config: Mapping[str, Any]) -> list[str]:
+    """What a config.json names that lazy layers do not work with; the server checks the model again."""
+    nested = model_config.get("text_config")
+    text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else model_config
+    layer_types = set(text.get("layer_types") or ())
+    # These name a window in config.json that SGLang's model code does not use.
+    window = text.get("sliding_window") if text.get("model_type") not in _IGNORE_WINDOW else None
+    found = {
+        "a sliding window of its own": bool(window) or "sliding_attention" in layer_types,
+        "latent attention (MLA)": bool(text.get("kv_lora_rank")),
+        "linear-attention or state-space layers": bool(layer_types - {"full_attention", "sliding_attention"}),
+        "logit soft-capping": bool(text.get("attn_logit_softcapping")),
+        "an encoder": bool(text.get("is_encoder_decoder")),
+    }
+    return [name for name, present in found.items() if present]

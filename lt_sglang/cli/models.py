@@ -1,0 +1,43 @@
+"""``lt-sglang models``: the models whose lazy layers are known."""
+
+from __future__ import annotations
+
+import json
+
+from lt_sglang.cli.parser import Parser
+from lt_sglang.config import format_layers
+from lt_sglang.models import KnownModel, known_models
+
+
+def run(argv: list[str]) -> int:
+    """Print the known models, one paragraph each, or JSON."""
+    parser = Parser(prog="lt-sglang models", description="List the models whose lazy layers are known.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    models = known_models()
+    if args.json:
+        print(json.dumps([_as_dict(model) for model in models], indent=2))
+        return 0
+    for model in models:
+        print(_as_text(model))
+    return 0
+
+
+def _as_dict(model: KnownModel) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "num_layers": model.num_layers,
+        "origin": model.origin,
+        "lighttransfer": model.config.to_dict(),
+    }
+
+
+def _as_text(model: KnownModel) -> str:
+    config = model.config
+    return (
+        f"{model.name}\n"
+        f"  {len(config.lazy_layers)} of {model.num_layers} layers: {format_layers(config.lazy_layers)}\n"
+        f"  windows: {config.sink_tokens} sink + {config.recent_tokens} recent tokens\n"
+        f"  {model.architecture}; {model.origin}"
+    )

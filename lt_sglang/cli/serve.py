@@ -1,0 +1,199 @@
+"""``lt-sglang serve``: SGLang's own server with lazy layers.
+
+The command line is worked out here, before anything heavy is imported; then this process becomes
+``python -m lt_sglang.cli.server`` with SGLang's arguments. It has to be a new program on a machine without a
+GPU, where the dynamic linker and OpenMP need their variables before Python starts; it is one everywhere, so
+that there is one path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lt_sglang.cli import sglang_args as flags
+from lt_sglang.cli.model_config import read_model_config
+from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
+from lt_sglang.cli.server import TRY_VARIABLE, URL_VARIABLE, base_url
+from lt_sglang.cli.sglang_args import SglangArgs
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.names import BACKEND
+
+HELP = f"""\
+usage: lt-sglang serve [MODEL | --model-path MODEL] [--lt-...] [any SGLang flag]
+
+Starts SGLang's server with lazy layers. Every flag that does not begin with --lt- goes to SGLang unchanged;
+'python -m sglang.launch_server --help' lists them. On a machine without a GPU, SGLang runs on the CPU, and
+without a model it serves a small demonstration model there.
+
+{OPTIONS_HELP}
+
+examples:
+  lt-sglang serve cxdu/QwQ-32B-LightTransfer --tp-size 2
+  lt-sglang serve --model-path ./mistral-7b --lt-lazy-layers 8-23 --lt-expected-tokens 16384 --port 30000
+  lt-sglang serve"""
+
+# Half of SmolLM2's 30 layers: those whose attention output changes least without the middle of a prompt (the
+# largest error relative to the residual stream, over the last 32 queries of three passkey prompts). With
+# them it still finds a passkey 3,000 tokens back, 6 of 6; with every second layer lazy, 1 of 6.
+DEMO_LAZY_LAYERS = "0-3,10-13,16,19,24-25,27-29"
+# Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
+DEMO_ARGS = (
+    ("--max-total-tokens", "32768"),
+    ("--max-running-requests", "8"),
+    ("--chunked-prefill-size", "2048"),
+)
+NO_HTTP = ("--grpc-mode", "--smg-grpc-mode", "--encoder-only")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to start: SGLang's arguments, the whole environment, and what to tell the user.
+
+    config is None if only SGLang's process can find it (a model this machine cannot look up by itself).
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    model_path: str
+    config: LightTransferConfig | None
+    url: str
+    try_line: str
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plan_launch asks of the machine it runs on; tests pass their own."""
+
+    has_gpu: Callable[[], bool] = has_gpu
+    cpu_environment: Callable[[int, Mapping[str, str]], dict[str, str]] = cpu_environment
+    demo_model: Callable[[], Path] = ensure_model
+    model_config: Callable[[str, str | None], dict[str, object] | None] = read_model_config
+
+
+def run(argv: list[str]) -> int:
+    """Become the server; returns only for --help."""
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(HELP)
+        return 0
+    launch = plan_launch(argv, os.environ)
+    for line in _greeting(launch):
+        _say(line)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv]
+    os.execve(sys.executable, command, launch.env)
+
+
+def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None = None) -> Launch:
+    """Work out the command line and the environment of the server.
+
+    Raises LightTransferError on a bad option, a conflicting backend and a model without lazy layers. May
+    convert the demonstration model and compile the driver stub, both once per machine.
+    """
+    machine = machine or Machine()
+    options, rest = take_options(argv)
+    args = SglangArgs(rest)
+    _check_backends(args)
+    overrides = args.overrides()
+    tp = args.get_int(flags.TP_SIZE, 1)
+    url = base_url(args.argv, args.get(flags.HOST), args.get_int(flags.PORT, 30000))
+    device = args.get(flags.DEVICE)
+    on_cpu = device == "cpu" or (device is None and not machine.has_gpu())
+
+    model_path = args.get(flags.MODEL_PATH)
+    demo = model_path is None
+    if model_path is None:
+        model_path, options = _demo_model(on_cpu, options, machine)
+        missing = [part for pair in DEMO_ARGS if not args.has(pair[0]) for part in pair]
+        args = SglangArgs([*args.argv, "--model-path", model_path, *missing])
+    model_config = machine.model_config(model_path, args.get(flags.REVISION))
+    config = resolve_config(options, model_path, model_config, overrides)
+
+    values: dict[tuple[str, ...], str] = {flags.ATTENTION_BACKEND: BACKEND}
+    if config is not None:
+        values[flags.MODEL_OVERRIDES] = json.dumps({**overrides, CONFIG_KEY: config.to_dict()})
+    final = args.replaced(values)
+    changes: dict[str, str] = {}
+    if on_cpu:
+        final += _missing_cpu_args(args)
+        try:
+            changes = machine.cpu_environment(tp, env)
+        except CompilerMissing as error:
+            raise LightTransferError(str(error)) from None
+    try_line = _try_line(url, demo)
+    # Other nodes, and servers that speak gRPC only, never answer /ready.
+    silent = args.get(flags.NODE_RANK) not in (None, "0") or any(map(args.has, NO_HTTP))
+    news = {} if silent else {URL_VARIABLE: url, TRY_VARIABLE: try_line}
+    return Launch(
+        argv=tuple(final),
+        env={**env, **changes, **news},
+        model_path=model_path,
+        config=config,
+        url=url,
+        try_line=try_line,
+        on_cpu=on_cpu,
+    )
+
+
+def _check_backends(args: SglangArgs) -> None:
+    for names in (flags.ATTENTION_BACKEND, flags.PREFILL_BACKEND, flags.DECODE_BACKEND):
+        name = args.get(names)
+        if name not in (None, BACKEND):
+            raise LightTransferError(
+                f"{names[0]} {name}: lt-sglang serves with {BACKEND}; leave the flag out, or serve without "
+                "lazy layers: python -m sglang.launch_server"
+            )
+
+
+def _demo_model(on_cpu: bool, options: LtOptions, machine: Machine) -> tuple[str, LtOptions]:
+    if not on_cpu:
+        raise LightTransferError(
+            "--model-path: missing; only on a machine without a GPU is there a demonstration model"
+        )
+    _say("no --model-path given and no GPU found: serving the demonstration model SmolLM2-135M-Instruct")
+    try:
+        path = str(machine.demo_model())
+    except DemoModelMissing as error:
+        raise LightTransferError(str(error)) from None
+    if options.lazy_layers is None and options.config is None:
+        options = replace(options, lazy_layers=DEMO_LAZY_LAYERS)
+    return path, options
+
+
+def _missing_cpu_args(args: SglangArgs) -> list[str]:
+    ours = cpu_server_args()
+    pairs = [ours[index : index + 2] for index in range(0, len(ours), 2)]
+    return [part for pair in pairs if not args.has(pair[0]) for part in pair]
+
+
+def _try_line(url: str, chat: bool) -> str:
+    if chat:
+        path = "chat/completions"
+        body: dict[str, object] = {"messages": [{"role": "user", "content": "Name three primary colors."}]}
+    else:
+        path, body = "completions", {"prompt": "The capital of France is"}
+    text = json.dumps({"model": "default", **body, "max_tokens": 32, "temperature": 0})
+    return f"curl -s {url}/v1/{path} -H 'Content-Type: application/json' -d '{text}'"
+
+
+def _greeting(launch: Launch) -> list[str]:
+    lines = [f"model: {launch.model_path}"]
+    if launch.config is not None:
+        lines.append(describe(launch.config))
+    if launch.on_cpu:
+        lines.append("no GPU in use: SGLang runs on the CPU (for tests and demonstrations; it is slow)")
+    lines.append(f"will listen on {launch.url}; once it is ready, try:")
+    lines.append(f"  {launch.try_line}")
+    return lines
+
+
+def _say(text: str) -> None:
+    print(f"lt-sglang: {text}", file=sys.stderr, flush=True)

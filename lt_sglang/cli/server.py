@@ -1,0 +1,104 @@
+"""The server process: ``python -m lt_sglang.cli.server`` with SGLang's arguments, nothing else.
+
+Does what ``sglang serve`` does for a language model (sglang/cli/serve.py, _run_llm), and tells the user how
+far it is. ``lt-sglang serve`` starts it; it has no options of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+from lt_sglang.errors import LightTransferError
+
+URL_VARIABLE = "LT_SGLANG_URL"
+TRY_VARIABLE = "LT_SGLANG_TRY"
+
+POLL_SECONDS = 1.0
+PROGRESS_SECONDS = 15.0
+# A 70B model from a network disk takes long; a server that is not ready by then has other problems.
+GIVE_UP_SECONDS = 3600.0
+ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+def base_url(argv: list[str], host: str | None, port: int) -> str:
+    """Where this machine reaches the server SGLang starts with ``argv``."""
+    secure = any(arg.partition("=")[0] == "--ssl-certfile" for arg in argv)
+    name = "127.0.0.1" if host is None or host in ANY_ADDRESS else host
+    return f"{'https' if secure else 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def main(argv: list[str]) -> int:
+    """Serve until stopped; 2 and one line on stderr if the configuration cannot be served."""
+    from lt_sglang.cli import USAGE_ERROR, one_line
+    from lt_sglang.doctor import check_start
+
+    url = os.environ.get(URL_VARIABLE)
+    if url:
+        threading.Thread(target=announce, args=(url, os.environ.get(TRY_VARIABLE)), daemon=True).start()
+    try:
+        check_start()
+        _serve(argv)
+    except LightTransferError as error:
+        print(f"lt-sglang: {one_line(error)}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    return 0
+
+
+def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS) -> None:
+    """Say every 15 s that the server is starting, and once that it is ready."""
+    started = shown = time.monotonic()
+    _say("starting SGLang; its log follows")
+    while (now := time.monotonic()) - started < GIVE_UP_SECONDS:
+        if is_ready(url):
+            _say(f"ready after {now - started:.0f} s on {url}")
+            if try_line:
+                _say(f"try: {try_line}")
+            return
+        if now - shown >= PROGRESS_SECONDS:
+            shown = now
+            _say(f"still starting, {now - started:.0f} s")
+        time.sleep(poll_seconds)
+
+
+def is_ready(url: str, timeout_seconds: float = 5.0) -> bool:
+    """Whether ``/ready`` answers 200. Certificates are not verified: this asks our own server."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    # No proxy: http_proxy in the environment must not catch a request to this machine.
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with opener.open(f"{url}/ready", timeout=timeout_seconds) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def _serve(argv: list[str]) -> None:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+
+    try:
+        run_server(prepare_server_args(argv))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _say(text: str) -> None:
+    print(f"lt-sglang: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Read the few SGLang flags we need from a command line that SGLang itself will parse.
+
+Nothing is imported from SGLang (that takes seconds), and nothing is taken away: the last value given
+counts, and the command line outranks the file of ``--config``, as in SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.errors import LightTransferError
+
+ATTENTION_BACKEND = ("--attention-backend",)
+PREFILL_BACKEND = ("--prefill-attention-backend",)
+DECODE_BACKEND = ("--decode-attention-backend",)
+MODEL_OVERRIDES = ("--json-model-override-args",)
+MODEL_PATH = ("--model-path", "--model")
+REVISION = ("--revision",)
+TP_SIZE = ("--tp-size", "--tensor-parallel-size", "--tp")
+DEVICE = ("--device",)
+HOST = ("--host",)
+PORT = ("--port",)
+CONFIG_FILE = ("--config",)
+NODE_RANK = ("--node-rank",)
+
+# Every flag read here or added to the command line.
+KNOWN_FLAGS = (
+    *ATTENTION_BACKEND,
+    *PREFILL_BACKEND,
+    *DECODE_BACKEND,
+    *MODEL_OVERRIDES,
+    *MODEL_PATH,
+    *REVISION,
+    *TP_SIZE,
+    *DEVICE,
+    *HOST,
+    *PORT,
+    *CONFIG_FILE,
+    *NODE_RANK,
+)
+
+
+class SglangArgs:
+    """SGLang's arguments as given, with lookups.
+
+    Attributes:
+        argv: the arguments, in order, as SGLang will get them.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        if argv and not argv[0].startswith("-"):
+            argv = ["--model-path", *argv]  # as `sglang serve MODEL`
+        _refuse_abbreviations(argv)
+        self.argv = argv
+        path = _find(argv, CONFIG_FILE)
+        self._file = _read_config_file(path) if path is not None else []
+
+    def get(self, flags: tuple[str, ...]) -> str | None:
+        """The value of the first of ``flags``' spellings that SGLang will use, or None."""
+        value = _find(self.argv, flags)
+        return value if value is not None else _find(self._file, flags)
+
+    def has(self, flag: str) -> bool:
+        """Whether ``flag`` is given, with or without a value."""
+        return any(arg == flag or arg.startswith(flag + "=") for arg in (*self.argv, *self._file))
+
+    def get_int(self, flags: tuple[str, ...], default: int) -> int:
+        """As get, for a positive integer; raises LightTransferError on anything else."""
+        value = self.get(flags)
+        if value is None:
+            return default
+        if not value.isdecimal() or int(value) < 1:
+            raise LightTransferError(f"{flags[0]}: {value!r} is not an integer from 1")
+        return int(value)
+
+    def overrides(self) -> dict[str, Any]:
+        """The object given with ``--json-model-override-args``; empty if there is none."""
+        flag = MODEL_OVERRIDES[0]
+        text = self.get(MODEL_OVERRIDES) or "{}"
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise LightTransferError(f"{flag}: not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise LightTransferError(f"{flag}: must be an object, not {type(value).__name__}")
+        return value
+
+    def replaced(self, values: dict[tuple[str, ...], str]) -> list[str]:
+        """The arguments with ``values`` instead of what was given for these flags; ours come last and win."""
+        argv = self.argv
+        for flags in values:
+            argv = _without(argv, flags)
+        return [*argv, *(part for flags, value in values.items() for part in (flags[0], value))]
+
+
+def _find(argv: list[str], flags: tuple[str, ...]) -> str | None:
+    found = None
+    for index, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag not in flags:
+            continue
+        if equals:
+            found = value
+        elif index + 1 < len(argv):
+            found = argv[index + 1]
+        else:
+            raise LightTransferError(f"{flag}: a value is missing")
+    return found
+
+
+def _without(argv: list[str], flags: tuple[str, ...]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for arg in argv:
+        if skip:
+            skip = False
+        elif arg in flags:
+            skip = True
+        elif arg.partition("=")[0] not in flags:
+            kept.append(arg)
+    return kept
+
+
+def _refuse_abbreviations(argv: list[str]) -> None:
+    # argparse accepts --attention-b for --attention-backend; read as another flag here, it would
+    # reach SGLang and be lost behind the value we append.
+    for arg in argv:
+        flag = arg.partition("=")[0]
+        if not flag.startswith("--") or len(flag) < 5 or flag in KNOWN_FLAGS:
+            continue
+        for known in KNOWN_FLAGS:
+            if known.startswith(flag):
+                raise LightTransferError(f"{flag}: write {known} in full")
+
+
+def _read_config_file(path: str) -> list[str]:
+    """The YAML file of ``--config`` as arguments, for lookups only."""
+    import yaml  # comes with SGLang; rarely needed
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LightTransferError(f"--config {path}: cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise LightTransferError(f"--config {path}: must be a mapping of flags to values")
+    argv: list[str] = []
+    for key, value in data.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        argv.append(f"--{str(key).replace('_', '-')}={text}")
+    return argv

@@ -1,0 +1,237 @@
+"""Recorded from SGLang 0.5.23. Change an entry only after reading what changed upstream."""
+
+from __future__ import annotations
+
+# The release everything below was read and recorded in.
+SGLANG_VERSION = "0.5.23"
+
+# Functions we call, and methods we override: their parameters (contract/check.py, signature_text).
+SIGNATURES: dict[str, str] = {
+    "sglang.launch_server.run_server": "server_args",
+    "sglang.srt.arg_groups.choices.add_attention_backend_choices": "iterable",
+    "sglang.srt.arg_groups.overrides.declare_resolution": "server_args, source, **fields",
+    "sglang.srt.arg_groups.overrides.resolving_view": "server_args",
+    "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": "name",
+    "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
+    "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend": "name",
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (
+        "self, model_runner, skip_prefill=, kv_indptr_buf=, kv_last_page_len_buf=, init_new_workspace="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._get_wrapper_idx": "self, layer",
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_cuda_graph_state": (
+        "self, max_bs, max_num_tokens, kv_indices_buf="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.__init__": (
+        "self, model_runner, attn_backend"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.update_sliding_window": (
+        "self, seq_lens, seq_lens_cpu, seq_lens_sum, decode_wrappers, encoder_lens, spec_info, "
+        "fixed_split_size=, disable_split_kv=, *, plan, req_pool_indices"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterPrefill.__init__": (
+        "self, model_runner, attn_backend"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterPrefill.update_sliding_window": (
+        "self, req_pool_indices, seq_lens, seq_lens_cpu, seq_lens_sum, prefix_lens, prefill_wrappers, "
+        "use_ragged, encoder_lens, spec_info, fixed_split_size=, multi_item_params=, "
+        "cross_attention_custom_mask=, extend_prefix_lens_cpu=, custom_kv_indices=, *, plan"
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__": "self, model_runner",
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": (
+        "self, forward_batch"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
+        "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
+    ),
+    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evict_sliding_windows": (
+        "self, req, pre_len, *, eviction_interval="
+    ),
+    "sglang.srt.mem_cache.base_prefix_cache.zero_match_result": "tree_cache, match_result, extra_key=",
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": (
+        "self, *, full_max_total_num_tokens, swa_max_total_num_tokens, mha_pool_class"
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator": (
+        "self, *, sizes, token_to_kv_pool, is_dsv4_model, req_to_token_pool, token_to_kv_pool_allocator"
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget": (
+        "self, budget_bytes, *, cap_tokens="
+    ),
+    "sglang.srt.mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend": "name, factory",
+    "sglang.srt.mem_cache.registry.registered_radix_cache_backends": "",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.__init__": "self, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": "self, req, *, up_to, **kwargs",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": "self, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": "self, req, *, checkpointed",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": "self, req",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.release_swa_prefix_lock": "self, req",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.reset": "self",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.sanity_check": "self",
+    "sglang.srt.model_executor.cuda_graph_config.with_phase": "config, phase, **changes",
+    "sglang.srt.model_executor.model_runner.ModelRunner.__init__": (
+        "self, model_config, mem_fraction_static, gpu_id, nccl_port, server_args, is_draft_worker=, "
+        "req_to_token_pool=, token_to_kv_pool_allocator=, memory_pool_config=, draft_model_idx=, "
+        "draft_attention_backend=, load_group="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool": (
+        "self, memory_pool_config=, *, draft_parallel_layout="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward": (
+        "self, forward_batch, skip_attn_backend_init=, pp_proxy_tensors=, reinit_attn_backend=, "
+        "split_forward_count="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_kv_cache_configurator": (
+        "self, draft_parallel_layout="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": "self",
+    "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
+    "sglang.srt.plugins.load_plugins": "",
+    "sglang.srt.server_args.prepare_server_args": "argv",
+    "sglang.srt.utils.hf_transformers_utils.get_config": (
+        "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
+    ),
+    "sglang.srt.utils.kill_process_tree": "parent_pid, include_parent=, skip_pid=, wait_timeout=",
+}
+
+# Read line by line: fingerprint, and what to look for when it changes. The first four are the only ways
+# stock SGLang frees a streaming slot of a running request (lt_sglang/memory/radix.py).
+FINGERPRINTS: dict[str, tuple[str, str]] = {
+    "sglang.srt.mem_cache.common.free_swa_out_of_window_slots": (
+        "a919c6279eaa",
+        "it frees a request's own streaming slots; evict_sliding_windows must see every call first.",
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": (
+        "7aa223fdc9dd",
+        "it frees slots behind the window and moves the tree lock; only checkpoint may call it.",
+    ),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.maybe_evict_swa": (
+        "c4109be13929",
+        "it slides windows in decode and releases prefix locks early; both must go through the tree cache.",
+    ),
+    "sglang.srt.mem_cache.common.release_kv_cache": (
+        "7e5e27eeb8a5",
+        "it ends a request; on_release must come before its row is given to another.",
+    ),
+    "sglang.cli.serve._run_llm": (
+        "88dfe52fc8a9",
+        "lt_sglang/cli/server.py starts a server as it does.",
+    ),
+}
+
+# Attributes we read, by class.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.schedule_batch.Req": (
+        "rid",
+        "kv",
+        "prefix_len",
+        "origin_input_ids",
+        "output_ids",
+        "extra_key",
+        "cache_salt",
+    ),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
+    "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (
+        "swa_kv_pool",
+        "size_swa",
+        "set_kv_buffer",
+        "get_kv_buffer",
+    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
+        "k_buffer",
+        "v_buffer",
+    ),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams": ("key",),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchResult": ("device_prefix_len",),
+    "sglang.srt.mem_cache.radix_cache.RadixKey": (
+        "token_ids",
+        "extra_key",
+        "cache_salt",
+    ),
+    "sglang.srt.mem_cache.registry.TreeCacheBuildContext": ("tp_worker",),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache": (
+        "sliding_window_size",
+        "disable",
+        "req_to_token_pool",
+        "token_to_kv_pool_allocator",
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
+        "model_config",
+        "kv_cache_dtype",
+        "layer_info",
+        "device",
+    ),
+    "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig": (
+        "max_total_num_tokens",
+        "full_max_total_num_tokens",
+        "swa_max_total_num_tokens",
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner": (
+        "model",
+        "device",
+        "page_size",
+        "attn_backend",
+        "layer_info",
+        "is_hybrid_swa",
+        "sliding_window_size",
+        "kv_cache_configurator",
+        "req_to_token_pool",
+        "token_to_kv_pool",
+        "token_to_kv_pool_allocator",
+        "kv_index_translator",
+        "full_max_total_num_tokens",
+        "swa_max_total_num_tokens",
+    ),
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
+        "forward_mode",
+        "req_pool_indices",
+        "seq_lens",
+        "extend_prefix_lens",
+        "extend_seq_lens",
+        "out_cache_loc",
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend": (
+        "token_to_kv_pool",
+        "swa_out_cache_loc",
+    ),
+    "sglang.srt.layers.radix_attention.RadixAttention": (
+        "layer_id",
+        "sliding_window_size",
+        "is_cross_attention",
+        "logit_cap",
+        "attn_type",
+        "qk_head_dim",
+        "v_head_dim",
+        "tp_q_head_num",
+        "tp_k_head_num",
+        "scaling",
+    ),
+    "sglang.srt.layers.radix_attention.AttentionType": ("DECODER",),
+    "sglang.srt.configs.model_config.ModelConfig": (
+        "hf_config",
+        "head_dim",
+        "v_head_dim",
+        "context_len",
+    ),
+    "sglang.srt.managers.tp_worker.TpModelWorker": (
+        "server_args",
+        "model_config",
+        "model_runner",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler": ("tp_worker",),
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController": (
+        "scheduler",
+    ),
+    "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker": ("tree_cache",),
+}

@@ -1,0 +1,1 @@
+"""A small real model, for demonstrations and tests on a machine without a GPU."""

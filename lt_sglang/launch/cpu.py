@@ -1,0 +1,179 @@
+"""Run SGLang on a machine without a GPU.
+
+The pinned SGLang wheels are built for CUDA. They serve on a CPU too, but only from a process that was
+*started* with the right environment: the dynamic linker and OpenMP read theirs before Python's first line. So
+a launcher computes :func:`cpu_environment` and then executes the server as a new process with it.
+
+The CPU path exists for tests and demonstrations. It covers the scheduler, memory pools, radix cache, hooks,
+HTTP and metrics; it has no CUDA graphs, no FlashInfer and no NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from lt_sglang.launch import cache_home
+
+__all__ = ["CompilerMissing", "build_libcuda_stub", "cpu_environment", "cpu_server_args", "has_gpu"]
+
+DRIVER_LIBRARY = "libcuda.so.1"
+
+# sglang-kernel's extension has one undefined driver symbol. 100 is CUDA_ERROR_NO_DEVICE: the truth.
+_STUB_SOURCE = """\
+int cuPointerGetAttribute(void *data, int attribute, unsigned long long pointer) {
+    (void)data; (void)attribute; (void)pointer;
+    return 100;
+}
+"""
+_STUB_FLAGS = ("-shared", "-fPIC", "-O1", f"-Wl,-soname,{DRIVER_LIBRARY}")
+
+# SGLang (0.5.23) starts its own NCCL communicator for every tensor-parallel group, on a CPU as well, and
+# fails there with "Expected a cuda device". It carries on over gloo when the NCCL library it is told to use
+# turns out not to be one. The C library always loads, and has no NCCL symbol.
+_NOT_NCCL = "libc.so.6"
+
+
+class CompilerMissing(RuntimeError):
+    """No C compiler was found, or it failed."""
+
+
+def has_gpu() -> bool:
+    """Say whether the CUDA driver sees at least one device, without importing torch.
+
+    Asks the driver itself and not ``nvidia-smi``: it honours ``CUDA_VISIBLE_DEVICES``, and containers often
+    lack the tool. The driver is asked in a child process, because CUDA must not be initialised in a process
+    that forks.
+    """
+    probe = (
+        "import ctypes, sys\n"
+        f"driver = ctypes.CDLL({DRIVER_LIBRARY!r})\n"
+        "count = ctypes.c_int(0)\n"
+        "ok = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0\n"
+        "sys.exit(0 if ok and count.value > 0 else 1)\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", probe], capture_output=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def build_libcuda_stub(cache_dir: Path) -> Path:
+    """Compile the one-symbol stand-in for the CUDA driver and return the library's path.
+
+    The library lies in a folder of its own under ``cache_dir`` that holds nothing else, fit for
+    ``LD_LIBRARY_PATH``. The folder is named after what it was built from, so it is built once and never
+    stale; it appears by a rename, so a process that finds it finds it whole.
+
+    Raises:
+        CompilerMissing: no ``cc`` or ``gcc`` on the path, or it failed.
+    """
+    key = hashlib.sha256("\0".join((_STUB_SOURCE, *_STUB_FLAGS)).encode()).hexdigest()[:12]
+    library = cache_dir / f"libcuda-stub-{key}" / DRIVER_LIBRARY
+    if library.is_file():
+        return library
+
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise CompilerMissing(
+            "SGLang needs a C compiler to start on a machine without a GPU, and no cc, gcc or clang is on "
+            "the PATH. On Debian or Ubuntu: apt-get install gcc libc6-dev"
+        )
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".libcuda-stub-", dir=cache_dir))
+    try:
+        scratch.chmod(0o755)
+        command = [compiler, *_STUB_FLAGS, "-x", "c", "-", "-o", str(scratch / DRIVER_LIBRARY)]
+        done = subprocess.run(command, input=_STUB_SOURCE, text=True, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise CompilerMissing(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        # A rename onto a folder that another process has just finished fails; theirs is as good as ours.
+        with contextlib.suppress(OSError):
+            scratch.rename(library.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not library.is_file():
+        raise CompilerMissing(f"{library} could not be put in place")
+    return library
+
+
+def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables a CPU server needs, given the environment ``base`` it would inherit.
+
+    Only changes are returned; apply them with ``{**base, **changes}``. Choices the user made in ``base`` are
+    kept where another value can work too (thread counts and core lists).
+
+    Args:
+        tp: tensor-parallel size, one worker process each.
+        base: the environment to start from, usually ``os.environ``.
+
+    Raises:
+        ValueError: ``tp`` is below 1.
+        CompilerMissing: the driver stub is needed and cannot be built.
+    """
+    if tp < 1:
+        raise ValueError(f"tensor-parallel size must be at least 1, not {tp}")
+    # Hiding the devices keeps torch from touching a GPU that may be there after all.
+    changes = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Several OpenMP threads a worker fight SGLang's own processes for the cores: 2 tokens/s instead of 50 to
+    # 110.
+    if "OMP_NUM_THREADS" not in base:
+        changes["OMP_NUM_THREADS"] = "1"
+    if tp > 1:
+        changes["SGLANG_NCCL_SO_PATH"] = _NOT_NCCL
+        # Without it SGLang wants one NUMA node for each rank.
+        if not base.get("SGLANG_CPU_OMP_THREADS_BIND"):
+            changes["SGLANG_CPU_OMP_THREADS_BIND"] = _core_groups(tp, sorted(os.sched_getaffinity(0)))
+    if not _driver_loads():
+        stub_dir = str(build_libcuda_stub(cache_home(base)).parent)
+        paths = [entry for entry in base.get("LD_LIBRARY_PATH", "").split(os.pathsep) if entry]
+        # Last, so that a driver found by anything earlier on the path wins over the stand-in.
+        changes["LD_LIBRARY_PATH"] = os.pathsep.join([*(p for p in paths if p != stub_dir), stub_dir])
+    return changes
+
+
+def cpu_server_args() -> list[str]:
+    """Return the server flags every CPU run needs, in the form of command-line arguments.
+
+    The attention backend is left to the caller: it is what tells a stock server from ours. So is the size of
+    the KV pools, which depends on the model; a caller should name one, because SGLang otherwise takes and
+    fills most of the machine's memory (14 GB and 47 s for a model of 135M parameters).
+    """
+    # An idle scheduler otherwise polls without pause: one core for each server that waits.
+    return ["--device", "cpu", "--grammar-backend", "none", "--sleep-on-idle"]
+
+
+def _core_groups(tp: int, cores: list[int]) -> str:
+    """Deal ``cores`` out to ``tp`` ranks, as SGLANG_CPU_OMP_THREADS_BIND wants them: ``0,1|2,3``.
+
+    With fewer cores than ranks, ranks share.
+    """
+    if len(cores) < tp:
+        return "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+    share, extra = divmod(len(cores), tp)
+    groups, start = [], 0
+    for rank in range(tp):
+        end = start + share + (rank < extra)
+        groups.append(",".join(map(str, cores[start:end])))
+        start = end
+    return "|".join(groups)
+
+
+def _driver_loads() -> bool:
+    """Say whether the dynamic linker finds a CUDA driver library, real or stand-in, as things are."""
+    try:
+        ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""What fits into the KV memory of one rank, with the split the server itself computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import floor
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.split import PoolSplit, SplitInput, split_budget
+from lt_sglang.planner.roofline import Hardware, LazyShare, decode_bound, kv_bytes, throughput
+from lt_sglang.planner.shapes import GIB, ModelShape
+
+# The CUDA context and what else torch does not see: 0.7 GiB were measured on an H100.
+RESERVE_BYTES = 0.75 * GIB
+KV_ELEMENT_BYTES = {"auto": 2, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on a tensor-parallel group with lazy layers; everything a plan depends on but the lengths.
+
+    weights_bytes: all weights of the group. chunk_tokens: --chunked-prefill-size.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    config: LightTransferConfig
+    mem_fraction: float
+    weights_bytes: float
+    kv_cache_dtype: str = "auto"
+    chunk_tokens: int = 8192
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one K or V number."""
+        return KV_ELEMENT_BYTES[self.kv_cache_dtype]
+
+    @property
+    def lazy(self) -> LazyShare:
+        """The lazy layers and what they keep."""
+        return LazyShare(len(self.config.lazy_layers), self.config.lazy_tokens)
+
+    @property
+    def kv_budget(self) -> int:
+        """Bytes for KV on one rank; raises LightTransferError if the weights leave none."""
+        memory, tp = self.hardware.gpu.memory, self.hardware.tp
+        left = memory * self.mem_fraction - RESERVE_BYTES - self.weights_bytes / tp
+        if left <= 0:
+            raise LightTransferError(
+                f"--tp {tp}: {self.weights_bytes / tp / GIB:.1f} GiB of weights on a GPU leave no room for "
+                f"KV in {self.mem_fraction:g} of {memory / GIB:.1f} GiB; raise --tp or --mem-fraction-static"
+            )
+        return int(left)
+
+
+@dataclass(frozen=True)
+class LengthPlan:
+    """One length. Requests are whole; ratios are hybrid to full KV, None where full KV holds no request.
+
+    bound: decode ratio if only KV bytes counted. decode_ratio, total_ratio: roofline of decode, and of
+    prefill and decode together. limit: what takes most of a hybrid decode step.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    full_requests: int
+    hybrid_requests: int
+    bound: float
+    decode_ratio: float | None
+    total_ratio: float | None
+    full_kv_gib: float
+    hybrid_kv_gib: float
+    split: PoolSplit
+    limit: str
+
+
+def plan_length(deployment: Deployment, input_tokens: int, output_tokens: int) -> LengthPlan:
+    """Plan requests of ``input_tokens`` + ``output_tokens``; raises LightTransferError if none fits."""
+    shape, tp, lazy = deployment.shape, deployment.hardware.tp, deployment.lazy
+    tokens = input_tokens + output_tokens
+    if shape.max_tokens is not None and tokens > shape.max_tokens:
+        raise LightTransferError(
+            f"{tokens} tokens are more than the {shape.max_tokens} of the model's context"
+        )
+    none = LazyShare(0, 0)
+    budget, element = deployment.kv_budget, deployment.element_bytes
+    full_bytes = kv_bytes(shape, tokens, none, element, tp)
+    full = floor(budget / full_bytes)
+    split = _split(deployment, input_tokens, output_tokens, budget)
+    hybrid = floor(split.requests)
+    decode_ratio = total_ratio = None
+    ours = throughput(shape, deployment.hardware, lazy, hybrid, input_tokens, output_tokens, element)
+    if full:
+        stock = throughput(shape, deployment.hardware, none, full, input_tokens, output_tokens, element)
+        decode_ratio = ours.decode_rate / stock.decode_rate
+        total_ratio = ours.total_rate / stock.total_rate
+    times = {
+        "reading KV": ours.kv_time,
+        "reading weights": ours.weight_time if ours.weight_time >= ours.compute_time else 0.0,
+        "matrix products": ours.compute_time if ours.compute_time > ours.weight_time else 0.0,
+    }
+    return LengthPlan(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        full_requests=full,
+        hybrid_requests=hybrid,
+        bound=decode_bound(tokens, lazy.lazy_layers / shape.layers, lazy.lazy_tokens),
+        decode_ratio=decode_ratio,
+        total_ratio=total_ratio,
+        full_kv_gib=tp * full_bytes / GIB,
+        hybrid_kv_gib=tp * kv_bytes(shape, tokens, lazy, element, tp) / GIB,
+        split=split,
+        limit=max(times, key=times.__getitem__) if hybrid else "KV memory: not one request fits",
+    )
+
+
+def _split(deployment: Deployment, input_tokens: int, output_tokens: int, budget: int) -> PoolSplit:
+    shape, config, tokens = deployment.shape, deployment.config, input_tokens + output_tokens
+    lazy = len(config.lazy_layers)
+    token_layer = shape.kv_token_layer(deployment.element_bytes, deployment.hardware.tp)
+    if not lazy:
+        # SGLang's own single pool.
+        slots = budget // (shape.layers * token_layer)
+        return PoolSplit(slots, 0, 0, slots / tokens, tokens, 0)
+    context = shape.max_tokens or max(tokens, deployment.chunk_tokens)
+    given = SplitInput(
+        full_bytes=(shape.layers - lazy) * token_layer,
+        streaming_bytes=lazy * token_layer,
+        retained_tokens=config.retained_tokens,
+        sink_tokens=config.sink_tokens,
+        # A server has one split; a plan per length shows the best one for each, unless it is given.
+        expected_tokens=config.expected_tokens or tokens,
+        chunk_tokens=min(deployment.chunk_tokens, context),
+        context_tokens=context,
+        expected_output_tokens=output_tokens
+        if config.expected_tokens is None
+        else config.expected_output_tokens,
+    )
+    split = split_budget(budget, given)
+    if split.expected_tokens == tokens:
+        return split
+    return _at_other_length(split, given, tokens, output_tokens)
+
+
+def _at_other_length(split: PoolSplit, given: SplitInput, tokens: int, output_tokens: int) -> PoolSplit:
+    """The same pools, counted in requests of ``tokens``: what runs out first decides."""
+    this = replace(given, expected_tokens=tokens, expected_output_tokens=output_tokens)
+    held = this.streaming_per_request
+    requests = (split.streaming_tokens - given.streaming_fixed) / held
+    if given.full_bytes:
+        requests = min(requests, split.full_tokens / tokens)
+    if given.sink_tokens and tokens > given.retained_tokens:
+        requests = min(requests, split.sink_sets)
+    return replace(split, requests=requests, streaming_per_request=held)

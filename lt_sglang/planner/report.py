@@ -1,0 +1,132 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lt_sglang.planner.capacity import Deployment, LengthPlan
+from lt_sglang.planner.shapes import GIB
+
+COLUMNS = (
+    ("input", "tokens"),
+    ("output", "tokens"),
+    ("at once", "full"),
+    ("at once", "hybrid"),
+    ("decode", "bound"),
+    ("decode", "expected"),
+    ("with", "prefill"),
+    ("KV GiB", "full"),
+    ("KV GiB", "hybrid"),
+    ("full", "pool"),
+    ("streaming", "pool"),
+    ("sink", "sets"),
+    ("a step goes", "mostly into"),
+)
+
+NOTES = """\
+at once: requests of this length that fit into the KV memory together, with full KV and with lazy layers.
+decode: tokens/s of hybrid over full KV. The bound counts KV bytes only; expected adds whole requests, weights
+  and compute (rounding can lift it above the bound). with prefill: of whole requests; prefill is not cut.
+KV GiB: of one request on all GPUs. Pools are tokens, as the server splits them when started with
+  --lt-expected-tokens (input + output) and --lt-expected-output-tokens of this line. It has one split."""
+
+
+def as_text(deployment: Deployment, plans: Sequence[LengthPlan], lazy_layers: str) -> str:
+    """Header, table and notes; ``lazy_layers`` is the line that describes the configuration."""
+    rows = [_row(plan) for plan in plans]
+    top, second = ([column[line] for column in COLUMNS] for line in (0, 1))
+    table = [top, second, *rows]
+    widths = [max(len(row[index]) for row in table) for index in range(len(COLUMNS))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    lines.insert(2, "  ".join("-" * width for width in widths))
+    head = _header(deployment, lazy_layers)
+    return "\n".join([*head, "", *lines, "", *_why(deployment, plans), NOTES, *_remarks(deployment, plans)])
+
+
+def _header(deployment: Deployment, lazy_layers: str) -> list[str]:
+    shape, hardware = deployment.shape, deployment.hardware
+    return [
+        f"{shape.name}, {shape.layers} layers, {shape.q_heads} query and {shape.kv_heads} KV heads of "
+        f"{shape.head_dim}, {_count(shape.params)} weights ({deployment.weights_bytes / GIB:.3g} GiB)",
+        lazy_layers,
+        f"{hardware.tp} x {hardware.gpu.name} ({hardware.gpu.memory / GIB:.1f} GiB, "
+        f"{deployment.mem_fraction:g} of it used): {deployment.kv_budget / GIB:.3g} GiB for KV on each, "
+        f"KV in {deployment.kv_cache_dtype}",
+    ]
+
+
+def as_dict(deployment: Deployment, plans: Sequence[LengthPlan]) -> dict[str, Any]:
+    """Everything as plain values; bytes and tokens, ratios None where full KV holds no request."""
+    hardware = deployment.hardware
+    return {
+        "model": asdict(deployment.shape),
+        "gpu": asdict(hardware.gpu),
+        "tp": hardware.tp,
+        "mem_fraction_static": deployment.mem_fraction,
+        "kv_cache_dtype": deployment.kv_cache_dtype,
+        "weights_bytes": deployment.weights_bytes,
+        "kv_budget_bytes_per_gpu": deployment.kv_budget,
+        "lighttransfer": deployment.config.to_dict(),
+        "lengths": [asdict(plan) for plan in plans],
+    }
+
+
+def _row(plan: LengthPlan) -> list[str]:
+    return [
+        str(plan.input_tokens),
+        str(plan.output_tokens),
+        str(plan.full_requests),
+        str(plan.hybrid_requests),
+        f"{plan.bound:.2f}x",
+        _ratio(plan.decode_ratio),
+        _ratio(plan.total_ratio),
+        f"{plan.full_kv_gib:.3g}",
+        f"{plan.hybrid_kv_gib:.3g}",
+        str(plan.split.full_tokens),
+        str(plan.split.streaming_tokens),
+        str(plan.split.sink_sets),
+        plan.limit,
+    ]
+
+
+def _why(deployment: Deployment, plans: Sequence[LengthPlan]) -> list[str]:
+    plan = plans[-1]
+    budget = deployment.hardware.tp * deployment.kv_budget / GIB
+    return [
+        f"A request of {plan.input_tokens} + {plan.output_tokens} tokens holds {plan.full_kv_gib:.3g} GiB of "
+        f"KV in full and {plan.hybrid_kv_gib:.3g} GiB with lazy",
+        f"layers, so {budget:.3g} GiB hold {plan.full_requests}, or {plan.hybrid_requests} besides one "
+        "prefill chunk and room for windows to slide.",
+        "",
+    ]
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _remarks(deployment: Deployment, plans: Sequence[LengthPlan]) -> list[str]:
+    remarks = []
+    if any(plan.input_tokens + plan.output_tokens <= deployment.config.lazy_tokens for plan in plans):
+        remarks.append(
+            f"Requests of up to {deployment.config.lazy_tokens} tokens gain nothing: their KV is kept whole."
+        )
+    if any(not plan.full_requests and plan.hybrid_requests for plan in plans):
+        remarks.append(
+            "Where full KV holds no request, there is nothing to compare with: only lazy layers make it fit."
+        )
+    heads = deployment.shape.kv_heads
+    if deployment.hardware.tp > heads:
+        remarks.append(f"With more GPUs than the model's {heads} KV heads, GPUs hold copies of the same KV.")
+    given = deployment.config.expected_tokens
+    if given is not None:
+        remarks.append(
+            f"The pools are split for --lt-expected-tokens {given}; other lengths fill one of them first."
+        )
+    return [""] * bool(remarks) + remarks

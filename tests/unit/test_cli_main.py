@@ -1,0 +1,157 @@
+"""``lt-sglang``: dispatch, exit codes, one-line errors, and the commands that need no server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lt_sglang import __version__
+from lt_sglang.cli import COMMANDS, main
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["frobnicate"],
+        ["serve", "--lt-nonsense", "1"],
+        ["serve", "m", "--lt-lazy-layers", "5-"],
+        ["serve", "m", "--lt-mode", "dynamic"],
+        ["serve", "m", "--attention-backend", "flashinfer"],
+        ["serve", "m", "--json-model-override-args", "{"],
+        ["serve", "m", "--lt-config", "/none/such.json"],
+        ["serve", "m", "--tp", "none"],
+        ["plan"],
+        ["plan", "--shape", "nobody"],
+        ["plan", "--shape", "mistral-7b", "--lengths", "1,x"],
+        ["plan", "--shape", "mistral-7b", "--mem-fraction-static", "1.5"],
+        ["plan", "--shape", "mistral-7b", "--input-tokens", "99999999"],
+        ["plan", "--shape", "llama-3-70b"],
+        ["plan", "--shape", "mistral-7b", "--lt-lazy-layers", "0-32"],
+        ["plan", "--model-path", "/none/such", "--shape", "mistral-7b"],
+        ["plan", "--shape", "mistral-7b", "--gpu", "abacus"],
+        ["models", "--yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_request_is_one_line_and_exit_code_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lt-sglang: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lt-sglang {__version__}\n"
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("serve",))
+    assert main([]) == 2
+    for command in COMMANDS:
+        try:
+            assert main([command, "--help"]) == 0
+        except SystemExit as stop:  # argparse
+            assert stop.code == 0
+        assert f"usage: lt-sglang {command}" in capsys.readouterr().out
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert "QwQ-32B-LightTransfer" in capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["lighttransfer"]["sink_tokens"] == 129
+
+
+def test_plan_for_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--shape", "mistral-7b", "--lengths", "4096,16384", "--output-tokens", "256"]) == 0
+    text = capsys.readouterr().out
+    assert "1,3,5" in text
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[:2] for row in rows if row[1] == "256"] == [["4096", "256"], ["16384", "256"]]
+
+
+def test_plan_reads_the_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--model-path", model, "--lt-lazy-layers", "8-23", "--input-tokens", "8192", "--json"]
+    assert main(argv) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["model"]["params"] == 8_030_261_248
+    assert data["lighttransfer"]["lazy_layers"] == "8-23"
+    (length,) = data["lengths"]
+    assert length["hybrid_requests"] > length["full_requests"] > 0
+    assert 1 < length["decode_ratio"] < length["bound"] + 0.2
+
+
+def test_plan_options(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def requests(*more: str) -> int:
+        argv = ["plan", "--model-path", model, "--lt-lazy-layers", "half", "--input-tokens", "8192", "--json"]
+        assert main([*argv, *more]) == 0
+        count: int = json.loads(capsys.readouterr().out)["lengths"][0]["hybrid_requests"]
+        return count
+
+    base = requests()
+    assert requests("--kv-cache-dtype", "fp8_e4m3") > 1.9 * base
+    assert requests("--tp", "2") > 2 * base
+    assert requests("--gpu", "h200-141") > 1.9 * base
+    assert requests("--gpu-memory-gib", "40") < base / 2
+    assert requests("--weights-gib", "40") < base
+    assert requests("--mem-fraction-static", "0.5") < base
+
+
+def test_plan_needs_lazy_layers(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model-path", model]) == 2
+    assert "lazy_layers: none given" in capsys.readouterr().err
+
+
+def test_plan_refuses_unsupported_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "kv_lora_rank": 512}))
+    assert main(["plan", "--model-path", str(tmp_path), "--lt-lazy-layers", "1"]) == 2
+    assert "MLA" in capsys.readouterr().err
+
+
+def test_plan_stays_inside_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "max_position_embeddings": 2048}))
+    argv = ["plan", "--model-path", str(tmp_path), "--lt-lazy-layers", "1", "--json"]
+    assert main(argv) == 0
+    (length,) = json.loads(capsys.readouterr().out)["lengths"]
+    assert length["input_tokens"] + length["output_tokens"] == 2048
+
+
+def test_as_a_module_without_heavy_imports() -> None:
+    """``python -m lt_sglang``; a bad option must not cost the seconds that torch and SGLang take."""
+    code = (
+        "import sys; from lt_sglang.cli import main; code = main(['serve', 'm', '--lt-sink-tokens', 'x']); "
+        "heavy = {'torch', 'sglang', 'transformers'} & set(sys.modules); sys.exit(9 if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "lt_sglang", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("lt-sglang ")

@@ -1,0 +1,303 @@
+"""The ``--lt-*`` options: parsing, precedence, messages; and the lookups in SGLang's flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_sglang.cli.model_config import read_model_config, unsupported_features
+from lt_sglang.cli.options import (
+    HALF,
+    LtOptions,
+    describe,
+    layer_count,
+    resolve_config,
+    short_layers,
+    take_options,
+)
+from lt_sglang.cli.sglang_args import ATTENTION_BACKEND, MODEL_OVERRIDES, MODEL_PATH, TP_SIZE, SglangArgs
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.resolve import load_config
+
+QWQ = "cxdu/QwQ-32B-LightTransfer"
+PLAIN = {"num_hidden_layers": 8}
+
+
+def options(*argv: str) -> LtOptions:
+    taken, rest = take_options(list(argv))
+    assert rest == []
+    return taken
+
+
+@pytest.mark.parametrize("equals", [True, False])
+def test_both_forms_and_the_rest_in_order(equals: bool) -> None:
+    def flag(name: str, value: str) -> list[str]:
+        return [f"{name}={value}"] if equals else [name, value]
+
+    argv = ["--port", "1", *flag("--lt-lazy-layers", "5-24,26"), "-x", *flag("--lt-sink-tokens", "0"), "tail"]
+    taken, rest = take_options(argv)
+    assert taken == LtOptions(lazy_layers="5-24,26", sink_tokens=0)
+    assert rest == ["--port", "1", "-x", "tail"]
+
+
+def test_every_option() -> None:
+    expected = {
+        "lazy_layers": "none",
+        "config": "f.json",
+        "mode": "static",
+        "sink_tokens": 1,
+        "recent_tokens": 2,
+        "expected_tokens": 3,
+        "expected_output_tokens": 0,
+    }
+    flags = [f"--lt-{name.replace('_', '-')}" for name in expected]
+    taken = options(
+        *(part for flag, value in zip(flags, expected.values(), strict=True) for part in (flag, str(value)))
+    )
+    assert vars(taken) == expected
+    assert taken.given() == flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lt-lazy-layer", "5"], "--lt-lazy-layer: unknown option, allowed are --lt-lazy-layers"),
+        (["--lt-lazy_layers", "5"], "--lt-lazy_layers: unknown option"),
+        (["--lt-lazy-layers"], "--lt-lazy-layers: a value is missing"),
+        (["--lt-lazy-layers="], "--lt-lazy-layers: a value is missing"),
+        (["--lt-lazy-layers", "--port"], "--lt-lazy-layers: a value is missing"),
+        (["--lt-lazy-layers", "5-x"], "lazy_layers: '5-x'"),
+        (["--lt-lazy-layers", "1", "--lt-lazy-layers=2"], "--lt-lazy-layers: given twice"),
+        (["--lt-mode", "dynamic"], "--lt-mode: 'dynamic' is not one of static"),
+        (["--lt-sink-tokens", "-1"], "--lt-sink-tokens: '-1' is not an integer from 0"),
+        (["--lt-recent-tokens", "0"], "--lt-recent-tokens: '0' is not an integer from 1"),
+        (["--lt-recent-tokens", "1e3"], "--lt-recent-tokens: '1e3'"),
+        (["--lt-expected-tokens", "²"], "--lt-expected-tokens: '²'"),
+    ],
+)
+def test_bad_options(argv: list[str], message: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        take_options(argv)
+    assert message in str(caught.value)
+
+
+def key(text: str, **more: Any) -> dict[str, Any]:
+    return {CONFIG_KEY: {"lazy_layers": text, **more}}
+
+
+def test_precedence_of_sources(tmp_path: Path) -> None:
+    file = tmp_path / "lt.json"
+    file.write_text(json.dumps({"lazy_layers": "2", "sink_tokens": 7}))
+    from_file = f"--lt-config={file}"
+    model = {**PLAIN, **key("4", recent_tokens=99)}
+
+    def layers(
+        *argv: str, overrides: dict[str, Any], config: dict[str, Any], path: str = "m"
+    ) -> tuple[int, ...]:
+        made = resolve_config(options(*argv), path, config, overrides)
+        assert made is not None
+        return made.lazy_layers
+
+    assert layers("--lt-lazy-layers=1", from_file, overrides={}, config=model) == (1,)
+    assert layers(from_file, overrides={}, config=model) == (2,)
+    assert layers(overrides=key("3"), config=model) == (3,)
+    assert layers(overrides={}, config=model, path=QWQ) == (4,)
+    assert len(layers(overrides={}, config={"num_hidden_layers": 64}, path=QWQ)) == 32
+    with pytest.raises(LightTransferError, match="give one of them"):
+        resolve_config(options(from_file), "m", model, key("3"))
+
+
+def test_single_values_replace_those_of_any_source(tmp_path: Path) -> None:
+    made = resolve_config(options("--lt-recent-tokens", "2000"), QWQ, {"num_hidden_layers": 64}, {})
+    assert made is not None
+    assert (len(made.lazy_layers), made.sink_tokens, made.recent_tokens) == (32, 129, 2000)
+    assert made.source == "known model QwQ-32B-LightTransfer, with --lt-recent-tokens"
+    fewer = resolve_config(options("--lt-lazy-layers", "5-24"), QWQ, {"num_hidden_layers": 64}, {})
+    assert fewer is not None
+    assert (len(fewer.lazy_layers), fewer.sink_tokens, fewer.recent_tokens) == (20, 129, 1025)
+
+
+def test_flags_alone_take_the_papers_windows() -> None:
+    made = resolve_config(options("--lt-lazy-layers=1-3", "--lt-expected-tokens=99"), "m", PLAIN, {})
+    expected = LightTransferConfig(
+        (1, 2, 3), expected_tokens=99, source="--lt-lazy-layers, --lt-expected-tokens"
+    )
+    assert made == expected
+
+
+def test_half_is_every_second_layer() -> None:
+    made = resolve_config(options("--lt-lazy-layers", HALF), "m", PLAIN, {})
+    assert made is not None
+    assert made.lazy_layers == (1, 3, 5, 7)
+    with pytest.raises(LightTransferError, match="half"):
+        resolve_config(options("--lt-lazy-layers", HALF), "m", None, {})
+
+
+def test_none_is_a_choice_too() -> None:
+    made = resolve_config(options("--lt-lazy-layers", "none"), QWQ, {"num_hidden_layers": 64}, {})
+    assert made is not None
+    assert made.lazy_layers == ()
+
+
+def test_layers_are_checked_against_the_model() -> None:
+    with pytest.raises(LightTransferError, match=r"layer 8 does not exist, the model has layers 0 to 7"):
+        resolve_config(options("--lt-lazy-layers", "7-8"), "m", PLAIN, {})
+
+
+def test_nothing_known() -> None:
+    with pytest.raises(LightTransferError, match=r"lazy_layers: none given for m and none known"):
+        resolve_config(LtOptions(), "m", PLAIN, {})
+    # A model that cannot be looked up here is left to SGLang's process...
+    assert resolve_config(LtOptions(), "m", None, {}) is None
+    # ... unless a value was given that would be lost.
+    with pytest.raises(LightTransferError, match="none known"):
+        resolve_config(options("--lt-sink-tokens=4"), "m", None, {})
+
+
+@pytest.mark.parametrize("overrides", [{}, key("3")])
+@pytest.mark.parametrize("model", [PLAIN, {**PLAIN, **key("4")}])
+@pytest.mark.parametrize("path", [QWQ, "m"])
+def test_without_options_it_agrees_with_the_server(
+    overrides: dict[str, Any], model: dict[str, Any], path: str
+) -> None:
+    deep = {**model, "num_hidden_layers": 64}
+    try:
+        expected = load_config(overrides, deep, path)
+    except LightTransferError:
+        with pytest.raises(LightTransferError):
+            resolve_config(LtOptions(), path, deep, overrides)
+        return
+    made = resolve_config(LtOptions(), path, deep, overrides)
+    assert made is not None
+    assert made.to_dict() | {"source": ""} == expected.to_dict() | {"source": ""}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"lazy_layers": 5}'])
+def test_bad_config_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "lt.json"
+    file.write_text(text)
+    with pytest.raises(LightTransferError):
+        resolve_config(options(f"--lt-config={file}"), "m", PLAIN, {})
+
+
+def test_missing_config_file_is_named() -> None:
+    with pytest.raises(LightTransferError, match=r"--lt-config /none/such\.json: cannot be read"):
+        resolve_config(options("--lt-config=/none/such.json"), "m", PLAIN, {})
+
+
+def test_describe_is_one_short_line() -> None:
+    line = describe(LightTransferConfig(tuple(range(1, 80, 2)), expected_tokens=100))
+    assert (
+        line == "40 lazy layers (1,3,5,...,79), 4 sink + 1020 recent tokens, 100 tokens expected; from flags"
+    )
+    assert short_layers((5, 6, 7)) == "5-7"
+
+
+# SGLang's flags
+
+
+def test_last_value_wins_and_both_forms_are_read() -> None:
+    args = SglangArgs(["--model", "a", "--model-path=b", "--tp", "2"])
+    assert args.get(MODEL_PATH) == "b"
+    assert args.get_int(TP_SIZE, 1) == 2
+    assert args.get(ATTENTION_BACKEND) is None
+    assert args.has("--tp") and not args.has("--port")
+
+
+def test_positional_model() -> None:
+    assert SglangArgs(["m", "--port", "1"]).argv == ["--model-path", "m", "--port", "1"]
+
+
+def test_replaced_values_come_last_and_alone() -> None:
+    args = SglangArgs(["--attention-backend", "x", "--port", "1", "--attention-backend=y"])
+    assert args.replaced({ATTENTION_BACKEND: "z"}) == ["--port", "1", "--attention-backend", "z"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--attention-back", "--model-p=x", "--json-model", "--tensor-par", "--conf"]
+)
+def test_abbreviations_are_refused(flag: str) -> None:
+    with pytest.raises(LightTransferError, match="in full"):
+        SglangArgs([flag, "v"])
+
+
+@pytest.mark.parametrize("argv", [["--port"], ["--tp-size", "0"], ["--tp", "two"]])
+def test_bad_values(argv: list[str]) -> None:
+    with pytest.raises(LightTransferError, match=argv[0] if len(argv) == 1 else "--tp-size"):
+        args = SglangArgs(argv)
+        args.get(("--port",))
+        args.get_int(TP_SIZE, 1)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "5"])
+def test_bad_overrides(text: str) -> None:
+    with pytest.raises(LightTransferError, match="--json-model-override-args"):
+        SglangArgs(["--json-model-override-args", text]).overrides()
+
+
+def test_config_file_ranks_below_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        "model_path: from-file\ntp-size: 4\njson-model-override-args: {a: 1}\nenable-metrics: true\n"
+    )
+    args = SglangArgs(["--config", str(file), "--tp=2"])
+    assert args.get(MODEL_PATH) == "from-file"
+    assert args.get_int(TP_SIZE, 1) == 2
+    assert args.overrides() == {"a": 1}
+    assert args.has("--enable-metrics")
+    assert args.replaced({MODEL_OVERRIDES: "{}"})[:3] == ["--config", str(file), "--tp=2"]
+
+
+@pytest.mark.parametrize("text", [None, "- a\n", "a: [\n"])
+def test_bad_config_yaml(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "server.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(LightTransferError, match="--config"):
+        SglangArgs(["--config", str(file)])
+
+
+# The model's config.json
+
+
+def test_read_model_config(tmp_path: Path) -> None:
+    with pytest.raises(LightTransferError, match=r"has no config\.json"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(LightTransferError, match="must be a JSON object"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
+    assert read_model_config(str(tmp_path)) == {"num_hidden_layers": 3}
+
+
+def test_layer_count() -> None:
+    assert layer_count({"num_hidden_layers": 3}) == 3
+    assert layer_count({"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 5}}) == 5
+    assert layer_count({}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"model_type": "llama"}, []),
+        ({"model_type": "mistral", "sliding_window": 4096}, []),
+        ({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False}, []),
+        (
+            {"model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0},
+            ["window", "soft-capping"],
+        ),
+        ({"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"]}, ["window"]),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, ["linear"]),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, ["MLA"]),
+        ({"model_type": "t5", "is_encoder_decoder": True}, ["encoder"]),
+        ({"text_config": {"model_type": "gemma3_text", "sliding_window": 512}}, ["window"]),
+    ],
+)
+def test_unsupported_features(config: dict[str, Any], found: list[str]) -> None:
+    names = unsupported_features(config)
+    assert len(names) == len(found)
+    assert all(part in name for part, name in zip(found, names, strict=True))

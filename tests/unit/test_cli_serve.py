@@ -1,0 +1,253 @@
+"""``lt-sglang serve`` up to the point where the server would start, and the announcer beside it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_sglang.cli import server
+from lt_sglang.cli.serve import DEMO_ARGS, Launch, Machine, plan_launch
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.demo.smollm2 import DemoModelMissing
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import CompilerMissing, cpu_server_args
+from lt_sglang.names import BACKEND
+
+CONFIG: dict[str, Any] = {"num_hidden_layers": 8}
+SMOLLM2: dict[str, Any] = {"num_hidden_layers": 30}
+
+
+@dataclass
+class Fake:
+    """A machine that says what it is told to, and remembers what it was asked."""
+
+    gpu: bool = True
+    config: dict[str, Any] | None = field(default_factory=lambda: dict(CONFIG))
+    asked_tp: list[int] = field(default_factory=list)
+    error: Exception | None = None
+
+    def launch(self, *argv: str, env: Mapping[str, str] | None = None) -> Launch:
+        machine = Machine(
+            has_gpu=lambda: self.gpu,
+            cpu_environment=self.environment,
+            demo_model=self.demo,
+            model_config=lambda path, revision: self.config,
+        )
+        return plan_launch(list(argv), env or {"HOME": "/root"}, machine)
+
+    def environment(self, tp: int, base: Mapping[str, str]) -> dict[str, str]:
+        self.asked_tp.append(tp)
+        if self.error:
+            raise self.error
+        return {"OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": "/stub"}
+
+    def demo(self) -> Path:
+        if isinstance(self.error, DemoModelMissing):
+            raise self.error
+        return Path("/demo/model")
+
+
+def values(launch: Launch, flag: str) -> list[str]:
+    return [launch.argv[index + 1] for index, arg in enumerate(launch.argv) if arg == flag]
+
+
+def overrides(launch: Launch) -> dict[str, Any]:
+    (text,) = values(launch, "--json-model-override-args")
+    made: dict[str, Any] = json.loads(text)
+    return made
+
+
+def test_on_a_gpu() -> None:
+    fake = Fake()
+    launch = fake.launch("--model-path", "m", "--lt-lazy-layers", "1-3", "--port=4000", "--enable-metrics")
+    assert launch.argv[:4] == ("--model-path", "m", "--port=4000", "--enable-metrics")
+    assert values(launch, "--attention-backend") == [BACKEND]
+    assert overrides(launch) == {
+        CONFIG_KEY: LightTransferConfig((1, 2, 3), source="--lt-lazy-layers").to_dict()
+    }
+    assert not launch.on_cpu
+    assert fake.asked_tp == []
+    assert launch.env["HOME"] == "/root"
+    assert "OMP_NUM_THREADS" not in launch.env
+    assert "--device" not in launch.argv
+    assert launch.url == "http://127.0.0.1:4000"
+
+
+def test_given_overrides_are_kept_and_ours_added() -> None:
+    given = json.dumps(
+        {"rope_scaling": {"factor": 2}, "lighttransfer": {"lazy_layers": [1], "sink_tokens": 9}}
+    )
+    launch = Fake().launch("m", f"--json-model-override-args={given}", "--lt-recent-tokens", "50")
+    made = overrides(launch)
+    assert made["rope_scaling"] == {"factor": 2}
+    config = LightTransferConfig.from_dict(made[CONFIG_KEY])
+    assert (config.lazy_layers, config.sink_tokens, config.recent_tokens) == ((1,), 9, 50)
+
+
+def test_our_backend_may_be_named() -> None:
+    launch = Fake().launch("m", "--lt-lazy-layers=1", "--attention-backend", BACKEND)
+    assert values(launch, "--attention-backend") == [BACKEND]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--attention-backend", "--prefill-attention-backend", "--decode-attention-backend"]
+)
+def test_another_backend_is_refused_by_name(flag: str) -> None:
+    with pytest.raises(LightTransferError, match=rf"{flag} flashinfer: lt-sglang serves with {BACKEND}"):
+        Fake().launch("m", "--lt-lazy-layers=1", flag, "flashinfer")
+
+
+def test_a_model_that_cannot_be_read_is_left_to_sglang() -> None:
+    launch = Fake(config=None).launch("bucket://model")
+    assert launch.config is None
+    assert "--json-model-override-args" not in launch.argv
+    assert values(launch, "--attention-backend") == [BACKEND]
+
+
+def test_a_model_without_lazy_layers_is_refused() -> None:
+    with pytest.raises(LightTransferError, match="none given for m"):
+        Fake().launch("m")
+
+
+def test_on_a_cpu() -> None:
+    fake = Fake(gpu=False)
+    launch = fake.launch("m", "--lt-lazy-layers=1", "--tp", "2")
+    assert launch.on_cpu
+    assert fake.asked_tp == [2]
+    assert launch.env["LD_LIBRARY_PATH"] == "/stub"
+    assert launch.argv[-len(cpu_server_args()) :] == tuple(cpu_server_args())
+    assert launch.model_path == "m"
+    assert "--max-total-tokens" not in launch.argv
+
+
+def test_cpu_arguments_given_are_kept() -> None:
+    launch = Fake(gpu=False).launch("m", "--lt-lazy-layers=1", "--grammar-backend=xgrammar")
+    assert values(launch, "--grammar-backend") == []
+    assert values(launch, "--device") == ["cpu"]
+
+
+def test_a_cpu_may_be_asked_for_on_a_gpu_machine() -> None:
+    launch = Fake(gpu=True).launch("m", "--lt-lazy-layers=1", "--device", "cpu")
+    assert launch.on_cpu
+    assert values(launch, "--device") == ["cpu"]
+
+
+def test_another_device_is_left_to_sglang() -> None:
+    launch = Fake(gpu=False).launch("m", "--lt-lazy-layers=1", "--device", "cuda")
+    assert not launch.on_cpu
+
+
+def test_demo_model_on_a_cpu() -> None:
+    launch = Fake(gpu=False, config=SMOLLM2).launch("--port", "31000", "--max-total-tokens=999")
+    assert launch.model_path == "/demo/model"
+    assert values(launch, "--model-path") == ["/demo/model"]
+    assert launch.config is not None
+    assert len(launch.config.lazy_layers) == 15
+    assert not {7, 18, 23} & set(launch.config.lazy_layers), "the layers it retrieves with"
+    for flag, value in DEMO_ARGS:
+        assert values(launch, flag) == ([] if flag == "--max-total-tokens" else [value])
+    assert "http://127.0.0.1:31000/v1/chat/completions" in launch.try_line
+    assert launch.env[server.TRY_VARIABLE] == launch.try_line
+
+
+def test_demo_model_with_other_layers() -> None:
+    launch = Fake(gpu=False).launch("--lt-lazy-layers", "2")
+    assert launch.config is not None
+    assert launch.config.lazy_layers == (2,)
+
+
+def test_no_demo_model_on_a_gpu() -> None:
+    with pytest.raises(LightTransferError, match="--model-path: missing"):
+        Fake().launch()
+
+
+@pytest.mark.parametrize("error", [DemoModelMissing("install it\nso"), CompilerMissing("no cc")])
+def test_missing_pieces_are_errors_of_ours(error: Exception) -> None:
+    with pytest.raises(LightTransferError, match=str(error)[:5]):
+        Fake(gpu=False, error=error).launch()
+
+
+def test_a_failed_plan_asks_nothing_of_the_machine() -> None:
+    fake = Fake(gpu=False)
+    with pytest.raises(LightTransferError):
+        fake.launch("m", "--lt-lazy-layers", "oops")
+    assert fake.asked_tp == []
+
+
+def test_the_try_line_is_valid() -> None:
+    for line in (
+        Fake().launch("m", "--lt-lazy-layers=1").try_line,
+        Fake(gpu=False, config=SMOLLM2).launch().try_line,
+    ):
+        body = line.partition("-d '")[2].removesuffix("'")
+        assert json.loads(body)["max_tokens"] > 0
+        assert "'" not in body
+
+
+@pytest.mark.parametrize(
+    ("argv", "host", "url"),
+    [
+        ([], None, "http://127.0.0.1:30000"),
+        ([], "0.0.0.0", "http://127.0.0.1:30000"),
+        ([], "10.0.0.7", "http://10.0.0.7:30000"),
+        ([], "::1", "http://[::1]:30000"),
+        (["--ssl-certfile", "x"], None, "https://127.0.0.1:30000"),
+    ],
+)
+def test_base_url(argv: list[str], host: str | None, url: str) -> None:
+    assert server.base_url(argv, host, 30000) == url
+
+
+def test_only_the_first_node_serves_http() -> None:
+    launch = Fake().launch("m", "--lt-lazy-layers=1", "--nnodes", "2", "--node-rank", "1")
+    assert server.URL_VARIABLE not in launch.env
+
+
+class _Ready(BaseHTTPRequestHandler):
+    answers: list[int]
+
+    def do_GET(self) -> None:
+        self.send_response(self.answers.pop(0) if self.path == "/ready" else 404)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def ready_server() -> Iterator[tuple[str, list[int]]]:
+    answers: list[int] = []
+    handler = type("Handler", (_Ready,), {"answers": answers})
+    with HTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}", answers
+        http.shutdown()
+        thread.join()
+
+
+def test_announce(
+    ready_server: tuple[str, list[int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, answers = ready_server
+    answers += [503, 503, 200]
+    monkeypatch.setattr(server, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server.announce(url, "curl this", poll_seconds=0.01)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("lt-sglang: ") for line in lines)
+    assert any("still starting" in line for line in lines)
+    assert lines[-1] == "lt-sglang: try: curl this"
+    assert "ready after" in lines[-2]
+    assert answers == []
+
+
+def test_not_ready_when_nobody_listens() -> None:
+    assert not server.is_ready("http://127.0.0.1:9", timeout_seconds=0.5)

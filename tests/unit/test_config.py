@@ -1,0 +1,172 @@
+"""lt_sglang.config: parsing, formatting, validation, messages."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import CONFIG_KEY, MAX_TOKENS, LightTransferConfig, format_layers, parse_layers
+from lt_sglang.errors import LightTransferError
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("none", ()),
+        ("", ()),
+        ("  ", ()),
+        ("0", (0,)),
+        ("5-7", (5, 6, 7)),
+        ("7-7", (7,)),
+        ("9, 5-7 ,11", (5, 6, 7, 9, 11)),
+        ("30-33,5-6", (5, 6, 30, 31, 32, 33)),
+    ],
+)
+def test_parse(text: str, layers: tuple[int, ...]) -> None:
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "5-",
+        "-5",
+        "5--7",
+        "5-7-9",
+        "7-5",
+        "5,5",
+        "5-7,6",
+        "1.5",
+        "5 6",
+        ",",
+        "5,",
+        "half",
+        "0x5",
+        "²",
+        "0-999999999999",
+    ],
+)
+def test_parse_refuses(text: str) -> None:
+    with pytest.raises(LightTransferError, match="lazy_layers"):
+        parse_layers(text)
+
+
+def test_format_is_the_inverse_of_parse() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        layers = tuple(sorted(rng.sample(range(128), rng.randrange(0, 60))))
+        assert parse_layers(format_layers(layers)) == layers
+    assert format_layers(()) == "none"
+    assert format_layers([5, 6, 7, 9]) == "5-7,9"
+
+
+def random_config(rng: random.Random) -> LightTransferConfig:
+    return LightTransferConfig(
+        lazy_layers=tuple(sorted(rng.sample(range(80), rng.randrange(0, 80)))),
+        sink_tokens=rng.choice([0, 1, 4, 129, rng.randrange(0, 5000)]),
+        recent_tokens=rng.choice([1, 2, 1020, rng.randrange(1, 5000)]),
+        expected_tokens=rng.choice([None, 8192, rng.randrange(5000, MAX_TOKENS)]),
+        expected_output_tokens=rng.choice([None, 0, rng.randrange(0, 5000)]),
+        source=rng.choice(["flags", "file"]),
+    )
+
+
+def test_dict_and_json_round_trip() -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        config = random_config(rng)
+        assert LightTransferConfig.from_dict(config.to_dict()) == config
+        text = json.dumps(
+            rng.choice([config.to_dict(), {CONFIG_KEY: config.to_dict(), "model_type": "llama"}])
+        )
+        assert LightTransferConfig.from_json(text, source=config.source) == config
+
+
+def test_derived_sizes() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        config = random_config(rng)
+        assert config.lazy_tokens == config.sink_tokens + config.recent_tokens
+        # Nothing may be freed before every sink position was computed, and one earlier token must be kept.
+        assert config.retained_tokens >= max(config.sink_tokens, config.recent_tokens, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mode", "dynamic"),
+        ("mode", None),
+        ("sink_tokens", -1),
+        ("sink_tokens", 4.0),
+        ("sink_tokens", True),
+        ("sink_tokens", "4"),
+        ("sink_tokens", MAX_TOKENS + 1),
+        ("recent_tokens", 0),
+        ("recent_tokens", None),
+        ("expected_tokens", 0),
+        ("expected_tokens", "many"),
+        ("expected_output_tokens", -1),
+        ("lazy_layers", "5-"),
+        ("lazy_layers", 5),
+        ("lazy_layers", None),
+        ("lazy_layers", [1, "2"]),
+        ("lazy_layers", [1, True]),
+        ("lazy_layers", [1, 1]),
+        ("lazy_layers", [-1]),
+        ("lazy_leyers", "5"),
+    ],
+)
+def test_every_message_names_the_field(field: str, value: Any) -> None:
+    data = {"lazy_layers": "1-3", field: value}
+    with pytest.raises(LightTransferError, match=field) as caught:
+        LightTransferConfig.from_dict(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_output_is_a_part_of_the_whole() -> None:
+    with pytest.raises(
+        LightTransferError, match=r"expected_output_tokens: 11 is more than expected_tokens \(10\)"
+    ):
+        LightTransferConfig((), expected_tokens=10, expected_output_tokens=11)
+    LightTransferConfig((), expected_tokens=10, expected_output_tokens=10)
+    LightTransferConfig((), expected_output_tokens=11)
+
+
+def test_lazy_layers_are_required() -> None:
+    with pytest.raises(LightTransferError, match=r"lazy_layers: missing"):
+        LightTransferConfig.from_dict({"sink_tokens": 4})
+
+
+def test_lists_are_sorted_and_notes_are_ignored() -> None:
+    config = LightTransferConfig.from_dict({"lazy_layers": [3, 1], "_comment": "why"}, source="file")
+    assert config.lazy_layers == (1, 3)
+    assert config.source == "file"
+
+
+@pytest.mark.parametrize("data", [[], "5-24", 5, None])
+def test_not_an_object(data: Any) -> None:
+    with pytest.raises(LightTransferError, match="must be an object"):
+        LightTransferConfig.from_dict(data)
+
+
+def test_bad_json_names_the_file() -> None:
+    with pytest.raises(LightTransferError, match=r"lt\.json: not valid JSON"):
+        LightTransferConfig.from_json("{", source="lt.json")
+
+
+def test_constructor_wants_sorted_unique_layers() -> None:
+    for layers in ((2, 1), (1, 1)):
+        with pytest.raises(LightTransferError, match="sorted and unique"):
+            LightTransferConfig(lazy_layers=layers)
+
+
+def test_layers_must_exist_in_the_model() -> None:
+    config = LightTransferConfig(lazy_layers=(1, 31))
+    config.check_model(32)
+    with pytest.raises(LightTransferError, match=r"layer 31 does not exist, the model has layers 0 to 30"):
+        config.check_model(31)
+    LightTransferConfig(lazy_layers=()).check_model(1)

@@ -1,0 +1,97 @@
+"""lt_sglang.attention.indices: which rows a lazy layer reads, against the definition."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from lt_sglang.attention.indices import (
+    StreamingTables,
+    Windows,
+    decode_rows_reference,
+    lazy_lengths,
+    sink_rows,
+    span_rows,
+)
+from tests.unit.streaming import Batch, visible
+
+SIZES = [(0, 1), (0, 5), (1, 1), (4, 3), (4, 8), (7, 64), (129, 17)]
+
+
+@pytest.mark.parametrize(("sink", "recent"), SIZES)
+def test_decode_reads_exactly_the_visible_set(sink: int, recent: int) -> None:
+    rng = random.Random(sink * 1000 + recent)
+    batch = Batch(
+        rng, sink, recent, lengths=[1, 2, recent, recent + 1, sink + recent, sink + recent + 1, 300]
+    )
+    packed = decode_rows_reference(batch.rows, batch.lengths, batch.tables, batch.windows)
+    assert packed.dtype == torch.int32
+    counts = lazy_lengths(batch.lengths, batch.windows).tolist()
+    for index, got in enumerate(packed.split(counts)):
+        length = int(batch.lengths[index])
+        expected = sorted(batch.row_of_position(index, j) for j in visible(length - 1, sink, recent))
+        assert sorted(got.tolist()) == expected
+
+
+def test_attention_over_the_rows_is_streaming_attention() -> None:
+    rng = random.Random(5)
+    generator = torch.Generator().manual_seed(5)
+    for sink, recent in SIZES:
+        batch = Batch(rng, sink, recent, lengths=[1, recent + sink + 3, 200])
+        keys = torch.randn(batch.buffer_rows, 8, generator=generator, dtype=torch.float64)
+        values = torch.randn(batch.buffer_rows, 8, generator=generator, dtype=torch.float64)
+        query = torch.randn(len(batch.rows), 8, generator=generator, dtype=torch.float64)
+        packed = decode_rows_reference(batch.rows, batch.lengths, batch.tables, batch.windows).long()
+        counts = lazy_lengths(batch.lengths, batch.windows).tolist()
+        for index, selected in enumerate(packed.split(counts)):
+            length = int(batch.lengths[index])
+            # Keys by position, as full attention would see them, under the definition's mask.
+            rows = [batch.row_of_position(index, j) for j in range(length)]
+            scores = keys[rows] @ query[index]
+            hidden = [j for j in range(length) if j not in visible(length - 1, sink, recent)]
+            scores[hidden] = float("-inf")
+            expected = torch.softmax(scores, 0) @ values[rows]
+            got = torch.softmax(keys[selected] @ query[index], 0) @ values[selected]
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("sink", "recent"), SIZES)
+def test_sink_rows(sink: int, recent: int) -> None:
+    batch = Batch(random.Random(9), sink, recent, lengths=[300, 301, 302])
+    rows = sink_rows(batch.rows, batch.tables, batch.windows)
+    assert rows.shape == (3, sink)
+    for index in range(3):
+        # Once a request has a set, its sinks are read there, wherever the window is.
+        stored = int(batch.tables.row_of[batch.rows[index]])
+        assert (rows[index] >= batch.windows.sink_base).all() == (stored >= 0 or sink == 0)
+
+
+def test_span_rows() -> None:
+    rng = random.Random(3)
+    batch = Batch(rng, 4, 8, lengths=[50, 60, 70])
+    first, counts = torch.tensor([10, 0, 69]), torch.tensor([5, 0, 1])
+    got = span_rows(batch.rows, first, counts, 6, batch.tables)
+    expected = [batch.slot_of_position(0, j) for j in range(10, 15)] + [batch.slot_of_position(2, 69)]
+    assert got.tolist() == expected
+    assert got.dtype == torch.int32
+
+
+def test_lazy_lengths_keep_dtype() -> None:
+    windows = Windows(sink_tokens=4, recent_tokens=6, sink_base=0)
+    for dtype in (torch.int32, torch.int64):
+        got = lazy_lengths(torch.tensor([1, 9, 10, 11, 1000], dtype=dtype), windows)
+        assert got.dtype == dtype
+        assert got.tolist() == [1, 9, 10, 10, 10]
+
+
+def test_tables_are_read_at_the_requests_rows_only() -> None:
+    tables = StreamingTables(
+        req_to_token=torch.tensor([[0, 0, 0], [1, 2, 3]], dtype=torch.int32),
+        full_to_streaming=torch.tensor([0, 7, 8, 9]),
+        row_of=torch.tensor([-1, -1], dtype=torch.int32),
+    )
+    windows = Windows(sink_tokens=1, recent_tokens=1, sink_base=100)
+    got = decode_rows_reference(torch.tensor([1]), torch.tensor([3]), tables, windows)
+    assert got.tolist() == [7, 9]

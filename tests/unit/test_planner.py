@@ -1,0 +1,295 @@
+"""lt_sglang.planner: known facts of the roofline, counted weights, and plans made with the server's split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.split import SplitInput, split_budget
+from lt_sglang.planner.capacity import Deployment, plan_length
+from lt_sglang.planner.report import as_dict, as_text
+from lt_sglang.planner.roofline import Hardware, LazyShare, decode_bound, kv_bytes, throughput
+from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_config
+
+MISTRAL = SHAPES["mistral-7b"]
+LLAMA = SHAPES["llama-3-70b"]
+A100 = GPUS["a100-80"]
+HALF = LightTransferConfig(tuple(range(1, 32, 2)))
+NONE = LazyShare(0, 0)
+
+
+def deployment(**changes: Any) -> Deployment:
+    values: dict[str, Any] = {
+        "shape": MISTRAL,
+        "hardware": Hardware(A100),
+        "config": HALF,
+        "mem_fraction": 0.88,
+        "weights_bytes": MISTRAL.total_weight_bytes,
+    }
+    return Deployment(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share", "ratio"),
+    [(4096, 0.5, 1.60), (8192, 0.5, 1.78), (16384, 0.5, 1.88), (32768, 0.5, 1.94), (16384, 0.75, 3.4)],
+)
+def test_bound(tokens: int, share: float, ratio: float) -> None:
+    assert decode_bound(tokens, share, 1024) == pytest.approx(ratio, abs=0.05 if ratio == 3.4 else 0.005)
+
+
+def test_bound_at_the_ends() -> None:
+    assert decode_bound(4096, 0.5, 1024) == pytest.approx(1.6, abs=1e-9)
+    assert decode_bound(10**9, 0.75, 1024) == pytest.approx(4, abs=1e-4)
+    assert decode_bound(800, 0.5, 1024) == 1
+    assert decode_bound(10_000, 0.0, 1024) == 1
+
+
+def test_kv_bytes() -> None:
+    assert MISTRAL.kv_token_layer(2) == 4096
+    assert kv_bytes(MISTRAL, 4096, NONE) == 32 * 4096 * 4096
+    # Below the lazy window nothing changes.
+    assert kv_bytes(MISTRAL, 800, LazyShare(16, 1024)) == kv_bytes(MISTRAL, 800, NONE)
+    assert kv_bytes(MISTRAL, 4096, LazyShare(16, 1024), 1) * 2 == kv_bytes(MISTRAL, 4096, LazyShare(16, 1024))
+
+
+def test_tensor_parallel_shards_kv_heads_down_to_one() -> None:
+    per_rank = [LLAMA.kv_token_layer(2, tp) for tp in (1, 2, 4, 8, 16)]
+    assert per_rank == [4096, 2048, 1024, 512, 512]
+
+
+def test_without_compute_and_weights_the_ratio_is_the_bound() -> None:
+    # No compute bound, negligible weights, a batch limited by memory and not rounded.
+    shape = replace(MISTRAL, weight_bytes=1e-6)
+    hardware = Hardware(replace(A100, flops=1e30))
+    rates = []
+    for lazy in (NONE, LazyShare(16, 1024)):
+        requests = 60 * GIB / kv_bytes(shape, 32769, lazy)
+        rates.append(throughput(shape, hardware, lazy, requests, 32768, 1).decode_rate)
+    assert rates[1] / rates[0] == pytest.approx(decode_bound(32769, 0.5, 1024), abs=1e-3)
+
+
+def test_weights_hide_the_gain_at_small_batches() -> None:
+    small = [throughput(MISTRAL, Hardware(A100), lazy, 1, 4096, 128) for lazy in (NONE, LazyShare(16, 1024))]
+    assert small[1].decode_rate / small[0].decode_rate < 1.03
+    assert small[0].weight_time > small[0].kv_time
+
+
+def test_plan_uses_the_servers_split() -> None:
+    plan = plan_length(deployment(), 16384, 512)
+    given = SplitInput(
+        full_bytes=16 * 4096,
+        streaming_bytes=16 * 4096,
+        retained_tokens=1020,
+        sink_tokens=4,
+        expected_tokens=16896,
+        chunk_tokens=8192,
+        context_tokens=32768,
+        expected_output_tokens=512,
+    )
+    assert plan.split == split_budget(deployment().kv_budget, given)
+    assert plan.hybrid_requests == int(plan.split.requests)
+    assert plan.full_requests == deployment().kv_budget // (32 * 4096 * 16896)
+    assert plan.limit == "reading KV"
+
+
+def test_kv_budget_is_what_a_server_was_seen_to_have() -> None:
+    # One H100, Mistral-7B: SGLang made a pool of 454,835 tokens.
+    tokens = deployment(hardware=Hardware(GPUS["h100-80"])).kv_budget / (32 * 4096)
+    assert tokens == pytest.approx(454_835, rel=0.02)
+
+
+def test_a_fixed_expectation_is_one_split_for_all_lengths() -> None:
+    fixed = deployment(config=replace(HALF, expected_tokens=16896, expected_output_tokens=512))
+    plans = {n: plan_length(fixed, n, 512) for n in (2048, 4096, 16384, 30000)}
+    assert len({(plan.split.full_tokens, plan.split.streaming_tokens) for plan in plans.values()}) == 1
+    best = plan_length(deployment(), 4096, 512)
+    assert plans[4096].hybrid_requests < best.hybrid_requests, "split for long requests, short ones fill it"
+    # Longer ones fill the full pool first.
+    assert plans[30000].hybrid_requests == plans[30000].split.full_tokens // 30512
+    assert plans[16384] == replace(plan_length(deployment(), 16384, 512), split=plans[16384].split)
+
+
+def test_requests_shorter_than_the_window() -> None:
+    fixed = deployment(config=replace(HALF, expected_tokens=16896))
+    plan = plan_length(fixed, 100, 28)
+    assert plan.bound == 1
+    assert plan.split.streaming_per_request == 128
+    assert plan.hybrid_requests > 100
+
+
+def test_no_lazy_layer_is_stock() -> None:
+    plan = plan_length(deployment(config=LightTransferConfig(())), 8192, 512)
+    assert plan.full_requests == plan.hybrid_requests
+    assert plan.bound == plan.decode_ratio == plan.total_ratio == 1
+    assert plan.split.streaming_tokens == 0
+
+
+def test_every_layer_lazy() -> None:
+    plan = plan_length(deployment(config=LightTransferConfig(tuple(range(32)))), 16384, 512)
+    assert plan.bound == pytest.approx(16896 / 1024)
+    assert plan.hybrid_requests > 10 * plan.full_requests
+
+
+def test_only_hybrid_fits() -> None:
+    # 32 GiB of memory, 13.5 of weights: one request of 100K tokens needs 12.3 GiB, or half of it.
+    small = deployment(
+        shape=replace(MISTRAL, max_tokens=None), hardware=Hardware(replace(A100, memory=26 * GIB))
+    )
+    plan = plan_length(small, 100_000, 512)
+    assert (plan.full_requests, plan.hybrid_requests) == (0, 1)
+    assert plan.decode_ratio is None
+    assert "nothing to compare with" in as_text(small, [plan], "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": LLAMA, "weights_bytes": LLAMA.total_weight_bytes}, "--tp 1: 131.5 GiB of weights"),
+        ({"hardware": Hardware(replace(A100, memory=16.5 * GIB))}, "KV memory"),
+    ],
+)
+def test_what_does_not_fit_says_so(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LightTransferError, match=message):
+        plan_length(deployment(**changes), 8192, 512)
+
+
+def test_longer_than_the_context() -> None:
+    with pytest.raises(LightTransferError, match=r"33000 tokens are more than the 32768"):
+        plan_length(deployment(), 32768, 232)
+
+
+def test_report() -> None:
+    made = deployment()
+    plans = [plan_length(made, n, 512) for n in (512, 4096, 16384)]
+    text = as_text(made, plans, "16 lazy layers")
+    lines = text.splitlines()
+    assert lines[1] == "16 lazy layers"
+    assert "Mistral-7B" in lines[0] and "A100" in lines[2]
+    assert any(line.split()[:2] == ["16384", "512"] for line in lines)
+    assert "gain nothing" in text or plans[0].input_tokens + 512 > HALF.lazy_tokens
+    assert max(len(line) for line in lines) <= 130
+    data = as_dict(made, plans)
+    assert data["lengths"][2]["split"]["full_tokens"] == plans[2].split.full_tokens
+    assert data["lighttransfer"]["lazy_layers"].startswith("1,3,5")
+
+
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+QWEN_25_32B = {
+    "model_type": "qwen2",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
+QWEN_25_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "params", "active"),
+    [
+        (LLAMA_3_8B, 8_030_261_248, None),
+        (QWEN_25_32B, 32_763_876_352, None),
+        (QWEN_25_05B, 494_032_768, None),
+        (MIXTRAL, 46_702_792_704, 12_879_925_248),
+        (QWEN3_30B, 30_532_122_624, 3_352_860_672),
+    ],
+    ids=["Llama-3-8B", "Qwen2.5-32B", "Qwen2.5-0.5B", "Mixtral-8x7B", "Qwen3-30B-A3B"],
+)
+def test_weights_are_counted_as_published(config: dict[str, Any], params: int, active: int | None) -> None:
+    shape = shape_from_config(config, "model")
+    assert shape.params == pytest.approx(params, rel=1e-6)
+    assert shape.multiplied_params == pytest.approx(active or params, rel=1e-3)
+
+
+def test_known_shapes_agree_with_counting() -> None:
+    assert SHAPES["qwen2.5-32b"].params == pytest.approx(
+        shape_from_config(QWEN_25_32B, "m").params, rel=0.005
+    )
+
+
+def test_nested_text_config() -> None:
+    shape = shape_from_config({"model_type": "wrapper", "text_config": QWEN_25_05B}, "m")
+    assert shape.layers == 24
+
+
+@pytest.mark.parametrize(
+    ("quantization", "weight_bytes"),
+    [
+        ({"quant_method": "fp8"}, 1.0),
+        ({"quant_method": "awq", "bits": 4}, 0.5),
+        ({"quant_method": "gptq", "bits": 8}, 1.0),
+    ],
+)
+def test_quantized_weights(quantization: dict[str, Any], weight_bytes: float) -> None:
+    shape = shape_from_config({**LLAMA_3_8B, "quantization_config": quantization}, "m")
+    assert shape.weight_bytes == weight_bytes
+
+
+def test_unknown_quantization_asks_for_the_size() -> None:
+    with pytest.raises(LightTransferError, match="--weights-gib"):
+        shape_from_config({**LLAMA_3_8B, "quantization_config": {"quant_method": "new"}}, "m")
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size"]
+)
+def test_a_missing_key_is_named(key: str) -> None:
+    config = {name: value for name, value in LLAMA_3_8B.items() if name != key}
+    with pytest.raises(LightTransferError, match=key):
+        shape_from_config(config, "m")
+
+
+def test_shape_without_known_context_plans_any_length() -> None:
+    shape = ModelShape("x", 1e9, 32, 8, 8, 128)
+    assert plan_length(deployment(shape=shape, weights_bytes=2e9), 300_000, 1).full_requests >= 1

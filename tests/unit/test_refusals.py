@@ -1,0 +1,94 @@
+"""lt_sglang.refusals: one case per refused flag."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lt_sglang.errors import LightTransferError
+from lt_sglang.names import BACKEND
+from lt_sglang.refusals import REFUSALS, Refusal, check_server_args
+
+# A value for each field that a user could give and that must be refused.
+BAD: dict[str, Any] = {
+    "speculative_algorithm": "EAGLE",
+    "disaggregation_mode": "prefill",
+    "pp_size": 2,
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "page_size": 16,
+    "kv_cache_dtype": "fp4_e2m1",
+    "radix_cache_backend": "cpp",
+    "dllm_algorithm": "LowConfidence",
+}
+
+
+def good_args(**changes: Any) -> SimpleNamespace:
+    """Server arguments as SGLang leaves them when nothing is asked for."""
+    values: dict[str, Any] = {refusal.field: False for refusal in REFUSALS}
+    values |= {
+        "attention_backend": BACKEND,
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
+        "speculative_algorithm": None,
+        "disaggregation_mode": "null",
+        "pp_size": 1,
+        "dcp_size": 1,
+        "attn_cp_size": 1,
+        "page_size": None,
+        "kv_cache_dtype": "auto",
+        "radix_cache_backend": None,
+        "dllm_algorithm": None,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def test_defaults_pass() -> None:
+    check_server_args(good_args())
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+def test_each_is_refused_by_name(refusal: Refusal) -> None:
+    value = BAD.get(refusal.field, True)
+    with pytest.raises(LightTransferError) as caught:
+        check_server_args(good_args(**{refusal.field: value}))
+    message = str(caught.value)
+    assert message.startswith(refusal.flag)
+    assert refusal.why in message
+    assert "\n" not in message
+    # A switch has no value worth repeating.
+    assert (f"{refusal.flag} {value}" in message) == (value is not True)
+
+
+def test_flags_and_fields_are_unique_and_match() -> None:
+    assert len({refusal.field for refusal in REFUSALS}) == len(REFUSALS)
+    for refusal in REFUSALS:
+        assert refusal.flag == "--" + refusal.field.replace("_", "-")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2", None])
+def test_supported_kv_dtypes(dtype: str | None) -> None:
+    check_server_args(good_args(kv_cache_dtype=dtype))
+
+
+@pytest.mark.parametrize("page_size", [1, None])
+def test_page_size_one(page_size: int | None) -> None:
+    check_server_args(good_args(page_size=page_size))
+
+
+@pytest.mark.parametrize(
+    "role", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"]
+)
+def test_backends_must_be_ours_in_both_phases(role: str) -> None:
+    check_server_args(good_args(**{role: BACKEND}))
+    with pytest.raises(LightTransferError, match=rf"--{role.replace('_', '-')} fa3"):
+        check_server_args(good_args(**{role: "fa3"}))
+
+
+def test_the_first_problem_is_named_alone() -> None:
+    with pytest.raises(LightTransferError) as caught:
+        check_server_args(good_args(speculative_algorithm="EAGLE", pp_size=2))
+    assert "--speculative-algorithm EAGLE" in str(caught.value)
+    assert "--pp-size" not in str(caught.value)

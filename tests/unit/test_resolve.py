@@ -1,0 +1,80 @@
+"""lt_sglang.resolve: where the configuration comes from, and what SGLang is told."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.names import BACKEND
+from lt_sglang.resolve import is_requested, load_config, model_overrides
+
+KNOWN = "cxdu/QwQ-32B-LightTransfer"
+
+
+def layers(text: str) -> dict[str, Any]:
+    return {CONFIG_KEY: {"lazy_layers": text}}
+
+
+def test_precedence() -> None:
+    first = load_config(layers("1"), layers("2"), KNOWN)
+    assert (first.lazy_layers, first.source) == ((1,), "model override args")
+    second = load_config({}, layers("2"), KNOWN)
+    assert (second.lazy_layers, second.source) == ((2,), "the model's config.json")
+    third = load_config({"other": 1}, {"model_type": "qwen2"}, KNOWN)
+    assert len(third.lazy_layers) == 32
+    assert "known model" in third.source
+
+
+def test_a_named_source_is_kept() -> None:
+    given = LightTransferConfig(lazy_layers=(1,), source="--lt-lazy-layers").to_dict()
+    assert load_config({CONFIG_KEY: given}, {}, "x").source == "--lt-lazy-layers"
+
+
+def test_nothing_known_is_an_error_that_names_the_model() -> None:
+    with pytest.raises(LightTransferError, match=r"lazy_layers: none given for some/model"):
+        load_config({}, {}, "some/model")
+
+
+@pytest.mark.parametrize("bad", [None, "5-24", [], {}, {"lazy_layers": "x"}])
+def test_a_bad_override_is_not_skipped(bad: Any) -> None:
+    with pytest.raises((LightTransferError, TypeError)):
+        load_config({CONFIG_KEY: bad}, layers("2"), KNOWN)
+
+
+def test_overrides_describe_a_hybrid_model() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        count = rng.randrange(1, 81)
+        lazy = tuple(sorted(rng.sample(range(count), rng.randrange(1, count + 1))))
+        config = LightTransferConfig(
+            lazy, sink_tokens=rng.randrange(0, 200), recent_tokens=rng.randrange(1, 2000)
+        )
+        made = model_overrides(config, count)
+        assert made["is_hybrid_swa"] is True
+        assert [layer for layer, one in enumerate(made["hybrid_layer_pattern"]) if one] == list(lazy)
+        assert len(made["hybrid_layer_pattern"]) == count
+        # window_left = tokens kept besides the query's own.
+        assert made["sliding_window_size"] == config.retained_tokens - 1
+        assert LightTransferConfig.from_dict(json.loads(json.dumps(made))[CONFIG_KEY]) == config
+
+
+def test_no_lazy_layer_leaves_the_model_alone() -> None:
+    assert set(model_overrides(LightTransferConfig(()), 32)) == {CONFIG_KEY}
+
+
+@pytest.mark.parametrize(
+    "field", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"]
+)
+def test_requested_by_any_backend_flag(field: str) -> None:
+    args = SimpleNamespace(
+        attention_backend=None, prefill_attention_backend=None, decode_attention_backend="fa3"
+    )
+    assert not is_requested(args)
+    setattr(args, field, BACKEND)
+    assert is_requested(args)
