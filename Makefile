@@ -12,6 +12,9 @@ ROOT := $(CURDIR)
 # This clone's code, and the metadata that announces its plug-in (scripts/announce.py).
 export PYTHONPATH := $(ROOT):$(ROOT)/.lt
 
+# The environment is installed without bytecode. Unless Python may keep what it compiles, every process of
+# every server start compiles SGLang and torch again: a minute each.
+unexport PYTHONDONTWRITEBYTECODE
 # A library's complaint at interpreter exit, which would hide pytest's closing line.
 export PYTHONWARNINGS := ignore:builtin type swigvarlink has no __module__ attribute:DeprecationWarning
 

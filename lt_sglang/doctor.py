@@ -102,8 +102,8 @@ def check_entry_point() -> str:
     found = [entry for entry in metadata.entry_points(group=PLUGIN_GROUP) if entry.value == PLUGIN_VALUE]
     if not found:
         raise DoctorError(
-            f"the plug-in {PLUGIN_VALUE} is not installed for {sys.executable}: pip install lt-sglang, or "
-            "pip install --no-deps -e . in its source folder"
+            f"the plug-in {PLUGIN_VALUE} is not installed for {sys.executable}: run "
+            "pip install --no-deps -e . in the source folder of lt_sglang, or go through its make targets"
         )
     allowed = [name.strip() for name in os.environ.get(ALLOW_LIST_VARIABLE, "").split(",") if name.strip()]
     if allowed and found[0].name not in allowed:

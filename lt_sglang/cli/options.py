@@ -161,7 +161,9 @@ def _base(
             raise LightTransferError(f"--lt-config {options.config}: cannot be read ({error})") from None
         return LightTransferConfig.from_json(text, source=options.config)
     if CONFIG_KEY in overrides:
-        return LightTransferConfig.from_dict(overrides[CONFIG_KEY], source="--json-model-override-args")
+        given = overrides[CONFIG_KEY]
+        named = isinstance(given, Mapping) and "source" in given
+        return LightTransferConfig.from_dict(given, source=None if named else "--json-model-override-args")
     if model_config is not None and CONFIG_KEY in model_config:
         return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
     known = find_known(model_path)

@@ -12,12 +12,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lt_sglang.cli import sglang_args as flags
 from lt_sglang.cli.model_config import read_model_config
-from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
+from lt_sglang.cli.options import OPTIONS_HELP, describe, resolve_config, take_options
 from lt_sglang.cli.server import TRY_VARIABLE, URL_VARIABLE, base_url
 from lt_sglang.cli.sglang_args import SglangArgs
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
@@ -111,7 +111,9 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     model_path = args.get(flags.MODEL_PATH)
     demo = model_path is None
     if model_path is None:
-        model_path, options = _demo_model(on_cpu, options, machine)
+        model_path = _demo_model(on_cpu, machine)
+        if options.config is None:
+            overrides.setdefault(CONFIG_KEY, {"lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"})
         missing = [part for pair in DEMO_ARGS if not args.has(pair[0]) for part in pair]
         args = SglangArgs([*args.argv, "--model-path", model_path, *missing])
     model_config = machine.model_config(model_path, args.get(flags.REVISION))
@@ -131,7 +133,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     try_line = _try_line(url, demo)
     # Other nodes, and servers that speak gRPC only, never answer /ready.
     silent = args.get(flags.NODE_RANK) not in (None, "0") or any(map(args.has, NO_HTTP))
-    news = {} if silent else {URL_VARIABLE: url, TRY_VARIABLE: try_line}
+    news = {URL_VARIABLE: "" if silent else url, TRY_VARIABLE: try_line}
     return Launch(
         argv=tuple(final),
         env={**env, **changes, **news},
@@ -153,19 +155,16 @@ def _check_backends(args: SglangArgs) -> None:
             )
 
 
-def _demo_model(on_cpu: bool, options: LtOptions, machine: Machine) -> tuple[str, LtOptions]:
+def _demo_model(on_cpu: bool, machine: Machine) -> str:
     if not on_cpu:
         raise LightTransferError(
             "--model-path: missing; only on a machine without a GPU is there a demonstration model"
         )
     _say("no --model-path given and no GPU found: serving the demonstration model SmolLM2-135M-Instruct")
     try:
-        path = str(machine.demo_model())
+        return str(machine.demo_model())
     except DemoModelMissing as error:
         raise LightTransferError(str(error)) from None
-    if options.lazy_layers is None and options.config is None:
-        options = replace(options, lazy_layers=DEMO_LAZY_LAYERS)
-    return path, options
 
 
 def _missing_cpu_args(args: SglangArgs) -> list[str]:

@@ -12,6 +12,7 @@ Every way in which stock SGLang can free a streaming slot of a running request, 
     eviction of tree nodes beyond the locked window                  checkpoint (the lock moves there)
     early release of the prompt's lock in decode                     release_swa_prefix_lock
     a hit whose head was evicted earlier                             match_prefix
+    advance_unpublished_req, PD disaggregation only                  refused (lt_sglang/refusals.py)
 
 Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 """

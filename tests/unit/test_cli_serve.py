@@ -150,6 +150,7 @@ def test_demo_model_on_a_cpu() -> None:
     assert values(launch, "--model-path") == ["/demo/model"]
     assert launch.config is not None
     assert len(launch.config.lazy_layers) == 15
+    assert launch.config.source == "the demonstration"
     assert not {7, 18, 23} & set(launch.config.lazy_layers), "the layers it retrieves with"
     for flag, value in DEMO_ARGS:
         assert values(launch, flag) == ([] if flag == "--max-total-tokens" else [value])
@@ -161,6 +162,18 @@ def test_demo_model_with_other_layers() -> None:
     launch = Fake(gpu=False).launch("--lt-lazy-layers", "2")
     assert launch.config is not None
     assert launch.config.lazy_layers == (2,)
+    given = json.dumps({CONFIG_KEY: {"lazy_layers": "3"}})
+    launch = Fake(gpu=False).launch("--json-model-override-args", given)
+    assert launch.config is not None
+    assert launch.config.lazy_layers == (3,)
+
+
+def test_demo_model_with_other_layers_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "lt.json"
+    file.write_text('{"lazy_layers": "4"}')
+    launch = Fake(gpu=False).launch("--lt-config", str(file))
+    assert launch.config is not None
+    assert launch.config.lazy_layers == (4,)
 
 
 def test_no_demo_model_on_a_gpu() -> None:
@@ -171,7 +184,7 @@ def test_no_demo_model_on_a_gpu() -> None:
 @pytest.mark.parametrize("error", [DemoModelMissing("install it\nso"), CompilerMissing("no cc")])
 def test_missing_pieces_are_errors_of_ours(error: Exception) -> None:
     with pytest.raises(LightTransferError, match=str(error)[:5]):
-        Fake(gpu=False, error=error).launch()
+        Fake(gpu=False, config=SMOLLM2, error=error).launch()
 
 
 def test_a_failed_plan_asks_nothing_of_the_machine() -> None:
@@ -207,7 +220,7 @@ def test_base_url(argv: list[str], host: str | None, url: str) -> None:
 
 def test_only_the_first_node_serves_http() -> None:
     launch = Fake().launch("m", "--lt-lazy-layers=1", "--nnodes", "2", "--node-rank", "1")
-    assert server.URL_VARIABLE not in launch.env
+    assert launch.env[server.URL_VARIABLE] == ""
 
 
 class _Ready(BaseHTTPRequestHandler):
