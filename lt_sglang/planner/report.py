@@ -28,7 +28,7 @@ COLUMNS = (
 NOTES = """\
 at once: requests of this length that fit into the KV memory together, with full KV and with lazy layers.
 decode: tokens/s of hybrid over full KV. The bound counts KV bytes only; expected adds whole requests, weights
-  and compute (rounding can lift it above the bound). with prefill: of whole requests; prefill is not cut.
+  and compute (rounding can lift it above the bound). with prefill: of whole requests.
 KV GiB: of one request on all GPUs. Pools are tokens, as the server splits them when started with
   --lt-expected-tokens (input + output) and --lt-expected-output-tokens of this line. It has one split."""
 

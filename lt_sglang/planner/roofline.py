@@ -85,8 +85,8 @@ def throughput(
 ) -> Throughput:
     """Steady decode of ``requests`` at once, halfway through their output, and the rate with prefill.
 
-    element_bytes: bytes of one K or V number. Prefill is not shortened by lazy layers here: every layer's
-    projections stay, and attention is a small part of it at most lengths.
+    element_bytes: bytes of one K or V number. Prefill: every layer's projections, and two products for each
+    pair of a query and a key it sees.
     """
     efficiency, gpu, tp = hardware.efficiency, hardware.gpu, hardware.tp
     bandwidth = gpu.bandwidth * efficiency.bandwidth
@@ -97,7 +97,10 @@ def throughput(
     kv_time = requests * held / bandwidth
     step = max(weight_time, compute_time) + kv_time
     work = 2 * shape.multiplied_params * input_tokens
-    work += 2 * shape.layers * shape.q_heads * shape.head_dim * input_tokens**2
+    window = min(input_tokens, lazy.lazy_tokens)
+    pairs = (shape.layers - lazy.lazy_layers) * input_tokens**2 / 2
+    pairs += lazy.lazy_layers * (input_tokens - window / 2) * window
+    work += 4 * shape.q_heads * shape.head_dim * pairs
     prefill = work / (flops * efficiency.prefill_flops)
     total = requests * output_tokens / (requests * prefill + output_tokens * step) if requests else 0.0
     return Throughput(
