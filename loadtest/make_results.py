@@ -4,7 +4,7 @@
         --hardware "NVIDIA H100 80GB HBM3" --commit SHA [--note TEXT]
 
 A result file compares one cell of a lighttransfer engine with the same cell of a stock engine; where the two
-come from different reports (leases of the machine), its notes say so. README.md is made from all result
+come from different reports, its notes say so. README.md is made from all result
 files in the folder, never from the reports.
 """
 
@@ -79,7 +79,7 @@ def write_results(cells: list[Cell], args: argparse.Namespace) -> None:
         notes = [args.note] if args.note else []
         if cell.report != base.report:
             notes.append(
-                "Baseline and lighttransfer were measured in two leases of the same kind of machine."
+                "Baseline and lighttransfer were measured in two runs, on machines of the same kind."
             )
         config = {
             key: cell.config[key]

@@ -274,7 +274,7 @@ def run_steady(run: Run) -> None:
 
 
 def run_rest(run: Run) -> None:
-    """The decode cells of ``steady`` with as little else as possible, for a short lease."""
+    """The decode cells of ``steady`` with as little else as possible, where GPU time is short."""
     quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 8, 48, 88, 152]}
     run_cells(
         run,
