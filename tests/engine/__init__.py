@@ -1,0 +1,1 @@
+"""Tests against real SGLang servers on a CPU, each one process tree with tiny models."""

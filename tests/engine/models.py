@@ -1,0 +1,126 @@
+"""Tiny seeded models of every supported family, with a tokenizer, for servers on a CPU.
+
+Each is made once per machine: its folder is named after a hash of everything that decides its content.
+The weights are drawn wide (initializer_range 0.2), so that greedy outputs wander through the vocabulary
+and depend on what attention sees; with usual ranges a tiny model repeats one token whatever it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.launch import cache_home
+
+NUM_LAYERS = 6
+VOCAB_SIZE = 512
+FIRST_TOKEN = 3  # below are pad, bos and eos
+CONTEXT = 8192
+
+# Raise it when this file makes other content from the same definitions.
+REVISION = 1
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
+# model_type of transformers -> what differs from COMMON
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen2_moe": {
+        **EXPERTS,
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        # SGLang's Qwen2-MoE gates its shared expert in a Triton kernel, which no CPU runs: none here.
+        "shared_expert_intermediate_size": 0,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
+}
+
+
+def ensure_model(family: str) -> Path:
+    """The folder of the tiny model of ``family``, made on the first call on this machine.
+
+    The folder appears by a rename once it is complete, so concurrent callers are safe.
+    """
+    definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
+    key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+    models = cache_home() / "test-models"
+    target = models / f"tiny-{family}-{key}"
+    if target.is_dir():
+        return target
+    models.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".tiny-{family}-", dir=models))
+    try:
+        scratch.chmod(0o755)
+        _make(family, scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _make(family: str, out: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Biases start at 0 and norms at 1; a family that has them is to be told from one that has none.
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    model.save_pretrained(out)
+    _tokenizer().save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer() -> Any:
+    """One token a byte; the rest of the vocabulary are words of their own, so that every token decodes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"word{i}" for i in range(VOCAB_SIZE - len(special) - len(letters))]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters, *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer

@@ -1,0 +1,98 @@
+"""The reference: transformers with an explicit attention mask for each lazy layer.
+
+Written from the definition alone and shares no code with lt_sglang: in a lazy layer query i sees keys
+j <= i with j < w_sink or i - j < w_recent; keys keep the positions they were computed at. Teacher-forced:
+one forward over prompt + output gives the greedy choice at every position of the output.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# Two float32 engines may differ on which of two such tokens is the greedy one.
+TIE_MARGIN = 1e-4
+TOKENS_PER_TIE = 2000
+
+
+@dataclass
+class Comparison:
+    """Outputs held against the reference.
+
+    tokens: how many were compared. ties: how many differ from the greedy choice by less than
+    TIE_MARGIN. wrong: (prompt length, position in the output, margin) of all other differences.
+    """
+
+    tokens: int
+    ties: int
+    wrong: list[tuple[int, int, float]]
+
+    def assert_equal(self) -> None:
+        """Equal up to near-ties, at most one in TOKENS_PER_TIE tokens."""
+        assert not self.wrong, (
+            f"{len(self.wrong)} of {self.tokens} tokens differ from the reference; "
+            f"(prompt length, position, margin): {self.wrong[:8]}"
+        )
+        assert self.ties <= math.ceil(self.tokens / TOKENS_PER_TIE), (
+            f"{self.ties} near-ties in {self.tokens} tokens"
+        )
+
+
+class Reference:
+    """A transformers model whose layers in ``lazy_layers`` attend to sink + recent tokens only."""
+
+    def __init__(
+        self, model: Path, lazy_layers: Collection[int], sink_tokens: int, recent_tokens: int
+    ) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.sink_tokens = sink_tokens
+        self.recent_tokens = recent_tokens
+        self._mask: torch.Tensor | None = None
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        layers = self._model.model.layers
+        assert all(0 <= layer < len(layers) for layer in lazy_layers)
+        for layer in lazy_layers:
+            layers[layer].self_attn.register_forward_pre_hook(self._use_mask, with_kwargs=True)
+
+    def compare(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Comparison:
+        """Hold greedy outputs against the reference, position by position."""
+        result = Comparison(0, 0, [])
+        for prompt, output in zip(prompts, outputs, strict=True):
+            margins = self.margins(prompt, output)
+            result.tokens += len(output)
+            for position, margin in enumerate(margins):
+                if 0 < margin < TIE_MARGIN:
+                    result.ties += 1
+                elif margin > 0:
+                    result.wrong.append((len(prompt), position, margin))
+        return result
+
+    def margins(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+        """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
+        tokens = torch.tensor([[*prompt, *output]])
+        self._mask = streaming_mask(tokens.shape[1], self.sink_tokens, self.recent_tokens)
+        with torch.inference_mode():
+            logits = self._model(tokens, logits_to_keep=len(output) + 1, use_cache=False).logits[0, :-1]
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+    def _use_mask(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        assert "attention_mask" in kwargs, "this model passes its mask in another way"
+        return args, {**kwargs, "attention_mask": self._mask}
+
+
+def streaming_mask(length: int, sink_tokens: int, recent_tokens: int) -> torch.Tensor:
+    """Additive mask [1, 1, length, length] of a lazy layer."""
+    query = torch.arange(length)[:, None]
+    key = torch.arange(length)[None, :]
+    seen = (key <= query) & ((key < sink_tokens) | (query - key < recent_tokens))
+    return torch.zeros(length, length).masked_fill_(~seen, torch.finfo(torch.float32).min)[None, None]

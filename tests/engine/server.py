@@ -1,0 +1,252 @@
+"""Start, use and stop one real SGLang HTTP server."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from lt_sglang.launch.cpu import cpu_server_args
+
+from .environment import server_environment
+
+START_TIMEOUT = 300.0
+REQUEST_TIMEOUT = 180.0
+LOG_TAIL_LINES = 60
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+class ServerFailed(AssertionError):
+    """The server did not start, or ended; the message carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to serve, and how.
+
+    Attributes:
+        name: how tests ask for it.
+        model: returns the model's folder.
+        lazy: the value of the key ``lighttransfer``; None for stock SGLang.
+        flags: further server flags.
+        env: further environment variables.
+        tp: tensor-parallel size.
+        plugin: whether SGLang finds the plug-in.
+    """
+
+    name: str
+    model: Callable[[], Path]
+    lazy: Mapping[str, Any] | None
+    flags: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    tp: int = 1
+    plugin: bool = True
+
+    def command(self, port: int) -> list[str]:
+        """The command line that starts it."""
+        backend = ["--attention-backend", "torch_native" if self.lazy is None else "lighttransfer"]
+        if self.lazy is not None:
+            backend += ["--json-model-override-args", json.dumps({"lighttransfer": dict(self.lazy)})]
+        return [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(self.model())),
+            *cpu_server_args(),
+            *backend,
+            *("--host", "127.0.0.1", "--port", str(port), "--tp-size", str(self.tp)),
+            *("--dtype", "float32", "--random-seed", "1", "--skip-server-warmup"),
+            *self.flags,
+        ]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One finished request: its tokens, and how many of its prompt came from the prefix cache."""
+
+    tokens: list[int]
+    cached: int
+    finish: str
+
+
+class Server:
+    """One server: ``launch`` it, ``wait_until_ready``, use it; ``stop`` ends the whole process tree."""
+
+    def __init__(self, spec: ServerSpec, log: Path) -> None:
+        self.spec = spec
+        self.log = log
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def launch(self) -> None:
+        """Start the process."""
+        env = server_environment(tp=self.spec.tp, plugin=self.spec.plugin, extra=self.spec.env)
+        self._process = spawn(self.spec.command(self.port), env, self.log)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the first generated token; raises ServerFailed."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._answers():
+            if not self.alive:
+                raise ServerFailed(f"the server ended before it was ready\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                tail = self.log_tail()
+                self.stop()
+                raise ServerFailed(f"the server was not ready after {START_TIMEOUT:.0f} s\n{tail}")
+            time.sleep(0.25)
+
+    def stop(self) -> None:
+        """Kill the process tree; does nothing if it is gone."""
+        if self._process is not None:
+            kill_tree(self._process)
+            self._process = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs. A scheduler that fails takes the process with it."""
+        return self._process is not None and self._process.poll() is None
+
+    def assert_healthy(self) -> None:
+        """Raise ServerFailed unless it still generates a token."""
+        if not self._answers(timeout=30.0):
+            raise ServerFailed(f"the server no longer answers\n{self.log_tail()}")
+
+    def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
+        """POST JSON; ServerFailed if the connection breaks."""
+        try:
+            return requests.post(f"{self.url}{path}", json=body, timeout=REQUEST_TIMEOUT, **options)
+        except requests.ConnectionError as error:
+            raise ServerFailed(f"{path}: {error}\n{self.log_tail()}") from error
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, **body: Any) -> Reply:
+        """Greedy tokens after ``prompt``; exactly ``new_tokens`` of them."""
+        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        answer = self.post("/generate", {"input_ids": list(prompt), "sampling_params": parameters, **body})
+        if answer.status_code != 200:
+            raise ServerFailed(f"/generate: {answer.status_code} {answer.text}\n{self.log_tail()}")
+        data = answer.json()
+        meta = data["meta_info"]
+        # An aborted request reports no cached tokens.
+        return Reply(data["output_ids"], meta.get("cached_tokens", 0), meta["finish_reason"]["type"])
+
+    def generate_all(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, clients: int = 16
+    ) -> list[Reply]:
+        """As ``generate``, each prompt a request of its own, up to ``clients`` at once."""
+        with ThreadPoolExecutor(clients) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, new_tokens), prompts))
+
+    def info(self) -> dict[str, Any]:
+        """/server_info."""
+        answer = requests.get(f"{self.url}/server_info", timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def lighttransfer(self) -> dict[str, Any]:
+        """What /server_info says of lazy layers."""
+        return self.info()["internal_states"][0]["lighttransfer"]
+
+    def stream(self, prompt: Sequence[int], new_tokens: int, **body: Any) -> Iterator[list[int]]:
+        """As ``generate``, streamed: all tokens so far, again and again. Closing it drops the connection."""
+        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        body = {"input_ids": list(prompt), "sampling_params": parameters, "stream": True, **body}
+        with self.post("/generate", body, stream=True) as answer:
+            assert answer.status_code == 200, answer.text
+            for event in events(answer):
+                yield event["output_ids"]
+
+    def abort(self, rid: str = "", *, everything: bool = False) -> None:
+        """/abort_request for one request or all."""
+        self.post("/abort_request", {"rid": rid, "abort_all": everything}).raise_for_status()
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache; the server must be idle, and is given time to become so."""
+        answer = self.post("/flush_cache", params={"timeout": 30})
+        assert answer.status_code == 200, answer.text
+
+    def log_text(self) -> str:
+        """Everything it has printed."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def log_tail(self) -> str:
+        """The end of its log."""
+        lines = self.log_text().splitlines()[-LOG_TAIL_LINES:]
+        return f"--- end of {self.log} ---\n" + "\n".join(lines)
+
+    def _answers(self, timeout: float = 5.0) -> bool:
+        try:
+            return requests.get(f"{self.url}/health_generate", timeout=timeout).status_code == 200
+        except requests.RequestException:
+            return False
+
+
+def events(answer: requests.Response) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a server-sent event stream, up to ``[DONE]``."""
+    for line in answer.iter_lines():
+        if not line.startswith(b"data: "):
+            continue
+        data = line[len(b"data: ") :]
+        if data == b"[DONE]":
+            return
+        yield json.loads(data)
+
+
+def spawn(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, its output in ``log``; it dies with the thread that starts it.
+
+    It runs in the log's folder, not in the checkout, where ``python -m`` would find the plug-in's code.
+    """
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command,
+            cwd=log.parent,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+
+def _die_with_parent() -> None:
+    # However the test run ends, no server stays behind. SGLang's own children do likewise.
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process started in a session of its own, and every descendant; reap it."""
+    members = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        members = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(members, timeout=10)

@@ -1,0 +1,154 @@
+"""The servers the tests share. The order is the order they run in: each is started once.
+
+Pools are small on purpose: twice the longest request in the full pool, a fraction of that in the
+streaming pool, so that slots, cached prefixes and sink sets are reused many times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.demo.smollm2 import ensure_model as ensure_smollm2
+
+from .models import NUM_LAYERS, ensure_model
+from .server import ServerSpec
+
+LONGEST_PROMPT = 3000
+NEW_TOKENS = 64
+FULL_POOL = 6400
+CHUNK = 256
+
+FLAGS = (
+    *("--chunked-prefill-size", str(CHUNK)),
+    *("--max-running-requests", "8"),
+    *("--context-length", "4096"),
+)
+TINY_POOL = ("--max-total-tokens", str(FULL_POOL), "--mem-fraction-static", "0.3")
+# --max-total-tokens counts full layers, so a model that has none is sized by memory alone.
+BY_MEMORY = ("--mem-fraction-static", "0.1")
+
+# 32 running requests compete for 18 sink sets.
+REUSE_FLAGS = (
+    "--chunked-prefill-size",
+    str(CHUNK),
+    "--max-running-requests",
+    "32",
+    "--context-length",
+    "4096",
+)
+# Admission then reckons with 16 new tokens a request, and decode runs out of memory.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
+OPTIMISTIC = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16"}
+# That makes pools of a million tokens, too many to look through after every step.
+WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
+# The CPU launcher points SGLang at a library that is not NCCL; the plug-in's hook must do without.
+OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
+
+STOCK = "stock"
+STOCK_WITHOUT_PLUGIN = "stock-without-plugin"
+NO_LAZY_LAYER = "no-lazy-layer"
+RADIX = "llama"
+NO_RADIX = "mistral"
+REUSE = "llama-reuse"
+TENSOR_PARALLEL = "qwen2-tp2"
+SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class LazyServer:
+    """A server with lazy layers, and what its reference needs."""
+
+    name: str
+    model: Callable[[], Path]
+    layers: tuple[int, ...]
+    sinks: int
+    recent: int
+    flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
+    tp: int = 1
+    expected: int = LONGEST_PROMPT + NEW_TOKENS
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ServerSpec:
+        """How to start it."""
+        lazy: dict[str, Any] = {
+            "lazy_layers": list(self.layers),
+            "sink_tokens": self.sinks,
+            "recent_tokens": self.recent,
+            "expected_tokens": self.expected,
+        }
+        return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
+
+
+ALTERNATING = tuple(range(1, NUM_LAYERS, 2))
+FIRST_AND_LAST = (0, NUM_LAYERS - 1)
+MIDDLE = tuple(range(1, NUM_LAYERS - 1))
+ALL = tuple(range(NUM_LAYERS))
+SMOLLM2_ODD = tuple(range(1, 30, 2))
+
+
+def _tiny(
+    name: str, family: str, layers: tuple[int, ...], sinks: int, recent: int, **changes: Any
+) -> LazyServer:
+    return LazyServer(name, partial(ensure_model, family), layers, sinks, recent, **changes)
+
+
+LAZY_SERVERS = {
+    server.name: server
+    for server in (
+        _tiny(NO_LAZY_LAYER, "llama", (), 4, 60),
+        _tiny(RADIX, "llama", ALTERNATING, 4, 60),
+        _tiny(
+            REUSE, "llama", ALTERNATING, 4, 16, flags=(*REUSE_FLAGS, *TINY_POOL), expected=640, env=OPTIMISTIC
+        ),
+        _tiny(
+            NO_RADIX,
+            "mistral",
+            FIRST_AND_LAST,
+            0,
+            32,
+            flags=(*FLAGS, *TINY_POOL, "--disable-radix-cache"),
+            env=RETRACT,
+        ),
+        _tiny("qwen2", "qwen2", MIDDLE, 129, 128),
+        _tiny("qwen3", "qwen3", ALL, 4, 60, flags=(*FLAGS, *BY_MEMORY), expected=64, env=WIDE_POOL),
+        _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32),
+        _tiny("mixtral", "mixtral", (0, 2, 4), 129, 128),
+        _tiny(TENSOR_PARALLEL, "qwen2", (0, 2, 5), 4, 60, tp=2, env=OWN_NCCL_HOOK),
+        LazyServer(
+            SMOLLM2,
+            ensure_smollm2,
+            SMOLLM2_ODD,
+            4,
+            1020,
+            flags=(
+                "--chunked-prefill-size",
+                "2048",
+                "--max-total-tokens",
+                "8000",
+                "--mem-fraction-static",
+                "0.5",
+            ),
+            expected=6100,
+        ),
+    )
+}
+
+STOCK_SERVERS = {
+    spec.name: spec
+    for spec in (
+        ServerSpec(STOCK, partial(ensure_model, "llama"), None, (*FLAGS, *TINY_POOL)),
+        ServerSpec(
+            STOCK_WITHOUT_PLUGIN, partial(ensure_model, "llama"), None, (*FLAGS, *TINY_POOL), plugin=False
+        ),
+    )
+}
+
+SERVERS: dict[str, ServerSpec] = {
+    **STOCK_SERVERS,
+    **{name: server.spec for name, server in LAZY_SERVERS.items()},
+}

@@ -1,0 +1,90 @@
+"""The HTTP interface with lazy layers: text and ids, streamed or not, and what /server_info tells."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from .prompts import random_prompt
+from .server import Server, events
+from .specs import ALTERNATING, CHUNK, FULL_POOL, LAZY_SERVERS, RADIX
+
+pytestmark = [pytest.mark.engine, pytest.mark.served_by(RADIX)]
+
+NEW_TOKENS = 32
+GREEDY = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+COMPLETION = {"model": "default", "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+TEXT = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 4
+
+
+def test_generate_takes_text_and_ids(server: Server) -> None:
+    """The same prompt as text and as ids gives the same text and tokens."""
+    ids = AutoTokenizer.from_pretrained(LAZY_SERVERS[RADIX].model())(TEXT)["input_ids"]
+    assert len(ids) > 2 * LAZY_SERVERS[RADIX].recent
+    by_text = server.post("/generate", {"text": TEXT, "sampling_params": GREEDY}).json()
+    by_ids = server.post("/generate", {"input_ids": ids, "sampling_params": GREEDY}).json()
+    assert by_text["output_ids"] == by_ids["output_ids"] and len(by_ids["output_ids"]) == NEW_TOKENS
+    assert by_text["text"] == by_ids["text"] != ""
+    assert by_text["meta_info"]["prompt_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 700])
+def test_streamed_equals_whole(server: Server, length: int) -> None:
+    """A stream ends with what one answer holds; a prompt of one token works."""
+    prompt = random_prompt(length, random.Random(length))
+    streamed = list(server.stream(prompt, NEW_TOKENS))
+    assert len(streamed) > 1, "the answer came in one piece"
+    assert streamed[-1] == server.generate(prompt, NEW_TOKENS).tokens
+
+
+def test_a_batch_in_one_request(server: Server) -> None:
+    """A list of prompts is answered in its order."""
+    rng = random.Random(0)
+    prompts = [random_prompt(length, rng) for length in (3, 200, 1, 64)]
+    answers = server.post("/generate", {"input_ids": prompts, "sampling_params": GREEDY}).json()
+    assert [a["output_ids"] for a in answers] == [server.generate(p, NEW_TOKENS).tokens for p in prompts]
+
+
+def test_completions(server: Server) -> None:
+    """/v1/completions agrees with /generate, for text and for ids, with usage filled in."""
+    expected = server.post("/generate", {"text": TEXT, "sampling_params": GREEDY}).json()["text"]
+    ids = AutoTokenizer.from_pretrained(LAZY_SERVERS[RADIX].model())(TEXT)["input_ids"]
+    for prompt in (TEXT, ids):
+        answer = server.post("/v1/completions", {**COMPLETION, "prompt": prompt}).json()
+        assert answer["choices"][0]["text"] == expected
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert answer["usage"]["completion_tokens"] == NEW_TOKENS
+
+
+def test_completions_streamed(server: Server) -> None:
+    """The pieces of a stream make up the whole, and the usage comes last when asked for."""
+    body = {**COMPLETION, "prompt": TEXT}
+    whole = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with server.post("/v1/completions", body, stream=True) as answer:
+        pieces = list(events(answer))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces if piece["choices"]) == whole
+    assert pieces[-1]["usage"]["completion_tokens"] == NEW_TOKENS
+
+
+def test_server_info(server: Server) -> None:
+    """/server_info shows what is served: mode, layers, windows, pools, sinks."""
+    lazy = LAZY_SERVERS[RADIX]
+    shown = server.lighttransfer()
+    assert shown["mode"] == "static"
+    assert shown["lazy_layers"] == ",".join(map(str, ALTERNATING)) and shown["num_lazy_layers"] == len(
+        ALTERNATING
+    )
+    assert (shown["sink_tokens"], shown["recent_tokens"]) == (lazy.sinks, lazy.recent)
+    assert shown["expected_tokens"] == lazy.expected
+    assert shown["attention_backend"] == "LightTransferTorchBackend"
+    pools = shown["pools"]
+    assert pools["full_tokens"] == FULL_POOL
+    assert CHUNK + lazy.recent < pools["streaming_tokens"] < FULL_POOL / 4
+    assert (
+        pools["sink_sets"] >= 8 and pools["sink_sets"] >= pools["sink_sets_used"] >= pools["sink_sets_in_use"]
+    )
+    assert set(shown["sinks"]) == {"captured", "shared", "evicted", "refused"}
+    assert server.info()["attention_backend"] == "lighttransfer"

@@ -1,0 +1,51 @@
+"""Greedy outputs equal an independent reference, for every family, window and kind of layer set.
+
+Forty prompts a family, sent at once to pools too small to hold them, so that every slot serves many
+requests. That the comparison can fail is shown by a reference with full attention, which must disagree.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .prompts import mixed_prompts
+from .reference import Reference
+from .server import Server
+from .specs import LAZY_SERVERS, LONGEST_PROMPT, NEW_TOKENS, NO_RADIX, RADIX
+
+pytestmark = pytest.mark.engine
+
+FAMILIES = [RADIX, NO_RADIX, "qwen2", "qwen3", "qwen2_moe", "mixtral"]
+PROMPTS = 40
+CONTROLS = 3
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.served_by(name), id=name) for name in FAMILIES]
+)
+def test_outputs_equal_the_reference(name: str, server: Server) -> None:
+    """Prompts of 1 to 3,000 tokens, edge lengths included, 64 new tokens each."""
+    lazy = LAZY_SERVERS[name]
+    prompts = mixed_prompts(lazy.sinks, lazy.recent, LONGEST_PROMPT, PROMPTS, seed=len(name))
+    replies = server.generate_all(prompts, NEW_TOKENS)
+    outputs = [reply.tokens for reply in replies]
+    assert all(len(output) == NEW_TOKENS for output in outputs)
+    assert len({token for output in outputs for token in output}) > 100, "outputs too uniform to tell errors"
+
+    reference = Reference(lazy.model(), lazy.layers, lazy.sinks, lazy.recent)
+    reference.compare(prompts, outputs).assert_equal()
+    _assert_slots_were_reused(server, sum(map(len, prompts)) + len(prompts) * NEW_TOKENS)
+
+    by_length = sorted(zip(prompts, outputs, strict=True), key=lambda pair: len(pair[0]))[-CONTROLS:]
+    full = Reference(lazy.model(), (), lazy.sinks, lazy.recent)
+    control = full.compare(*zip(*by_length, strict=True))
+    assert len(control.wrong) > CONTROLS, "full attention passes as well: the comparison shows nothing"
+
+
+def _assert_slots_were_reused(server: Server, served: int) -> None:
+    """The tokens served exceed what the pools hold, several times."""
+    pools = server.lighttransfer()["pools"]
+    if LAZY_SERVERS[server.spec.name].layers == tuple(range(6)):
+        return  # sized by memory: see specs.BY_MEMORY
+    assert served > 2.5 * pools["full_tokens"], (served, pools)
+    assert served > 10 * pools["streaming_tokens"], (served, pools)

