@@ -61,7 +61,7 @@ def outputs(host: Host, name: str) -> list[Reply]:
 
 @pytest.mark.served_by(STOCK)
 def test_no_hook_is_applied(host: Host, server: Server) -> None:
-    """A stock server with the plug-in beside it reports nothing of ours: no hook is there."""
+    """A stock server with the plug-in beside it reports nothing of ours: no hook is in."""
     outputs(host, STOCK)
     assert "lighttransfer" not in server.info()["internal_states"][0]
 
