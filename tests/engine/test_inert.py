@@ -55,7 +55,7 @@ def some_prompts() -> Prompts:
 
 
 def outputs(host: Host, name: str) -> list[Reply]:
-    """A stock server with the plug-in beside it reports nothing of ours."""
+    """One request after another on an empty cache: every batch, and so every rounding, is the same."""
     return host.outputs(name, some_prompts(), 32, clients=1)
 
 
