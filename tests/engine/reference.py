@@ -8,7 +8,6 @@ one forward over prompt + output gives the greedy choice at every position of th
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,21 @@ class Comparison:
 
 
 class Reference:
-    """A transformers model whose layers in ``lazy_layers`` attend to sink + recent tokens only."""
+    """A transformers model whose layers in ``lazy_layers`` attend to sink + recent tokens only.
+
+    threads: one is best for a tiny model, above all while the next server starts beside it.
+    """
 
     def __init__(
-        self, model: Path, lazy_layers: Collection[int], sink_tokens: int, recent_tokens: int
+        self,
+        model: Path,
+        lazy_layers: Collection[int],
+        sink_tokens: int,
+        recent_tokens: int,
+        *,
+        threads: int = 1,
     ) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)
+        self.threads = threads
         self.sink_tokens = sink_tokens
         self.recent_tokens = recent_tokens
         self._mask: torch.Tensor | None = None
@@ -78,6 +86,7 @@ class Reference:
 
     def margins(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
         """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
+        torch.set_num_threads(self.threads)
         tokens = torch.tensor([[*prompt, *output]])
         self._mask = streaming_mask(tokens.shape[1], self.sink_tokens, self.recent_tokens)
         with torch.inference_mode():

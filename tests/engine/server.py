@@ -24,7 +24,7 @@ from lt_sglang.launch.cpu import cpu_server_args
 
 from .environment import server_environment
 
-START_TIMEOUT = 300.0
+START_TIMEOUT = 600.0  # the first start on a new machine also writes all bytecode
 REQUEST_TIMEOUT = 180.0
 LOG_TAIL_LINES = 60
 

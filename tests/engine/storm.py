@@ -46,7 +46,7 @@ def storm(count: int, longest: int, longest_output: int, seed: int) -> list[Job]
         fate = rng.random()
         jobs.append(
             Job(
-                rid=f"storm-{seed}-{number}",
+                rid=f"storm-{seed}-{number:04d}",  # SGLang aborts every request whose id begins alike
                 prompt=tuple(prefix),
                 new_tokens=_log_uniform(1, longest_output, rng),
                 drop_after=rng.randint(0, 30) if fate < 0.1 else None,

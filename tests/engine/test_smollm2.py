@@ -5,7 +5,9 @@ Two prompts below the window, where lazy layers see everything, and two beyond i
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Collection
 
 import pytest
 from transformers import AutoTokenizer
@@ -43,8 +45,9 @@ SENTENCES = (
     "Rain fell on the vineyards until the end of September.",
     "The teacher drew a map of the river on the blackboard.",
 )
+BEYOND = 1500
 # prompt tokens -> new tokens
-LENGTHS = {40: 48, 1000: 48, 2500: 24, 6000: 16}
+LENGTHS = {40: 48, 1000: 48, BEYOND: 32, 6000: 16}
 
 
 def _prompt(tokens: int) -> list[int]:
@@ -63,10 +66,14 @@ def _prompt(tokens: int) -> list[int]:
     return [*opening, *filler[: tokens - len(opening) - len(question)], *question]
 
 
+def _reference(layers: Collection[int]) -> Reference:
+    return Reference(LAZY.model(), layers, LAZY.sinks, LAZY.recent, threads=os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     """Made once: 135 million float32 parameters."""
-    return Reference(LAZY.model(), LAZY.layers, LAZY.sinks, LAZY.recent)
+    return _reference(LAZY.layers)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -79,7 +86,7 @@ def test_outputs_equal_the_reference(length: int, server: Server, reference: Ref
 
 def test_full_attention_differs(server: Server) -> None:
     """The comparison can fail: beyond the window, full attention goes on with other words."""
-    prompt = _prompt(2500)
-    reply = server.generate(prompt, LENGTHS[2500])
-    full = Reference(LAZY.model(), (), LAZY.sinks, LAZY.recent)
+    prompt = _prompt(BEYOND)
+    reply = server.generate(prompt, LENGTHS[BEYOND])
+    full = _reference(())
     assert full.compare([prompt], [reply.tokens]).wrong
