@@ -1,0 +1,22 @@
+"""Scores by name."""
+
+from __future__ import annotations
+
+from lt_sglang.errors import LightTransferError
+from lt_sglang.selection.base import Score
+from lt_sglang.selection.discarded_mass import DiscardedMass
+from lt_sglang.selection.lighttransfer import LightTransfer
+from lt_sglang.selection.residual_error import ResidualError
+from lt_sglang.selection.squeeze import Squeeze
+
+_SCORES: dict[str, type[Score]] = {
+    score.name: score for score in (LightTransfer, ResidualError, DiscardedMass, Squeeze)
+}
+SCORES = tuple(_SCORES)
+
+
+def get_score(name: str) -> Score:
+    """The score a configuration names; raises LightTransferError that lists them if there is none."""
+    if name not in _SCORES:
+        raise LightTransferError(f"score: {name!r} is not one of {', '.join(SCORES)}")
+    return _SCORES[name]()
