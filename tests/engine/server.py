@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from .environment import server_environment
 START_TIMEOUT = 600.0  # the first start on a new machine also writes all bytecode
 REQUEST_TIMEOUT = 180.0
 LOG_TAIL_LINES = 60
+PORTS = (20000, 32000)
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -232,10 +234,16 @@ def _die_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A TCP port nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port nothing listens on now.
+
+    Below the range the kernel hands out by itself: a server takes its port half a minute later, and by then
+    one of those may be some connection's end.
+    """
+    for port in random.sample(range(*PORTS), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port in {PORTS}")
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ there are fewer sink sets than windows, so that sets are refused and evicted.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,7 +52,8 @@ def test_the_same_prompts_again_hit_the_cache(server: Server, ask) -> None:
     first = ask(prompts)
     again = ask(prompts)
     assert [reply.cached for reply in first] == [0] * len(prompts)
-    assert all(reply.cached >= len(prompt) // 2 for reply, prompt in zip(again, prompts, strict=True)), again
+    # A prompt whose window was reclaimed while others ran is computed again.
+    assert sum(reply.cached for reply in again) >= sum(map(len, prompts)) // 2, again
     assert [reply.tokens for reply in first] == [reply.tokens for reply in again]
     server.flush_cache()
     assert [reply.cached for reply in ask(prompts)] == [0] * len(prompts)
@@ -93,11 +95,23 @@ def test_more_beginnings_than_sink_sets(server: Server, ask) -> None:
 
 @reuse
 def test_more_running_requests_than_sink_sets(server: Server, ask) -> None:
-    """A request that finds no free set keeps its first tokens where they are, and is right all the same."""
+    """A request that finds no free set keeps its first tokens where they are, and is right all the same.
+
+    Of those that come late, some are cached whole before they need their sinks, some are not.
+    """
     rng = random.Random(4)
     server.flush_cache()
     before = server.lighttransfer()["sinks"]["refused"]
-    ask([random_prompt(rng.randint(20, 24), rng) for _ in range(32)], new_tokens=48)
+    sets = server.lighttransfer()["pools"]["sink_sets"]
+    holders = [random_prompt(24, rng) for _ in range(sets)]
+    late = [random_prompt(length, rng) for length in (5, 10, 15, 24)]
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(ask, holders, 250)
+        while server.lighttransfer()["pools"]["sink_sets_in_use"] < sets:
+            assert not held.done(), "the sets were never all in use"
+            time.sleep(0.05)
+        ask(late, new_tokens=40)
+        held.result()
     assert server.lighttransfer()["sinks"]["refused"] > before
 
 
@@ -126,6 +140,7 @@ def test_aborts(server: Server, ask) -> None:
         with ThreadPoolExecutor(1) as rest:
             finished = rest.submit(ask, kept)
             for number in rng.sample(range(len(doomed)), len(doomed)):
+                time.sleep(rng.uniform(0, 0.3))
                 server.abort(f"doomed-{number}")
             finished.result()
         server.abort(everything=True)
