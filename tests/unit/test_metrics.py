@@ -1,0 +1,142 @@
+"""lt_sglang.metrics: the frozen list of names, what a reading becomes, and when one is taken."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import prometheus_client
+import pytest
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.metrics.catalog import CATALOG, Kind, Scope
+from lt_sglang.metrics.publisher import INTERVAL_SECONDS, Publisher, Ticker, samples
+from lt_sglang.metrics.state import EngineState, Pool
+
+ROOT = Path(__file__).resolve().parents[2]
+FROZEN = Path(__file__).with_name("metrics.json")
+LABELS = {"model_name": "m", "tp_rank": 0}
+
+
+def state(**changes: object) -> EngineState:
+    """A model of 4 layers, 1 and 3 lazy, one rank, two K and V bytes a token and layer."""
+    given: dict[str, object] = {
+        "config": LightTransferConfig((1, 3), sink_tokens=4, recent_tokens=60),
+        "num_layers": 4,
+        "pools": {
+            "full": Pool(1000, 500, 200, 4),
+            "streaming": Pool(200, 90, 30, 4),
+            "sink": Pool(40, 8, 4, 4),
+        },
+        "extra_token_bytes": 4,
+        "expected_tokens": 100,
+        "expected_requests": 10.0,
+        "requests": 7,
+        "layer_requests": {1: 7, 3: 7},
+        "sink_requests": 2,
+        "sink_events": {"captured": 3, "shared": 2, "evicted": 0, "refused": 1},
+    }
+    return EngineState(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def published(*states: EngineState, first_rank: bool = True) -> prometheus_client.CollectorRegistry:
+    registry = prometheus_client.CollectorRegistry()
+    publisher = Publisher(LABELS, first_rank=first_rank, registry=registry)
+    for reading in states:
+        publisher.publish(reading)
+    return registry
+
+
+def value(registry: prometheus_client.CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, {"model_name": "m", "tp_rank": "0", **labels})
+
+
+def test_names_types_and_labels_are_frozen() -> None:
+    """Dashboards and alerts of others read them: add here, never rename."""
+    found = {
+        metric.name: {"type": metric.kind.value, "from": metric.scope.value, "labels": list(metric.labels)}
+        for metric in CATALOG
+    }
+    assert found == json.loads(FROZEN.read_text(encoding="utf-8"))
+
+
+def test_names_are_well_formed() -> None:
+    for metric in CATALOG:
+        assert re.fullmatch(r"lt_[a-z_]+", metric.name)
+        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert metric.help.endswith(".")
+
+
+def test_every_metric_gets_a_sample() -> None:
+    assert {metric.name for metric, _, _ in samples(state())} == {metric.name for metric in CATALOG}
+    for metric, values, _ in samples(state()):
+        assert len(values) == len(metric.labels)
+
+
+def test_operations_manual_documents_every_metric() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert [metric.name for metric in CATALOG if f"`{metric.name}`" not in text] == []
+    assert set(re.findall(r"`(lt_[a-z_]+)`", text)) <= {metric.name for metric in CATALOG}
+
+
+def test_bytes_held_and_saved() -> None:
+    registry = published(state())
+    assert value(registry, "lt_kv_bytes", state="used") == 4 * 500 + 4 * 90 + 4 * 8
+    assert value(registry, "lt_kv_bytes", state="cached") == 4 * (200 + 30 + 4)
+    # All layers full: 500 tokens in the two lazy layers as well, instead of 90 + 8.
+    assert value(registry, "lt_kv_saved_bytes", state="used") == 4 * (500 - 98)
+    assert value(registry, "lt_kv_saved_bytes", state="cached") == 4 * (200 - 34)
+    assert value(registry, "lt_kv_capacity_bytes") == 4 * (1000 + 200 + 40)
+
+
+def test_no_lazy_layer_saves_nothing() -> None:
+    stock = state(config=LightTransferConfig(()), pools={"full": Pool(1000, 500, 0, 0)}, layer_requests={})
+    assert value(published(stock), "lt_kv_saved_bytes", state="used") == 0
+    assert value(published(stock), "lt_layers", kind="lazy") == 0
+
+
+def test_totals_become_counters() -> None:
+    registry = published(state(requests=7), state(requests=9), state(requests=9))
+    assert value(registry, "lt_requests_total", mode="static") == 9
+    again = published(state(requests=7), state(requests=2))
+    assert value(again, "lt_requests_total", mode="static") == 9, "2 more after a restart of the count"
+    assert value(registry, "lt_sink_sets_total", event="refused") == 1
+
+
+def test_other_ranks_publish_their_memory_only() -> None:
+    registry = published(state(), first_rank=False)
+    assert value(registry, "lt_pool_slots", pool="full", state="used") == 500
+    names = {sample.name for family in registry.collect() for sample in family.samples}
+    by_scope = {metric.name for metric in CATALOG if metric.scope is Scope.RANK}
+    assert {name for name in names if not name.endswith("_created")} == by_scope
+
+
+def test_a_tick_a_second_and_one_when_idle() -> None:
+    now, taken = [100.0], []
+    ticker = Ticker(lambda: taken.append(now[0]), clock=lambda: now[0])
+    for busy_at in (100.0, 100.2, 100.9):
+        now[0] = busy_at
+        ticker.tick(is_idle=False)
+    assert taken == [100.0]
+    now[0] = 100.95
+    ticker.tick(is_idle=True)
+    ticker.tick(is_idle=True)
+    assert taken == [100.0, 100.95], "at once when idle, and once"
+    now[0] += INTERVAL_SECONDS
+    ticker.tick(is_idle=True)
+    assert len(taken) == 3
+
+
+def test_a_fault_ends_the_metrics_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise ValueError("broken")
+
+    ticker = Ticker(fail, clock=lambda: len(calls) * 10.0)
+    ticker.tick(is_idle=False)
+    ticker.tick(is_idle=False)
+    assert len(calls) == 1
+    assert "the engine goes on" in caplog.text
