@@ -50,6 +50,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": (
         "self, forward_batch"
     ),
+    "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
         "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
     ),
@@ -138,6 +139,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "output_ids",
         "extra_key",
         "cache_salt",
+        "finished",
     ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
@@ -179,6 +181,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     ),
     "sglang.srt.model_executor.model_runner.ModelRunner": (
         "model",
+        "model_config",
         "device",
         "page_size",
         "attn_backend",
@@ -223,13 +226,36 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "head_dim",
         "v_head_dim",
         "context_len",
+        "num_hidden_layers",
     ),
     "sglang.srt.managers.tp_worker.TpModelWorker": (
         "server_args",
         "model_config",
         "model_runner",
     ),
-    "sglang.srt.managers.scheduler.Scheduler": ("tp_worker",),
+    "sglang.srt.managers.scheduler.Scheduler": (
+        "tp_worker",
+        "tree_cache",
+        "pool_stats_observer",
+    ),
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": (
+        "scheduler",
+        "enable_metrics",
+        "is_stats_logging_rank",
+        "metrics_collector",
+    ),
+    "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver": (
+        "get_pool_stats",
+    ),
+    "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats": (
+        "full_capacity",
+        "full_num_used",
+        "full_evictable_size",
+        "swa_capacity",
+        "swa_num_used",
+        "swa_evictable_size",
+    ),
+    "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector": ("labels",),
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController": (
         "scheduler",
     ),

@@ -51,6 +51,14 @@ HOOKS: tuple[Hook, ...] = (
         delete_when="the checker asks the tree cache for pools of its own",
     ),
     Hook(
+        target="sglang.srt.managers.scheduler_components.metrics_reporter."
+        "SchedulerMetricsReporter._record_scheduler_time",
+        parameters=("self", "is_idle", "event_ns"),
+        wrapper=wrappers.publish_metrics,
+        why="a scheduler tells plug-ins neither that time passes nor that it falls idle",
+        delete_when="the reporter asks plug-ins for metrics of their own",
+    ),
+    Hook(
         target="sglang.srt.distributed.device_communicators.pynccl.PyNcclCommunicator.__init__",
         parameters=("self", "group", "device", "library_path", "is_symmetric_memory_enabled", "cta_policy"),
         wrapper=wrappers.skip_pynccl_on_cpu,

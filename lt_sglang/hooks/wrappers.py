@@ -53,6 +53,19 @@ def check_pools(
     return leak or bool(wrong), [*messages, *wrong]
 
 
+def publish_metrics(original: Callable[..., None], reporter: Any, is_idle: bool, event_ns: int) -> None:
+    """Publish the ``lt_*`` metrics beside SGLang's own, where those are on (--enable-metrics)."""
+    original(reporter, is_idle=is_idle, event_ns=event_ns)
+    if not reporter.enable_metrics:
+        return
+    ticker = getattr(reporter, "lt_ticker", None)
+    if ticker is None:
+        from lt_sglang.metrics import ticker_for
+
+        ticker = reporter.lt_ticker = ticker_for(reporter)
+    ticker.tick(is_idle)
+
+
 def skip_pynccl_on_cpu(original: Callable[..., None], communicator: Any, *args: Any, **kwargs: Any) -> None:
     """On a CPU, leave a communicator that says it is not available."""
     import torch

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
@@ -50,10 +51,16 @@ def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
 
 
 class LightTransferRadixCache(UnifiedRadixCache):
-    """UnifiedRadixCache that keeps the sinks of every request that outgrew its window."""
+    """UnifiedRadixCache that keeps the sinks of every request that outgrew its window.
+
+    Attributes:
+        sinks: the sink sets.
+        finished_requests: how many have finished, health checks aside; for metrics.
+    """
 
     def __init__(self, params: CacheInitParams, sinks: SinkStore) -> None:
         self.sinks = sinks
+        self.finished_requests = 0
         super().__init__(params)
         window = self.sliding_window_size
         if window is None or window < 1:
@@ -107,6 +114,8 @@ class LightTransferRadixCache(UnifiedRadixCache):
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As UnifiedRadixCache; the request gives its sink set back."""
         self.sinks.release(_request_id(req))
+        if req.finished() and not is_health_check_generate_req(req):
+            self.finished_requests += 1
         super().on_release(req, checkpointed=checkpointed)
 
     def reset(self) -> None:
