@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
 
-MODES = ("static",)
+MODES = ("static", "dynamic")
+SCORES = ("lighttransfer", "residual-error", "discarded-mass", "squeeze")
+CHOICES = ("all", "ends", "random", "pyramid")  # do not look at the prompt; served as static lists
+DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1
 DEFAULT_RECENT_TOKENS = 1020
 DEFAULT_EXPECTED_TOKENS = 8192
+DEFAULT_KEEP = 0.5
+DEFAULT_SCORE = "lighttransfer"
+DEFAULT_DECIDE = "prompt"
+LAST_QUERIES = 32  # w_last, section 4.1
+LAST_QUERIES_FIRST_CHUNK = 128
+DYNAMIC_FIELDS = ("keep", "score", "decide", "staging_tokens", "check_tables")
 MAX_TOKENS = 1 << 24
 MAX_LAYERS = 1024  # a mistyped range must not fill the memory
 
@@ -67,13 +76,24 @@ def format_layers(layers: Iterable[int]) -> str:
 class LightTransferConfig:
     """A validated request for lazy layers.
 
-    lazy_layers: sorted layer indices (0-based) that keep only sink + recent tokens.
+    lazy_layers: sorted layer indices (0-based) that keep only sink + recent tokens; in dynamic mode those of
+        requests whose prompt is too short to tell.
+    mode: "static": the same layers for every request. "dynamic": found for each request in its prefill.
     sink_tokens: w_sink >= 0, the first tokens of a request every query of a lazy layer sees.
     recent_tokens: w_recent >= 1, the most recent tokens it sees, its own included.
     expected_tokens: prompt + output tokens of a typical request; splits the KV memory between the
         full and the streaming pool. None means min(context length, 8192).
     expected_output_tokens: how many of them are output; None means not known.
     source: where the configuration came from, for logs and /server_info.
+
+    Dynamic mode only:
+    keep: layers that keep full attention, a number from 1 or a share between 0 and 1.
+    score: how a layer's laziness is measured, one of SCORES; one of CHOICES makes a static list of ``keep``.
+    decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
+        chunk that is longer than sink + recent; later chunks already use streaming attention.
+    staging_tokens: longest prompt prefix that may wait undecided between chunks (decide: "prompt"); a longer
+        prompt is decided when its chunk would pass it. None means expected_tokens.
+    check_tables: compare the layer tables of all tensor-parallel ranks after every prefill (debugging).
     """
 
     lazy_layers: tuple[int, ...]
@@ -83,10 +103,21 @@ class LightTransferConfig:
     expected_tokens: int | None = None
     expected_output_tokens: int | None = None
     source: str = "flags"
+    keep: int | float = DEFAULT_KEEP
+    score: str = DEFAULT_SCORE
+    decide: str = DEFAULT_DECIDE
+    staging_tokens: int | None = None
+    check_tables: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise LightTransferError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("score", self.score, (*SCORES, *CHOICES))
+        _check_choice("decide", self.decide, DECIDE)
+        _check_keep(self.keep)
+        if self.staging_tokens is not None:
+            _check_int("staging_tokens", self.staging_tokens, 1)
+        if type(self.check_tables) is not bool:
+            raise LightTransferError(f"check_tables: {self.check_tables!r} is not true or false")
         _check_int("sink_tokens", self.sink_tokens, 0)
         _check_int("recent_tokens", self.recent_tokens, 1)
         if self.expected_tokens is not None:
@@ -116,6 +147,59 @@ class LightTransferConfig:
         """Keys a query of a lazy layer sees at most: w_sink + w_recent."""
         return self.sink_tokens + self.recent_tokens
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether each request's lazy layers are found in its prefill."""
+        return self.mode == "dynamic"
+
+    @property
+    def decide_tokens(self) -> int:
+        """Tokens a first chunk must end at or behind to be decided on (``decide``: "first-chunk")."""
+        return self.lazy_tokens + LAST_QUERIES_FIRST_CHUNK
+
+    def stage_limit(self, context_tokens: int) -> int:
+        """Longest prefix that stays undecided between two prefill chunks, in tokens."""
+        if self.decide == "first-chunk":
+            return self.decide_tokens - 1
+        staging = self.staging_tokens or self.expected_tokens or DEFAULT_EXPECTED_TOKENS
+        return min(staging, context_tokens)
+
+    def settle(self, num_layers: int) -> LightTransferConfig:
+        """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
+
+        Static mode: checks the list. Dynamic mode: a choice that does not look at the prompt becomes a static
+        list; without a list for short prompts, the ends of the stack are lazy ("ends"). Idempotent. Raises
+        LightTransferError.
+        """
+        if not self.dynamic:
+            self.check_model(num_layers)
+            return self
+        from lt_sglang.selection.choices import choose
+
+        keep = self.keep if isinstance(self.keep, int) else round(self.keep * num_layers)
+        if self.score == "all":
+            keep = 0
+        elif not 1 <= keep < num_layers:
+            raise LightTransferError(
+                f"keep: {self.keep} of {num_layers} layers is {keep}; dynamic mode needs 1 to {num_layers - 1} "
+                "(--lt-mode static serves none or all of them lazy)"
+            )
+        if self.score in CHOICES:
+            lazy = choose(self.score, num_layers, keep, seed=0)
+            source = f"{self.source}, {self.score} keeping {keep}"
+            return replace(
+                self, mode="static", lazy_layers=lazy, source=source, score=DEFAULT_SCORE, keep=DEFAULT_KEEP
+            )
+        lazy = self.lazy_layers or choose("ends", num_layers, keep, seed=0)
+        if len(lazy) != num_layers - keep:
+            raise LightTransferError(
+                f"lazy_layers: {len(lazy)} layers for short prompts, but keep {self.keep} of {num_layers} leaves "
+                f"{num_layers - keep} lazy; both must agree"
+            )
+        settled = replace(self, keep=keep, lazy_layers=lazy)
+        settled.check_model(num_layers)
+        return settled
+
     def check_model(self, num_layers: int) -> None:
         """Raise LightTransferError if a lazy layer does not exist in a model of ``num_layers``."""
         if self.lazy_layers and self.lazy_layers[-1] >= num_layers:
@@ -126,7 +210,7 @@ class LightTransferConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The value of the key ``lighttransfer``; from_dict reads it back."""
-        return {
+        data: dict[str, Any] = {
             "mode": self.mode,
             "lazy_layers": format_layers(self.lazy_layers),
             "sink_tokens": self.sink_tokens,
@@ -135,6 +219,9 @@ class LightTransferConfig:
             "expected_output_tokens": self.expected_output_tokens,
             "source": self.source,
         }
+        if self.dynamic:
+            data.update({name: getattr(self, name) for name in DYNAMIC_FIELDS})
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str | None = None) -> LightTransferConfig:
@@ -151,6 +238,8 @@ class LightTransferConfig:
             raise LightTransferError(
                 f"{CONFIG_KEY}.{unknown[0]}: unknown key, allowed are {', '.join(sorted(allowed))}"
             )
+        if "lazy_layers" not in data and data.get("mode") == "dynamic":
+            data = {**data, "lazy_layers": ()}
         if "lazy_layers" not in data:
             raise LightTransferError(f"{CONFIG_KEY}.lazy_layers: missing; write e.g. '5-24,26' or 'none'")
         values = {key: value for key, value in data.items() if key in allowed}
@@ -177,6 +266,20 @@ class LightTransferConfig:
         if isinstance(data, Mapping) and CONFIG_KEY in data:
             data = data[CONFIG_KEY]
         return cls.from_dict(data, source=source)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise LightTransferError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_keep(keep: object) -> None:
+    number = type(keep) is int and 1 <= keep <= MAX_LAYERS
+    share = type(keep) is float and 0 < keep < 1
+    if not number and not share:
+        raise LightTransferError(
+            f"keep: {keep!r} is neither a number of layers from 1 nor a share such as 0.5"
+        )
 
 
 def _check_int(name: str, value: object, low: int) -> None:

@@ -13,10 +13,15 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.dynamic.layer_sets import LayerSetStore
+from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.dynamic.state import STORED_SETS, DynamicState, projections_of, tp_ranks
 from lt_sglang.errors import LightTransferError
 from lt_sglang.hooks.table import check_applied
 from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
+from lt_sglang.memory.radix import request_id
 from lt_sglang.memory.sinks import SinkStore
+from lt_sglang.selection import get_score
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +32,17 @@ class LightTransferModelRunner(ModelRunner):
     Attributes:
         lt_config: the configuration being served, the same on every rank.
         sink_store: the sink sets, or None when no layer is lazy.
+        dynamic: in dynamic mode, memory, layer tables and score; else None.
+        prefills: in dynamic mode, which request is to be decided when; else None.
     """
 
     def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
         self.lt_config = lt_config
         self.sink_store: SinkStore | None = None
         self.kv_cache_configurator: Any = None
+        self.dynamic: DynamicState | None = None
+        self.prefills: PrefillTracker | None = None
+        self._plans: list[Prefill] | None = None
         check_applied()
         super().__init__(*args, **kwargs)
 
@@ -49,6 +59,8 @@ class LightTransferModelRunner(ModelRunner):
                 "model config: SGLang did not take the sliding window of the lazy layers "
                 f"(is_hybrid_swa={self.is_hybrid_swa}, sliding_window_size={self.sliding_window_size})"
             )
+        if self.lt_config.dynamic:
+            return  # no layer has a window of its own; the backend knows who is lazy where
         for layer_id in self.lt_config.lazy_layers:
             layers[layer_id].sliding_window_size = self.lt_config.recent_tokens - 1
 
@@ -76,6 +88,57 @@ class LightTransferModelRunner(ModelRunner):
             request_rows=self.req_to_token_pool.req_to_token.shape[0],
             device=self.device,
         )
+        if self.lt_config.dynamic:
+            self._init_dynamic()
+
+    def _init_dynamic(self) -> None:
+        config, model = self.lt_config, self.model_config
+        arena = self.kv_cache_configurator.arena
+        if arena is None or not arena.complete:
+            raise LightTransferError(
+                "KV pools: SGLang did not build its pools from the banks of dynamic mode"
+            )
+        layers = {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
+        shapes = {(m.tp_q_head_num, m.tp_k_head_num, m.qk_head_dim) for m in layers.values()}
+        if len(shapes) != 1:
+            raise LightTransferError(
+                f"model: layers of different shapes {sorted(shapes)} cannot change places"
+            )
+        projections, score = projections_of(self.model), get_score(config.score)
+        if score.needs_hidden and len(projections) != len(layers):
+            raise LightTransferError(f"score: {config.score} needs an o_proj beside every attention layer")
+        request_rows = self.req_to_token_pool.req_to_token.shape[0]
+        sets = LayerSetStore(
+            request_rows + STORED_SETS, config.lazy_layers, len(layers), request_rows, self.device
+        )
+        text = model.hf_text_config
+        total_heads = getattr(text, "original_num_attention_heads", model.num_attention_heads)
+        self.dynamic = DynamicState(
+            config,
+            arena,
+            self.kv_cache_dtype,
+            sets,
+            score,
+            tp_ranks(next(iter(shapes))[0], total_heads),
+            projections,
+        )
+        self.prefills = PrefillTracker(config, model.context_len, sets)
+
+    def begin_batch(self, batch: Any) -> None:
+        """Plan the layers of a prefill batch (a ScheduleBatch); called right before its forward."""
+        if self.prefills is not None and batch.forward_mode.is_extend():
+            self._plans = self.prefills.begin([(request_id(req), req) for req in batch.reqs])
+
+    def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
+        """The plan of the prefill that is running; a warm-up run, which no request is behind, uses set 0."""
+        prefixes, extends = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+        prefixes, extends = [int(p) for p in prefixes], [int(e) for e in extends]
+        if self._plans is None:
+            pairs = zip(prefixes, extends, strict=True)
+            return [Prefill(Kind.DECIDED, 0, 0, prefix, extend) for prefix, extend in pairs]
+        if [(p.prefix, p.extend) for p in self._plans] != list(zip(prefixes, extends, strict=True)):
+            raise LightTransferError("prefill: the batch that runs is not the one that was planned")
+        return self._plans
 
     def windows(self) -> Windows:
         """w_sink, w_recent and where the sink rows begin."""
@@ -101,7 +164,13 @@ class LightTransferModelRunner(ModelRunner):
             self.sink_store.flush(
                 self.windows().sink_base, lambda target, source: copy_rows(pool, target, source)
             )
-        return super().forward(forward_batch, *args, **kwargs)
+        if self.dynamic is None:
+            return super().forward(forward_batch, *args, **kwargs)
+        self.dynamic.sets.flush()
+        try:
+            return super().forward(forward_batch, *args, **kwargs)
+        finally:
+            self._plans = None
 
     def describe(self) -> dict[str, Any]:
         """What /server_info shows under ``lighttransfer``."""
@@ -121,6 +190,14 @@ class LightTransferModelRunner(ModelRunner):
                 "expected_requests": round(split.requests, 2),
             }
             report["sinks"] = vars(self.sink_store.stats).copy()
+        if self.dynamic is not None:
+            layout = self.dynamic.layout
+            report["pools"]["staging_tokens"] = layout.staging_rows
+            report["layer_sets"] = {
+                "stored": self.dynamic.sets.stored,
+                "requests": self.dynamic.sets.requests,
+                **vars(self.dynamic.sets.stats),
+            }
         return report
 
 

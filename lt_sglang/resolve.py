@@ -84,9 +84,9 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides
     )
     config = load_config(overrides, model.to_dict(), args.model_path)
-    text_config = model.get_text_config()
-    config.check_model(text_config.num_hidden_layers)
-    overrides.update(model_overrides(config, text_config.num_hidden_layers))
+    num_layers = model.get_text_config().num_hidden_layers
+    config = config.settle(num_layers)
+    overrides.update(model_overrides(config, num_layers))
     declare_resolution(
         server_args, _SOURCE, json_model_override_args=json.dumps(overrides), radix_cache_backend=BACKEND
     )

@@ -23,6 +23,14 @@ def create(runner: ModelRunner) -> Any:
             "attention backend lighttransfer: the model runner is SGLang's own, so the plug-in's hooks are "
             "not in place in this process; see the log for 'Failed to apply hooks', or run lt-sglang doctor"
         )
+    if runner.lt_config.dynamic:
+        if runner.device == "cpu":
+            from lt_sglang.attention.dynamic_torch import DynamicTorchBackend
+
+            return DynamicTorchBackend(runner)
+        from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
+
+        return DynamicFlashInferBackend(runner)
     if runner.device == "cpu":
         from lt_sglang.attention.torch_backend import LightTransferTorchBackend
 

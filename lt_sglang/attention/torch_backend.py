@@ -13,7 +13,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
 from lt_sglang.attention.indices import (
-    StreamingTables,
     Windows,
     decode_rows_reference,
     lazy_lengths,
@@ -77,13 +76,12 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         for index, row in enumerate(forward_batch.req_pool_indices.tolist()):
             prefix = int(forward_batch.extend_prefix_lens[index])
             length = int(forward_batch.extend_seq_lens[index])
+            slots = tables.full_to_streaming[tables.req_to_token[row, : prefix + length].to(torch.int64)]
             for offset in range(0, length, QUERY_BLOCK):
                 count = min(QUERY_BLOCK, length - offset)
                 block = slice(start + offset, start + offset + count)
-                selected, mask = _block_keys(
-                    row, prefix + offset, count, self._sink_rows[index], tables, windows
-                )
-                out[block] = _attend(query[block], keys[selected], values[selected], mask, layer)
+                selected, mask = block_keys(slots, prefix + offset, count, self._sink_rows[index], windows)
+                out[block] = attend(query[block], keys[selected], values[selected], mask, layer)
             start += length
         return out.view(q.shape[0], -1)
 
@@ -105,7 +103,7 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         out = torch.empty_like(query)
         for index, selected in enumerate(self._decode_rows):
             one = slice(index, index + 1)
-            out[one] = _attend(query[one], keys[selected], values[selected], None, layer)
+            out[one] = attend(query[one], keys[selected], values[selected], None, layer)
         return out.view(query.shape[0], -1)
 
     def _write(
@@ -118,14 +116,16 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         return keys, values
 
 
-def _block_keys(
-    row: int, position: int, count: int, sinks: torch.Tensor, tables: StreamingTables, windows: Windows
+def block_keys(
+    slots: torch.Tensor, position: int, count: int, sinks: torch.Tensor, windows: Windows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that ``count`` queries from ``position`` on read, and the mask [count, rows] of who sees what."""
+    """Rows that ``count`` queries from ``position`` on read, and the mask [count, rows] of who sees what.
+
+    slots: int64, streaming slot of each position of the request. sinks: int64 [w_sink], rows of its sinks.
+    """
     first = max(position - windows.recent_tokens + 1, 0)
     outside = min(windows.sink_tokens, max(position + count - windows.recent_tokens, 0))
-    span = tables.full_to_streaming[tables.req_to_token[row, first : position + count].to(torch.int64)]
-    selected = torch.cat([sinks[:outside], span])
+    selected = torch.cat([sinks[:outside], slots[first : position + count]])
     device = selected.device
     query = torch.arange(position, position + count, device=device)[:, None]
     key = torch.arange(first, position + count, device=device)[None, :]
@@ -134,7 +134,7 @@ def _block_keys(
     return selected, torch.cat([query - sink >= windows.recent_tokens, window_mask], 1)
 
 
-def _attend(
+def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -35,6 +35,22 @@ HOOKS: tuple[Hook, ...] = (
         delete_when="the worker asks a registry which runner to build",
     ),
     Hook(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        parameters=(
+            "self",
+            "batch",
+            "forward_batch",
+            "pp_proxy_tensors",
+            "is_verify",
+            "skip_attn_backend_init",
+            "capture_hidden_mode",
+            "return_kv_loc_plan",
+        ),
+        wrapper=wrappers.forward_batch,
+        why="dynamic mode plans the layers of a prefill by its requests, which ForwardBatch does not name",
+        delete_when="ForwardBatch carries the requests' prompts",
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler_components.internal_state."
         "SchedulerInternalStateController._add_topology",
         parameters=("self", "state"),

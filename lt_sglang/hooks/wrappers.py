@@ -33,6 +33,14 @@ def init_model_runner(original: Callable[[Any], None], worker: Any) -> None:
         module.ModelRunner = stock
 
 
+def forward_batch(original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tell our model runner which requests are in a batch before it runs."""
+    begin = getattr(worker.model_runner, "begin_batch", None)
+    if begin is not None and batch is not None:
+        begin(batch)
+    return original(worker, batch, *args, **kwargs)
+
+
 def add_state(original: Callable[..., None], controller: Any, state: dict[str, Any]) -> None:
     """Add ``lighttransfer`` to what /server_info reports of a scheduler."""
     original(controller, state)
@@ -44,12 +52,15 @@ def add_state(original: Callable[..., None], controller: Any, state: dict[str, A
 def check_pools(
     original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Add the sink store to SGLang's idle leak check; an idle server has no request that uses a set."""
+    """Add the stores of sinks and layer sets to SGLang's idle leak check."""
     leak, messages = original(checker, *args, **kwargs)
     sinks = getattr(checker.tree_cache, "sinks", None)
     if sinks is None:
         return leak, messages
     wrong = sinks.check_integrity()
+    prefills = getattr(checker.tree_cache, "prefills", None)
+    if prefills is not None:
+        wrong += prefills.sets.check_integrity()
     return leak or bool(wrong), [*messages, *wrong]
 
 

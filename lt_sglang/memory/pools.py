@@ -17,6 +17,8 @@ from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from lt_sglang.config import DEFAULT_EXPECTED_TOKENS, LightTransferConfig
+from lt_sglang.dynamic.arena import Arena, arena_pool_class
+from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.split import PoolSplit, SplitInput, split_budget, split_bytes, split_tokens
 
@@ -29,10 +31,12 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
     Attributes:
         lt_config: the configuration being served.
         split: the sizes in force, set by config_from_budget.
+        arena: in dynamic mode the tensors that hold every bank, set as the pools are built.
     """
 
     lt_config: LightTransferConfig
     split: PoolSplit | None
+    arena: Arena | None
 
     @classmethod
     def adopt(
@@ -43,6 +47,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         adopted = cls(**fields)
         adopted.lt_config = config
         adopted.split = None
+        adopted.arena = None
         return adopted
 
     def split_input(self) -> SplitInput:
@@ -53,17 +58,23 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         chunk = get_schedule().chunked_prefill_size
         if chunk is None or chunk <= 0:
             chunk = model.context_len
+        chunk = min(chunk, model.context_len)
         expected = self.lt_config.expected_tokens or min(model.context_len, DEFAULT_EXPECTED_TOKENS)
+        streaming_layers = len(self.layer_info.swa_attention_layer_ids)
+        staging = 0
+        if self.lt_config.dynamic:
+            staging = streaming_layers * self.lt_config.stage_limit(model.context_len) + chunk
         return SplitInput(
             full_bytes=len(self.layer_info.full_attention_layer_ids) * token_layer,
-            streaming_bytes=len(self.layer_info.swa_attention_layer_ids) * token_layer,
+            streaming_bytes=streaming_layers * token_layer,
             retained_tokens=self.lt_config.retained_tokens,
             sink_tokens=self.lt_config.sink_tokens,
             expected_tokens=expected,
-            chunk_tokens=min(chunk, model.context_len),
+            chunk_tokens=chunk,
             context_tokens=model.context_len,
             expected_output_tokens=self.lt_config.expected_output_tokens,
             eviction_interval=max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get()),
+            staging_bytes=staging * token_layer,
         )
 
     def config_from_budget(self, budget_bytes: int, *, cap_tokens: int | None = None) -> MemoryPoolConfig:
@@ -116,6 +127,11 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
     ) -> Any:
         assert self.split is not None and swa_max_total_num_tokens is not None
         sink_rows = self.split.sink_sets * self.lt_config.sink_tokens
+        if self.lt_config.dynamic:
+            assert full_max_total_num_tokens is not None
+            layout = self._layout(full_max_total_num_tokens, swa_max_total_num_tokens, sink_rows)
+            self.arena = Arena(layout)
+            mha_pool_class = arena_pool_class(mha_pool_class, self.arena)
         pool = super()._build_hybrid_swa_kv_pool(
             full_max_total_num_tokens=full_max_total_num_tokens,
             swa_max_total_num_tokens=swa_max_total_num_tokens + sink_rows,
@@ -124,6 +140,18 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         # SGLang must account for the allocator's tokens only.
         pool.size_swa = swa_max_total_num_tokens
         return pool
+
+    def _layout(self, full_tokens: int, streaming_tokens: int, sink_rows: int) -> BankLayout:
+        given, page = self.split_input(), self.pool_page_size
+        return BankLayout(
+            full_banks=len(self.layer_info.full_attention_layer_ids),
+            streaming_banks=len(self.layer_info.swa_attention_layer_ids),
+            full_rows=full_tokens + page,
+            streaming_rows=streaming_tokens + sink_rows + page,
+            staging_rows=self.lt_config.stage_limit(given.context_tokens),
+            scratch_rows=given.chunk_tokens,
+            sink_base=streaming_tokens + page,
+        )
 
     def _build_token_to_kv_pool_allocator(
         self,

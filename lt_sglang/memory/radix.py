@@ -19,12 +19,14 @@ Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
@@ -34,7 +36,7 @@ from lt_sglang.memory.sinks import SinkKey, SinkStore
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-BACKEND_NAME = "lighttransfer"
+Slots = Callable[[], torch.Tensor]
 
 
 def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
@@ -45,6 +47,10 @@ def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
         return create_unified_radix_cache(ctx)
 
     def build(params: CacheInitParams) -> LightTransferRadixCache:
+        if runner.prefills is not None:
+            from lt_sglang.dynamic.radix import DynamicRadixCache
+
+            return DynamicRadixCache(params, store, runner.prefills)
         return LightTransferRadixCache(params, store)
 
     return create_unified_radix_cache(ctx, cache_class=build)
@@ -73,16 +79,14 @@ class LightTransferRadixCache(UnifiedRadixCache):
         result = super().match_prefix(params)
         if result.device_prefix_len <= self._kept_tokens:
             return result
-        key = params.key
-        tokens = key.token_ids[: self.sinks.sink_tokens]
-        if self.sinks.touch(_sink_key(tokens, key.extra_key, key.cache_salt)):
+        if self.sinks.touch(self._sinks_of(params.key)):
             return result
-        return zero_match_result(self, result, extra_key=key.extra_key)
+        return zero_match_result(self, result, extra_key=params.key.extra_key)
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
         if req.prefix_len > self._kept_tokens:
-            adopted = self.sinks.adopt(_request_id(req), self._key_of(req), _row_of(req))
+            adopted = self.sinks.adopt(request_id(req), self._key_of(req), _row_of(req))
             if not adopted:
                 raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
         return super().prefix_device_indices(req)
@@ -113,7 +117,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As UnifiedRadixCache; the request gives its sink set back."""
-        self.sinks.release(_request_id(req))
+        self.sinks.release(request_id(req))
         if req.finished() and not is_health_check_generate_req(req):
             self.finished_requests += 1
         super().on_release(req, checkpointed=checkpointed)
@@ -131,7 +135,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
             raise RuntimeError("; ".join(wrong))
 
     def _keep_sinks(self, req: Req) -> bool:
-        request = _request_id(req)
+        request = request_id(req)
         if self.sinks.holds(request):
             return True
 
@@ -139,7 +143,14 @@ class LightTransferRadixCache(UnifiedRadixCache):
             row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : self.sinks.sink_tokens]
             return self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row.to(torch.int64)]
 
-        return self.sinks.capture(request, self._key_of(req), _row_of(req), slots)
+        return self.sinks.capture(request, self._key_of(req), _row_of(req), self._slots_to_keep(req, slots))
+
+    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
+        """``slots`` if they hold the sinks; None if the forward will write the sink rows itself."""
+        return slots
+
+    def _sinks_of(self, key: RadixKey) -> SinkKey:
+        return _sink_key(key.token_ids[: self.sinks.sink_tokens], key.extra_key, key.cache_salt)
 
     def _key_of(self, req: Req) -> SinkKey:
         count = self.sinks.sink_tokens
@@ -153,7 +164,8 @@ def _sink_key(tokens: Any, extra_key: str | None, cache_salt: str | None) -> Sin
     return (*tokens, extra_key, cache_salt)
 
 
-def _request_id(req: Req) -> str:
+def request_id(req: Req) -> str:
+    """What the stores file ``req`` under."""
     # A retracted request comes back as the same object; a re-used rid does not.
     return f"{req.rid}@{id(req):x}"
 

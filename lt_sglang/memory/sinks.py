@@ -101,12 +101,17 @@ class SinkStore:
         return True
 
     def capture(
-        self, request: str, key: SinkKey, row: Callable[[], int | None], slots: Callable[[], torch.Tensor]
+        self,
+        request: str,
+        key: SinkKey,
+        row: Callable[[], int | None],
+        slots: Callable[[], torch.Tensor] | None,
     ) -> bool:
         """Let ``request`` use the set ``key``, filling it from ``slots`` if it is new.
 
         slots: called at most once, at once; returns int64 [w_sink], the streaming slots that hold
-        positions 0 .. w_sink - 1 now. They may be freed as soon as this returns.
+        positions 0 .. w_sink - 1 now. They may be freed as soon as this returns. None: a later forward
+        writes the rows itself.
 
         Returns False, and changes nothing, if every set is in use by other requests: the caller must
         then keep the slots themselves.
@@ -119,7 +124,8 @@ class SinkStore:
             return False
         entry = SinkSet(index, key)
         self._sets[key] = entry
-        self._pending_copies.append((index, slots()))
+        if slots is not None:
+            self._pending_copies.append((index, slots()))
         self._bind(request, entry, row)
         self.stats.captured += 1
         return True

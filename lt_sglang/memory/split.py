@@ -38,7 +38,7 @@ class SplitInput:
     retained_tokens: LightTransferConfig.retained_tokens. chunk_tokens: the tokens one prefill batch
     writes before the window slides over them. expected_output_tokens: of expected_tokens, or None.
     eviction_interval: tokens by which SGLang lets a window slide at a time in decode
-    (SGLANG_SWA_EVICTION_INTERVAL).
+    (SGLANG_SWA_EVICTION_INTERVAL). staging_bytes: taken before anything is split (dynamic mode).
     """
 
     full_bytes: int
@@ -50,6 +50,7 @@ class SplitInput:
     context_tokens: int
     expected_output_tokens: int | None = None
     eviction_interval: int = 128
+    staging_bytes: int = 0
 
     @property
     def streaming_per_request(self) -> int:
@@ -83,6 +84,7 @@ def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
     """
     per_request = given.streaming_per_request
     fixed_bytes = given.streaming_bytes * (given.streaming_fixed + SPARE_SINK_SETS * given.sink_tokens)
+    fixed_bytes += given.staging_bytes
     request_bytes = given.full_bytes * given.expected_tokens + given.streaming_bytes * (
         per_request + given.sink_tokens
     )
@@ -115,7 +117,7 @@ def split_tokens(full_tokens: int, given: SplitInput) -> PoolSplit:
 def split_bytes(split: PoolSplit, given: SplitInput) -> int:
     """Bytes that ``split`` takes; never above the budget it was made from."""
     streaming = split.streaming_tokens + split.sink_sets * given.sink_tokens
-    return split.full_tokens * given.full_bytes + streaming * given.streaming_bytes
+    return given.staging_bytes + split.full_tokens * given.full_bytes + streaming * given.streaming_bytes
 
 
 def _sizes(full_tokens: int, requests: float, given: SplitInput) -> PoolSplit:

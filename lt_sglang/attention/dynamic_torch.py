@@ -1,0 +1,271 @@
+"""Dynamic mode on a CPU, in plain torch: the reference of the GPU path.
+
+Request by request and layer by layer; host synchronisation does not matter here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+from lt_sglang.attention.indices import (
+    StreamingTables,
+    Windows,
+    decode_rows_reference,
+    lazy_lengths,
+    sink_rows,
+)
+from lt_sglang.attention.torch_backend import QUERY_BLOCK, attend, block_keys
+from lt_sglang.dynamic.decide import NOBODY, queue_step
+from lt_sglang.dynamic.evidence import selected_positions, single_evidence
+from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.tails import LastQueries
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from lt_sglang.model_runner import LightTransferModelRunner
+
+LOG2E = 1.4426950408889634
+
+
+class DynamicTorchBackend(TorchNativeAttnBackend):
+    """TorchNativeAttnBackend in which every request has lazy layers of its own."""
+
+    def __init__(self, model_runner: LightTransferModelRunner) -> None:
+        super().__init__(model_runner)
+        self._runner = model_runner
+        self.kv_index_translator = model_runner.kv_index_translator
+        assert model_runner.dynamic is not None
+        self._state = model_runner.dynamic
+        self._prefills: list[Prefill] = []
+        self._full: list[torch.Tensor] = []  # by request, full slot of every position
+        self._streaming: list[torch.Tensor] = []  # by request, streaming slot of every position (0: none)
+        self._lazy: list[torch.Tensor] = []  # by request of a decode, rows a lazy layer reads in its bank
+        self._sinks = torch.empty(0)
+        self._banks: list[list[int]] = []
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Look up, once a forward, where every position of every request is."""
+        if forward_batch.forward_mode.is_idle():
+            return
+        tables, windows = self._runner.streaming_tables(), self._runner.windows()
+        rows = forward_batch.req_pool_indices
+        lengths = forward_batch.seq_lens.tolist()
+        self._full = [
+            tables.req_to_token[row, :length].to(torch.int64)
+            for row, length in zip(rows.tolist(), lengths, strict=True)
+        ]
+        self._streaming = [tables.full_to_streaming[slots] for slots in self._full]
+        sets = self._state.sets
+        self._banks = sets.bank_of[sets.set_of[rows].to(torch.int64)].tolist()
+        if forward_batch.forward_mode.is_decode():
+            packed = decode_rows_reference(rows, forward_batch.seq_lens, tables, windows)
+            sizes = lazy_lengths(forward_batch.seq_lens, windows).tolist()
+            self._lazy = list(packed.to(torch.int64).split(sizes))
+            return
+        self._sinks = sink_rows(rows, tables, windows)
+        self._prefills = self._runner.prefill_plans(forward_batch)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[requests, heads * dim]."""
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(query)
+        layout = self._state.layout
+        for index in range(len(query)):
+            bank = self._banks[index][layer.layer_id]
+            start = layout.bank_start(bank)
+            if bank < layout.full_banks:
+                rows, new = self._full[index], self._full[index][-1:]
+            else:
+                rows, new = self._lazy[index], self._streaming[index][-1:]
+            one = slice(index, index + 1)
+            self._store(start + new, k[one], v[one])
+            keys, values = self._load(start + rows, query.dtype)
+            out[one] = attend(query[one], keys, values, None, layer)
+        return out.view(query.shape[0], -1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[tokens, heads * dim] of the batch's new tokens."""
+        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(query)
+        hidden = self._state.hidden(forward_batch, len(query))
+        start = 0
+        for index, prefill in enumerate(self._prefills):
+            new = slice(start, start + prefill.extend)
+            here = None if hidden is None else hidden[new]
+            if prefill.kind == Kind.DECIDED:
+                out[new] = self._decided(index, prefill, query[new], k[new], v[new], layer)
+            else:
+                out[new] = self._undecided(index, prefill, query[new], k[new], v[new], layer, here)
+            start += prefill.extend
+        if layer.layer_id == self._state.layout.layers - 1:
+            self._finish()
+        return out.view(q.shape[0], -1)
+
+    def _decided(
+        self,
+        index: int,
+        prefill: Prefill,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+    ) -> torch.Tensor:
+        layout = self._state.layout
+        bank = self._banks[index][layer.layer_id]
+        start = layout.bank_start(bank)
+        if bank < layout.full_banks:
+            self._store(start + self._full[index][prefill.prefix :], k, v)
+            keys, values = self._load(start + self._full[index], query.dtype)
+            return _causal(query, keys, values, prefill.prefix, layer)
+        self._store(start + self._streaming[index][prefill.prefix :], k, v)
+        tables, windows = self._runner.streaming_tables(), self._runner.windows()
+        out = torch.empty_like(query)
+        for offset in range(0, len(query), QUERY_BLOCK):
+            count = min(QUERY_BLOCK, len(query) - offset)
+            block = slice(offset, offset + count)
+            rows, mask = block_keys(
+                self._streaming[index], prefill.prefix + offset, count, self._sinks[index], windows
+            )
+            keys, values = self._load(start + rows, query.dtype)
+            out[block] = attend(query[block], keys, values, mask, layer)
+        return out
+
+    def _undecided(
+        self,
+        index: int,
+        prefill: Prefill,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
+        state, layout, number = self._state, self._state.layout, layer.layer_id
+        staged = torch.arange(prefill.end)
+        early = number < layout.full_banks
+        rows = layout.bank_start(number) + self._full[index]
+        if not early:
+            rows = layout.staging_bank_start(number) + staged
+        before_k, before_v = self._load(rows[: prefill.prefix], query.dtype)
+        # Through the KV cache's dtype, as if they had been read back.
+        keys = torch.cat([before_k, self._rounded(k, query.dtype)])
+        values = torch.cat([before_v, self._rounded(v, query.dtype)])
+        out = _causal(query, keys, values, prefill.prefix, layer)
+        chunk = LastQueries(query, out, torch.empty(0), hidden)
+        count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
+        chunk = chunk.last(count)
+        lse = _log2_sum(chunk.query, keys, layer)
+        chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
+        if prefill.kind == Kind.STAGE:
+            self._store(rows[prefill.prefix :], k, v)
+            state.tails.keep(number, chunk, first=prefill.prefix == 0)
+            return out
+        last = state.tails.join(number, chunk, prefill.last_queries)
+        positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
+        chosen = torch.tensor(positions, dtype=torch.int32)
+        evidence = single_evidence(
+            state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
+        )
+        sets = torch.tensor([prefill.layer_set])
+        state.sets.laziness[sets, number] = state.score.laziness(evidence)
+        popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
+        self._move(index, prefill, number, popped, keys, values)
+        return out
+
+    def _move(
+        self,
+        index: int,
+        prefill: Prefill,
+        number: int,
+        popped: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Cut the popped layer to its streaming bank, then put the new layer into the bank that is free."""
+        layout = self._state.layout
+        full, streaming = self._full[index], self._streaming[index]
+        if popped == NOBODY:
+            self._store(
+                layout.bank_start(number) + full[prefill.prefix :],
+                keys[prefill.prefix :],
+                values[prefill.prefix :],
+            )
+            return
+        cut_k, cut_v = keys, values
+        if popped != number:
+            bank = int(self._state.sets.bank_of[prefill.layer_set, number])
+            cut_k, cut_v = self._load(layout.bank_start(bank) + full, keys.dtype)
+        start = layout.bank_start(number)  # of the streaming bank the popped layer takes
+        held = streaming != 0
+        self._store(start + streaming[held], cut_k[held], cut_v[held])
+        sinks = min(len(self._sinks[index]), prefill.end)
+        self._store(start + self._sinks[index][:sinks], cut_k[:sinks], cut_v[:sinks])
+        if popped != number:
+            self._store(layout.bank_start(bank) + full, keys, values)
+
+    def _finish(self) -> None:
+        deciding = [p.layer_set for p in self._prefills if p.kind == Kind.DECIDE]
+        if deciding and self._state.config.check_tables:
+            self._state.check_tables(torch.tensor(deciding))
+        if deciding and not any(p.kind == Kind.STAGE for p in self._prefills):
+            self._state.tails.clear()
+
+    def _rounded(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.to(self._state.kv_dtype).to(dtype)
+
+    def _store(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        arena, dtype = self._state.arena, self._state.kv_dtype
+        arena.keys[rows] = k.to(dtype).view(arena.keys.dtype)
+        arena.values[rows] = v.to(dtype).view(arena.values.dtype)
+
+    def _load(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        arena, kept = self._state.arena, self._state.kv_dtype
+        return arena.keys[rows].view(kept).to(dtype), arena.values[rows].view(kept).to(dtype)
+
+
+def _causal(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prefix: int, layer: RadixAttention
+) -> torch.Tensor:
+    """Full attention of queries from position ``prefix`` on; [queries, heads, dim]."""
+    out = torch.empty_like(query)
+    for offset in range(0, len(query), QUERY_BLOCK):
+        block = slice(offset, min(offset + QUERY_BLOCK, len(query)))
+        seen = prefix + block.stop
+        position = torch.arange(prefix + offset, seen)[:, None]
+        mask = torch.arange(seen)[None, :] <= position
+        out[block] = attend(query[block], keys[:seen], values[:seen], mask, layer)
+    return out
+
+
+def _log2_sum(query: torch.Tensor, keys: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    """float32 [queries, heads]: log2-sum-exp of the scores of the last queries of ``keys``."""
+    group = query.shape[1] // keys.shape[1]
+    scores = torch.einsum("qhd,khd->qhk", query.float(), keys.float().repeat_interleave(group, 1))
+    first = len(keys) - len(query)
+    position = torch.arange(first, len(keys))[:, None, None]
+    later = torch.arange(len(keys))[None, None, :] > position
+    scores = (scores * layer.scaling).masked_fill(later, -torch.inf)
+    return torch.logsumexp(scores, -1) * LOG2E

@@ -1,0 +1,1 @@
+"""Dynamic mode: each request's lazy layers are found while its prompt is prefilled."""

@@ -1,0 +1,54 @@
+"""Which keys and queries of a deciding request the scores look at."""
+
+from __future__ import annotations
+
+import torch
+
+from lt_sglang.dynamic.prefill import Prefill
+from lt_sglang.dynamic.state import DynamicState
+from lt_sglang.dynamic.tails import LastQueries
+from lt_sglang.selection.evidence import Evidence
+
+
+def selected_positions(end: int, sink: int, recent: int) -> list[int]:
+    """The positions a lazy layer would keep of ``end`` tokens: sinks, then the most recent ones."""
+    first = max(end - recent, 0)
+    return [*range(min(sink, first)), *range(first, end)]
+
+
+def single_evidence(
+    state: DynamicState,
+    prefill: Prefill,
+    layer: int,
+    last: LastQueries,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> Evidence:
+    """The evidence of one request whose last queries and selected keys were gathered.
+
+    keys, values: [S, kv heads, dim] at ``positions`` (int32 [S]).
+    """
+    device = keys.device
+    count = len(last.query)
+    rows = torch.arange(count, dtype=torch.int32, device=device)[None]
+    key_rows = torch.arange(len(keys), dtype=torch.int32, device=device)[None]
+    return Evidence(
+        query=last.query,
+        attention=last.attention,
+        lse=last.lse,
+        keys=keys,
+        values=values,
+        query_rows=rows,
+        query_positions=rows + (prefill.end - count),
+        key_rows=key_rows,
+        key_positions=positions.to(torch.int32)[None],
+        scale=scale,
+        heads=state.ranks.heads,
+        total_heads=state.ranks.total_heads,
+        hidden=last.hidden,
+        project=state.projections.get(layer),
+        reduce=state.ranks.reduce,
+        reduce_max=state.ranks.reduce_max,
+    )

@@ -1,0 +1,249 @@
+"""Which layers of which request are lazy: the layer sets, and which requests share one.
+
+A layer set is a row of the device table ``bank_of``. A request gets one when its prefill begins:
+
+    prompt no longer than sink + recent tokens     set 0, the configured list: its scores would all be equal
+    its first block is that of a stored set, and at least this block is still in the prefix cache
+                                                   that set: it reads K and V that were written for it
+    otherwise                                      a new one, undecided until its prefill decides it
+
+The first block is the first sink + recent tokens of a prompt. Every set is a name space of its own in SGLang's
+prefix cache, so a request never reads K and V that were written for other lazy layers. The first request to
+be decided stores its set under its first block; one that was in prefill at the same time keeps its own, which
+nobody inherits. Stored sets live until their row is needed, the least recently used first; what is left of an
+evicted set in the prefix cache can no longer be reached, and ages out.
+
+The store is host state that every rank keeps alike. What the device must know (which request row uses which
+set) is queued and written by ``flush`` on the forward stream.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+DEFAULT_SET = 0
+UNDECIDED = -1
+
+BlockKey = tuple[Hashable, ...]
+
+
+@dataclass
+class LayerSet:
+    """One set.
+
+    uid: never used twice; names its part of the prefix cache. block: first block of the request that decided
+    it. stored: whether later requests find it by that block. users: requests. heirs: those that inherited it.
+    """
+
+    index: int
+    uid: int
+    decided: bool = False
+    block: BlockKey | None = None
+    stored: bool = False
+    users: set[str] = field(default_factory=set)
+    heirs: set[str] = field(default_factory=set)
+
+
+@dataclass
+class LayerSetStats:
+    """Counters since the start, for metrics and tests; in requests."""
+
+    decided: int = 0
+    inherited: int = 0
+    short: int = 0
+    private: int = 0
+    evicted: int = 0
+
+
+class LayerSetStore:
+    """The layer sets of all requests of one rank.
+
+    Args:
+        capacity: rows of the table, set 0 included; more than there can be running requests.
+        default_lazy: lazy layers of set 0. num_layers: L.
+        request_rows: rows of SGLang's req_to_token table.
+
+    Attributes:
+        bank_of: int32 [capacity, L], bank of each layer (dynamic/layout.py); UNDECIDED where not yet known.
+        laziness: float32 [capacity, L], the scores it was decided by; 0 in set 0.
+        set_of: int32 [request_rows], set of the request in that row of req_to_token.
+        stats: counters.
+    """
+
+    def __init__(
+        self, capacity: int, default_lazy: Sequence[int], num_layers: int, request_rows: int, device: str
+    ) -> None:
+        self.capacity = capacity
+        self.num_layers = num_layers
+        self.keep = num_layers - len(default_lazy)
+        self.stats = LayerSetStats()
+        self.bank_of = torch.full((capacity, num_layers), UNDECIDED, dtype=torch.int32, device=device)
+        self.bank_of[DEFAULT_SET] = torch.tensor(banks(default_lazy, num_layers), dtype=torch.int32)
+        self.laziness = torch.zeros((capacity, num_layers), dtype=torch.float32, device=device)
+        self.set_of = torch.full((request_rows,), DEFAULT_SET, dtype=torch.int32, device=device)
+        self.default = LayerSet(DEFAULT_SET, uid=0, decided=True)
+        self._free = list(range(capacity - 1, 0, -1))
+        self._stored: OrderedDict[BlockKey, LayerSet] = OrderedDict()
+        self._of_request: dict[str, LayerSet] = {}
+        self._pending: dict[int, int] = {}
+        self._next_uid = 1
+
+    def find(self, block: BlockKey) -> LayerSet | None:
+        """The set stored under ``block``, or None."""
+        return self._stored.get(block)
+
+    def of(self, request: str) -> LayerSet | None:
+        """The set ``request`` uses, or None if its prefill has not begun."""
+        return self._of_request.get(request)
+
+    def inherit(self, request: str, entry: LayerSet) -> None:
+        """Let ``request`` use the stored set ``entry``."""
+        assert entry.stored and entry.block is not None
+        self._stored.move_to_end(entry.block)
+        self._use(request, entry)
+        entry.heirs.add(request)
+        self.stats.inherited += 1
+
+    def use_default(self, request: str) -> None:
+        """Let ``request``, whose prompt is short, use set 0."""
+        self._use(request, self.default)
+        self.stats.short += 1
+
+    def create(self, request: str, block: BlockKey) -> LayerSet:
+        """Give ``request`` a new, undecided set; a stored set nobody uses makes room if it must."""
+        if not self._free:
+            self._evict()
+        entry = LayerSet(self._free.pop(), self._next_uid, block=block)
+        self._next_uid += 1
+        self._use(request, entry)
+        return entry
+
+    def forget(self, block: BlockKey) -> None:
+        """No longer hand out the set of ``block``, if nobody uses it: its K and V are gone from the cache."""
+        entry = self._stored.get(block)
+        if entry is not None and not entry.users:
+            self._evict_block(block)
+
+    def decide(self, request: str) -> None:
+        """The forward that is about to run decides the set of ``request``; store it unless one is there."""
+        entry = self._of_request[request]
+        entry.decided = True
+        self.stats.decided += 1
+        assert entry.block is not None
+        if entry.block in self._stored:
+            self.stats.private += 1
+            return
+        entry.stored = True
+        self._stored[entry.block] = entry
+
+    def place(self, request: str, row: int) -> None:
+        """``request`` is in row ``row`` of req_to_token from the next forward on."""
+        self._pending[row] = self._of_request[request].index
+
+    def release(self, request: str, row: int | None) -> None:
+        """``request`` ends or gives its row back (retraction); a stored set stays for those that begin alike."""
+        entry = self._of_request.pop(request, None)
+        if entry is None:
+            return
+        entry.users.discard(request)
+        entry.heirs.discard(request)
+        if row is not None:
+            self._pending[row] = DEFAULT_SET
+        if entry is not self.default and not entry.stored and not entry.users:
+            self._free.append(entry.index)
+
+    def clear(self) -> None:
+        """Forget every stored set that no running request uses (the prefix cache was flushed).
+
+        A set in use is no longer found either: its K and V are gone from the prefix cache.
+        """
+        for entry in self._stored.values():
+            entry.stored = False
+            if not entry.users:
+                self._free.append(entry.index)
+        self._stored.clear()
+
+    def flush(self) -> None:
+        """Write the queued rows of ``set_of``, on the current stream."""
+        if not self._pending:
+            return
+        device = self.set_of.device
+        rows = torch.tensor(list(self._pending), dtype=torch.int64).to(device, non_blocking=True)
+        sets = torch.tensor(list(self._pending.values()), dtype=torch.int32).to(device, non_blocking=True)
+        self._pending.clear()
+        self.set_of.index_copy_(0, rows, sets)
+
+    @property
+    def stored(self) -> int:
+        """Sets that later requests can inherit."""
+        return len(self._stored)
+
+    @property
+    def requests(self) -> int:
+        """Requests that use a set."""
+        return len(self._of_request)
+
+    def describe(self, request: str) -> dict[str, object]:
+        """The decided layers of ``request``, for its response; waits for the device.
+
+        lazy_layers: list. laziness: by layer, higher is lazier; None where no prompt decided. origin: "prompt",
+        "prefix" (inherited with a cached prefix) or "default" (the prompt was too short to tell).
+        """
+        entry = self._of_request[request]
+        banks = self.bank_of[entry.index].tolist()
+        default = entry is self.default
+        return {
+            "lazy_layers": [layer for layer, bank in enumerate(banks) if bank >= self.keep],
+            "laziness": None if default else [round(x, 6) for x in self.laziness[entry.index].tolist()],
+            "origin": "default" if default else "prefix" if request in entry.heirs else "prompt",
+        }
+
+    def check_integrity(self) -> list[str]:
+        """What is wrong with the store, one sentence each; empty when all is well."""
+        wrong = []
+        in_use = {id(entry): entry for entry in self._of_request.values()}
+        in_use.update((id(entry), entry) for entry in self._stored.values())
+        in_use.pop(id(self.default), None)
+        indices = sorted([entry.index for entry in in_use.values()] + self._free)
+        if indices != list(range(1, self.capacity)):
+            wrong.append(f"layer sets are lost or doubled: {len(indices)} accounted of {self.capacity - 1}")
+        for block, entry in self._stored.items():
+            if entry.block != block or not entry.stored or not entry.decided:
+                wrong.append(f"layer set {entry.index} is stored under a block that is not its own")
+        for request, entry in self._of_request.items():
+            if request not in entry.users:
+                wrong.append(f"request {request} uses layer set {entry.index}, which does not count it")
+        counted = sum(len(entry.users) for entry in (*in_use.values(), self.default))
+        if counted != len(self._of_request):
+            wrong.append(f"layer sets count {counted} requests, {len(self._of_request)} use one")
+        return wrong
+
+    def _use(self, request: str, entry: LayerSet) -> None:
+        assert request not in self._of_request
+        entry.users.add(request)
+        self._of_request[request] = entry
+
+    def _evict(self) -> None:
+        for block, entry in self._stored.items():
+            if not entry.users:
+                self._evict_block(block)
+                return
+        raise RuntimeError(f"all {self.capacity} layer sets are in use by running requests")
+
+    def _evict_block(self, block: BlockKey) -> None:
+        entry = self._stored.pop(block)
+        entry.stored = False
+        self._free.append(entry.index)
+        self.stats.evicted += 1
+
+
+def banks(lazy: Sequence[int], num_layers: int) -> list[int]:
+    """Bank of each layer for a known list: full layers take the full banks in order, lazy ones the others."""
+    keep = num_layers - len(lazy)
+    full = iter(range(keep))
+    streaming = iter(range(keep, num_layers))
+    return [next(streaming) if layer in set(lazy) else next(full) for layer in range(num_layers)]

@@ -1,0 +1,142 @@
+"""The prefix cache of dynamic mode: one name space a layer set (dynamic/layer_sets.py).
+
+A cached prefix is K and V of its writer's layers; a request may only reuse it with the writer's set. So the
+tree is entered under the uid of a set, and a hit that does not cover the whole first block is a miss.
+
+A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
+not known yet. Its window slides all the same; its sink rows are reserved, and written when it is decided.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from lt_sglang.config import CONFIG_KEY
+from lt_sglang.dynamic.layer_sets import BlockKey
+from lt_sglang.dynamic.prefill import PrefillTracker
+from lt_sglang.memory.radix import LightTransferRadixCache, Slots, request_id
+from lt_sglang.memory.sinks import SinkKey, SinkStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+NOWHERE = "lt:none"
+
+
+class DynamicRadixCache(LightTransferRadixCache):
+    """LightTransferRadixCache that keeps the layer sets apart."""
+
+    def __init__(self, params: CacheInitParams, sinks: SinkStore, prefills: PrefillTracker) -> None:
+        self.prefills = prefills
+        super().__init__(params, sinks)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As LightTransferRadixCache, within the set stored for the first block of the key."""
+        key = params.key
+        given = key.extra_key
+        key.extra_key = self._name_space(key)
+        try:
+            result = super().match_prefix(params)
+            if result.device_prefix_len < self.prefills.hit_tokens(len(key.token_ids)):
+                return zero_match_result(self, result, extra_key=key.extra_key)
+            return result
+        finally:
+            key.extra_key = given
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """As UnifiedRadixCache, in the key's name space."""
+        given = key.extra_key
+        key.extra_key = self._name_space(key)
+        try:
+            super().touch_prefix(key)
+        finally:
+            key.extra_key = given
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
+        if req.prefix_len:
+            tokens = req.origin_input_ids + req.output_ids
+            self.prefills.inherit(request_id(req), len(tokens), self._block(tokens, req))
+        return super().prefix_device_indices(req)
+
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """As LightTransferRadixCache; an undecided request only lets its window slide."""
+        entry = self.prefills.sets.of(request_id(req))
+        if entry is None or not entry.decided:
+            if not req.finished():
+                self.evict_sliding_windows(req, up_to)
+            return
+        self._report(req)
+        given = req.extra_key
+        req.extra_key = _name(entry.uid, given)
+        try:
+            super().checkpoint(req, up_to=up_to, **kwargs)
+        finally:
+            req.extra_key = given
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """As LightTransferRadixCache; the request gives its layer set back."""
+        self._report(req)
+        super().on_release(req, checkpointed=checkpointed)
+        self.prefills.release(request_id(req), req.kv.req_pool_idx)
+
+    def reset(self) -> None:
+        """As LightTransferRadixCache; forgets which blocks had which sets."""
+        super().reset()
+        self.prefills.sets.clear()
+
+    def sanity_check(self) -> None:
+        """As LightTransferRadixCache, and the layer sets' own check."""
+        super().sanity_check()
+        wrong = self.prefills.sets.check_integrity()
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+
+    def _report(self, req: Req) -> None:
+        """Add ``meta_info.lighttransfer`` to the response of a request that asks for it.
+
+        Source: sglang/srt/managers/scheduler_components/output_streamer.py, Req.customized_info.
+        """
+        asked = req.sampling_params.custom_params
+        known = req.customized_info or {}
+        entry = self.prefills.sets.of(request_id(req))
+        if (
+            not asked
+            or not asked.get(CONFIG_KEY)
+            or CONFIG_KEY in known
+            or entry is None
+            or not entry.decided
+        ):
+            return
+        req.customized_info = {**known, CONFIG_KEY: [self.prefills.sets.describe(request_id(req))]}
+
+    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
+        entry = self.prefills.sets.of(request_id(req))
+        return slots if entry is not None and entry.decided else None
+
+    def _key_of(self, req: Req) -> SinkKey:
+        entry = self.prefills.sets.of(request_id(req))
+        assert entry is not None
+        # The rows of a sink set belong to the streaming banks of one layer set.
+        return (_name(entry.uid, req.extra_key), *super()._key_of(req))
+
+    def _sinks_of(self, key: RadixKey) -> SinkKey:
+        return (key.extra_key, *super()._sinks_of(key))
+
+    def _name_space(self, key: RadixKey) -> str:
+        if len(key.token_ids) <= self.prefills.block_tokens:
+            return _name(self.prefills.sets.default.uid, key.extra_key)
+        entry = self.prefills.sets.find(self._block(key.token_ids, key))
+        return NOWHERE if entry is None else _name(entry.uid, key.extra_key)
+
+    def _block(self, tokens: Any, owner: Any) -> BlockKey:
+        return self.prefills.block(tokens, owner.extra_key, owner.cache_salt)
+
+
+def _name(uid: int, extra_key: str | None) -> str:
+    return f"lt:{uid}:{extra_key or ''}"

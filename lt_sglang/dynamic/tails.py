@@ -1,0 +1,74 @@
+"""What the scores need of a staged request's earlier chunks: its last queries, layer by layer.
+
+A prompt's last chunk may be shorter than the number of queries that are scored. Their queries, outputs,
+log-sum-exps and residuals are final once computed (attention is causal), so the last ones are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """The last queries of one request in one layer.
+
+    query, attention: [W, heads, dim]. lse: float32 [W, heads], base 2. hidden: [W, hidden] or None.
+    """
+
+    query: torch.Tensor
+    attention: torch.Tensor
+    lse: torch.Tensor
+    hidden: torch.Tensor | None
+
+    def then(self, later: LastQueries) -> LastQueries:
+        """These, followed by ``later`` ones."""
+        both = self.hidden is not None and later.hidden is not None
+        return LastQueries(
+            torch.cat([self.query, later.query]),
+            torch.cat([self.attention, later.attention]),
+            torch.cat([self.lse, later.lse]),
+            torch.cat([self.hidden, later.hidden]) if both else None,  # type: ignore[list-item]
+        )
+
+    def last(self, count: int) -> LastQueries:
+        """The last ``count`` of them, as views."""
+        start = max(len(self.query) - count, 0)
+        return LastQueries(
+            self.query[start:],
+            self.attention[start:],
+            self.lse[start:],
+            None if self.hidden is None else self.hidden[start:],
+        )
+
+    def copy(self) -> LastQueries:
+        """With memory of its own."""
+        hidden = None if self.hidden is None else self.hidden.clone()
+        return LastQueries(self.query.clone(), self.attention.clone(), self.lse.clone(), hidden)
+
+
+class Tails:
+    """The last queries of the one staged request, by layer. count: how many are kept."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._of_layer: dict[int, LastQueries] = {}
+
+    def keep(self, layer: int, chunk: LastQueries, first: bool) -> None:
+        """Remember the last queries of a staged chunk; ``first``: nothing before it counts."""
+        chunk = chunk.last(self.count)
+        if not first and len(chunk.query) < self.count:
+            chunk = self._of_layer[layer].then(chunk).last(self.count)
+        self._of_layer[layer] = chunk.copy()
+
+    def join(self, layer: int, chunk: LastQueries, count: int) -> LastQueries:
+        """The last ``count`` queries of earlier chunks and this one."""
+        if len(chunk.query) >= count:
+            return chunk.last(count)
+        return self._of_layer[layer].then(chunk).last(count)
+
+    def clear(self) -> None:
+        """Free the memory; the request was decided or is gone."""
+        self._of_layer.clear()
