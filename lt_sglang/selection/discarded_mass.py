@@ -6,6 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
+from lt_sglang.selection.kernels import largest_discarded_mass
 from lt_sglang.selection.reference import masses, present
 
 
@@ -24,4 +25,4 @@ class DiscardedMass(Score):
         return -evidence.reduce_max(discarded.amax((1, 2)))
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return self.reference(evidence)
+        return -evidence.reduce_max(largest_discarded_mass(evidence))

@@ -6,6 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
+from lt_sglang.selection.kernels import mean_mass
 from lt_sglang.selection.reference import masses, present
 
 
@@ -22,4 +23,4 @@ class LightTransfer(Score):
         return evidence.reduce(masses(evidence).sum((1, 2)) / (queries * evidence.total_heads))
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return self.reference(evidence)
+        return evidence.reduce(mean_mass(evidence))

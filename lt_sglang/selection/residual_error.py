@@ -6,6 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
+from lt_sglang.selection.kernels import error_rows, negative_ratio
 from lt_sglang.selection.reference import gather, present, projected, streaming_attention
 
 TINY = torch.finfo(torch.float32).tiny
@@ -30,4 +31,7 @@ class ResidualError(Score):
         return -ratio.amax(1)
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return self.reference(evidence)
+        assert evidence.project is not None
+        rows, laziness = error_rows(evidence)
+        negative_ratio(evidence, evidence.reduce(evidence.project(rows)), laziness)
+        return laziness

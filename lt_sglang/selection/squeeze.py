@@ -6,6 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
+from lt_sglang.selection.kernels import attention_rows, mean_cosine
 from lt_sglang.selection.reference import gather, present, projected
 
 TINY = torch.finfo(torch.float32).tiny
@@ -30,4 +31,5 @@ class Squeeze(Score):
         return ((before * after).sum(2) / sizes).sum(1) / present(evidence).sum(1)
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return self.reference(evidence)
+        assert evidence.project is not None
+        return mean_cosine(evidence, evidence.reduce(evidence.project(attention_rows(evidence))))
