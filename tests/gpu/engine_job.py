@@ -1,8 +1,8 @@
 """One SGLang engine in one process: start it, run tasks, write what came out.
 
-    python engine_job.py SPEC.json OUT.json [--wait]
+    python engine_job.py SPEC.json OUT.json
 
-With --wait it imports SGLang, then starts the engine once a line arrives on standard input.
+It touches the GPU once the file named by LT_GATE exists (gate.py); at once without that variable.
 
 SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
 
@@ -16,11 +16,14 @@ Every prompt is random and new, so the radix cache, which stays on, never hits.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def _prompts(rng: random.Random, count: int, tokens: int, vocab: int) -> list[list[int]]:
@@ -75,13 +78,18 @@ def _prefill(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     out = Path(sys.argv[2])
-    import sglang
+    from sglang.srt.entrypoints.engine import Engine
 
-    if "--wait" in sys.argv:  # imported ahead of time; the GPU is still another job's
-        sys.stdin.readline()
-    start = time.perf_counter()
-    engine = sglang.Engine(**spec["engine"])
-    result: dict[str, Any] = {"start_seconds": time.perf_counter() - start, "tasks": []}
+    from tests.gpu.gate import scheduler
+
+    class GatedEngine(Engine):
+        run_scheduler_process_func = staticmethod(scheduler)
+
+    start = time.time()
+    engine = GatedEngine(**spec["engine"])
+    gate = os.environ.get("LT_GATE")
+    start = max(start, Path(gate).stat().st_mtime) if gate else start
+    result: dict[str, Any] = {"start_seconds": time.time() - start, "tasks": []}
     rng = random.Random(spec.get("seed", 0))
     vocab = spec.get("vocab", 512)
     for task in spec["tasks"]:

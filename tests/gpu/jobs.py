@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+_AVAILABLE = re.compile(r"Load weight begin\. avail mem=([0-9.]+) GB")
 _DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([0-9.]+)")
 
 
@@ -32,35 +34,42 @@ class Steady:
 
 
 class Job:
-    """An engine job: ``Job(...)`` imports SGLang in the background, ``run`` uses the GPU.
+    """An engine job: ``Job(...)`` imports SGLang in the background, ``run`` lets it use the GPU.
 
-    Importing takes half a minute, so a sequence of jobs is faster if the next one is made before this
+    Importing takes half a minute, so a sequence of jobs is faster if the next ones are made before this
     one runs.
     """
 
-    def __init__(self, name: str, spec: dict[str, Any], folder: Path) -> None:
+    _port = itertools.count(28500)
+
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.log = folder / f"{name}.log"
         self._out = folder / f"{name}.json"
         self._out.unlink(missing_ok=True)
+        self._gate = folder / f"{name}.gate"
+        self._gate.unlink(missing_ok=True)
+        # Engines that start side by side could otherwise choose the same free port.
+        spec = {**spec, "engine": {"nccl_port": next(Job._port), **spec["engine"]}}
         spec_file = folder / f"{name}.spec"
         spec_file.write_text(json.dumps(spec))
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_job.py"), str(spec_file), str(self._out), "--wait"],
-                stdin=subprocess.PIPE,
+                [sys.executable, str(HERE / "engine_job.py"), str(spec_file), str(self._out)],
+                env={**os.environ, **env, "LT_GATE": str(self._gate)},
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                text=True,
             )
 
     def run(self, limit_s: float) -> dict[str, Any] | None:
         """The result, or what it had measured when it failed or ran past ``limit_s`` seconds."""
         start = time.perf_counter()
+        self._gate.touch()
         try:
-            self._process.communicate("go\n", timeout=limit_s)
+            self._process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             print(f"{self.name}: past its limit of {limit_s:.0f} s", flush=True)
         finally:
@@ -79,6 +88,28 @@ class Job:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def gpu_used_mib(wait_s: float = 20.0) -> int | None:
+    """GPU memory in use once it has stopped falling: what an ended engine held goes back late."""
+    used: list[int] = []
+    end = time.monotonic() + wait_s
+    while len(used) < 2 or (used[-1] != used[-2] or used[-1] > 8000) and time.monotonic() < end:
+        if used:
+            time.sleep(0.5)
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        used.append(int(done.stdout.split()[0]))
+    return used[-1]
+
+
+def available_gb(log: str) -> float | None:
+    """What SGLang found free on the GPU before it loaded the weights: the same for engines compared."""
+    found = _AVAILABLE.search(log)
+    return float(found[1]) if found else None
 
 
 def task_logs(log: str) -> list[list[str]]:

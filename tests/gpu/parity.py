@@ -85,6 +85,20 @@ class Reference:
         return logits.gather(1, ids[0, 1:, None])[:, 0].cpu()
 
 
+# A label, what an engine scored, the layers that are lazy in the reference.
+Work = tuple[str, list[dict[str, Any]], tuple[int, ...]]
+
+
+def compare(folder: Path, work: list[Work]) -> dict[str, dict[str, float]]:
+    """``errors`` of every piece of work, and how many tokens of its prompts came from the prefix cache."""
+    reference = Reference(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for label, scored, lazy in work:
+        found[label] = errors(scored, reference, lazy)
+        found[label]["cached"] = sum(out["cached_tokens"] for out in scored)
+    return found
+
+
 def errors(scored: list[dict[str, Any]], reference: Reference, lazy: tuple[int, ...]) -> dict[str, float]:
     """Mean and largest absolute difference of log-probabilities over prompt and generated tokens."""
     differences = []

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.gpu import parity
-from tests.gpu.jobs import Job, steady_of, task_logs
+from tests.gpu.jobs import Job, available_gb, gpu_used_mib, steady_of, task_logs
 
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
@@ -77,13 +78,14 @@ def lazy(layers: str, sink: int, recent: int, expected: int, output: int) -> dic
 
 @dataclass(frozen=True)
 class Step:
-    """One engine: its name, keyword arguments, tasks and time limit in seconds."""
+    """One engine: its name, keyword arguments, tasks, time limit in seconds, environment."""
 
     name: str
     engine: dict[str, Any]
     tasks: list[dict[str, Any]]
     limit_s: float
     vocab: int = 512
+    env: dict[str, str] = field(default_factory=dict)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -99,28 +101,43 @@ class Run:
         self.deadline = time.monotonic() + budget_s
         self.report: dict[str, Any] = {}
         self.table: list[str] = []
+        self._waiting: dict[str, Job] = {}
         folder.mkdir(parents=True, exist_ok=True)
+
+    def launch(self, steps: list[Step]) -> None:
+        """Let the steps' engines import SGLang and wait for the GPU."""
+        for step in steps:
+            if step.name not in self._waiting:
+                self._waiting[step.name] = Job(step.name, step.spec, self.folder, step.env)
 
     def jobs(self, steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any] | None]]:
         """Run the steps one after the other, each within its limit and what is left of the budget."""
-        waiting = Job(steps[0].name, steps[0].spec, self.folder)
         for index, step in enumerate(steps):
-            job, left = waiting, self.deadline - time.monotonic()
-            if index + 1 < len(steps):
-                waiting = Job(steps[index + 1].name, steps[index + 1].spec, self.folder)
+            self.launch(steps[index : index + 2])
+            used = gpu_used_mib()
+            left = self.deadline - time.monotonic()
+            job = self._waiting.pop(step.name)
             if left < min(45.0, step.limit_s):
                 job.stop()
                 self.say(f"{step.name}: skipped, {left:.0f} s left of the budget")
                 yield step, None
             else:
+                print(f"{step.name}: {left:.0f} s left, GPU memory in use {used} MiB", flush=True)
                 yield step, job.run(min(step.limit_s, left))
 
     def jobs_together(self, steps: list[Step]) -> list[tuple[Step, dict[str, Any] | None]]:
         """Run small engines side by side; for results, not for times."""
-        waiting = [Job(step.name, step.spec, self.folder) for step in steps]
+        self.launch(steps)
+        waiting = [self._waiting.pop(step.name) for step in steps]
         limit = min(max(step.limit_s for step in steps), self.deadline - time.monotonic())
         with ThreadPoolExecutor(len(steps)) as pool:
             return list(zip(steps, pool.map(lambda job: job.run(max(limit, 1)), waiting), strict=True))
+
+    def close(self) -> None:
+        """End every engine that still waits."""
+        for job in self._waiting.values():
+            job.stop()
+        self._waiting.clear()
 
     def say(self, line: str) -> None:
         """Add a line to the table."""
@@ -132,64 +149,104 @@ class Run:
         (self.folder / "report.json").write_text(json.dumps(self.report, indent=1))
 
 
-def run_parity(run: Run, fp8: bool = False) -> None:
-    """Log-probabilities against float32: graphs on and off, slots reused, prefixes hit; or fp8 KV."""
-    model = parity.make_model(Path("/tmp/lt-parity-model"))
-    lazy_text = ",".join(map(str, parity.LAZY))
-    score = [{"kind": "score", "prompts": parity.prompts(), "new_tokens": parity.NEW_TOKENS}]
-    common = {"chunked_prefill_size": 1024, "mem_fraction_static": 0.3, "max_total_tokens": 40000}
-    on = lazy(lazy_text, parity.SINK, parity.RECENT, 2048, parity.NEW_TOKENS)
-    # Churn: about twice the longest request, so slots are reused all the time; then the same prompts again.
-    small = {**common, "max_total_tokens": 12000}
-    if fp8:
-        common["kv_cache_dtype"] = "fp8_e4m3"
-        variants = {
-            "fp8_stock": engine_args(model, **common, attention_backend="flashinfer"),
-            "fp8": engine_args(model, **common, **on),
-        }
-    else:
-        variants = {
-            "stock": engine_args(model, **common, attention_backend="flashinfer"),
-            "graph": engine_args(model, **small, **on),
-            "eager": engine_args(model, **common, **on, disable_cuda_graph=True),
-        }
-    outs = {}
-    steps = [
-        Step(name, engine, score * (2 if name == "graph" else 1), 150) for name, engine in variants.items()
-    ]
-    for step, result in run.jobs_together(steps) if fp8 else run.jobs(steps):
-        if result and result["tasks"]:
-            outs[step.name] = result
-    reference = parity.Reference(model, "cuda")
-    found: dict[str, Any] = {}
-    for name, result in outs.items():
-        layers = () if "stock" in name else parity.LAZY
-        for index, scored in enumerate(result["tasks"]):
-            label = name if index == 0 else f"{name}_again"
-            found[label] = parity.errors(scored, reference, layers)
-            found[label]["cached"] = sum(out["cached_tokens"] for out in scored)
-    if "graph" in outs:
-        found["full_mask_control"] = parity.errors(outs["graph"]["tasks"][0], reference, ())
-    run.report.setdefault("parity", {}).update(found)
+PARITY = ("stock", "graph", "eager")
+FP8 = ("fp8_stock", "fp8_stock_paged", "fp8")
+FA2 = ("fa2_stock", "fa2_graph", "fa2_eager")
+# Whose error is bounded by whose. Stock SGLang's prefill reads fp8 keys of earlier chunks only, unless it is
+# told to write them first ("paged"); lazy layers always read what they wrote.
+NOISE = {
+    "graph": "stock",
+    "graph_again": "stock",
+    "eager": "stock",
+    "fp8": "fp8_stock_paged",
+    "fp8_again": "fp8_stock_paged",
+    "fa2_graph": "fa2_stock",
+    "fa2_graph_again": "fa2_stock",
+    "fa2_eager": "fa2_stock",
+}
+
+
+def parity_steps(model: Path, names: tuple[str, ...], limit_s: float) -> list[Step]:
+    """Engines that score the same prompts.
+
+    stock: no lazy layers. graph: CUDA graphs, a pool so small that slots are reused all the time, and the
+    prompts twice. eager: neither. fp8: graph with an fp8 KV cache. fa2: without FA3, as on an A100.
+    """
+    common = {"chunked_prefill_size": 1024, "mem_fraction_static": 0.3}
+    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, 8, 12]}
+    on = lazy(",".join(map(str, parity.LAZY)), parity.SINK, parity.RECENT, 2048, parity.NEW_TOKENS)
+    stock = engine_args(model, **common, max_total_tokens=40000, attention_backend="flashinfer")
+    # About twice the longest request.
+    graph = engine_args(model, **common, max_total_tokens=12000, **on)
+    eager = engine_args(model, **common, max_total_tokens=40000, **on, disable_cuda_graph=True)
+    fp8 = {**quick, "kv_cache_dtype": "fp8_e4m3"}
+    engines: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+        "stock": (stock, {}),
+        "graph": (graph, {}),
+        "eager": (eager, {}),
+        "fp8_stock": (stock | fp8, {}),
+        "fp8_stock_paged": (stock | fp8, {"SGLANG_FLASHINFER_USE_PAGED": "1"}),
+        "fp8": (graph | fp8, {}),
+        "fa2_stock": (stock | quick, {"LT_FORCE_FA2": "1"}),
+        "fa2_graph": (graph | quick, {"LT_FORCE_FA2": "1"}),
+        "fa2_eager": (eager, {"LT_FORCE_FA2": "1"}),
+    }
+    score = {"kind": "score", "prompts": parity.prompts(), "new_tokens": parity.NEW_TOKENS}
+    steps = []
+    for name in names:
+        engine, env = engines[name]
+        repeats = 1 if "stock" in name or "eager" in name else 2
+        steps.append(Step(name, engine, [score] * repeats, limit_s, env={"LT_WATCH": "1", **env}))
+    return steps
+
+
+def run_parity(
+    run: Run, names: tuple[str, ...] = PARITY, together: bool = False, limit_s: float = 150
+) -> None:
+    """Log-probabilities of the engines ``names`` against float32."""
+    # A process of its own, so that the float32 model's GPU memory is gone when engines are measured.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as reference:
+        model = reference.submit(parity.make_model, Path("/tmp/lt-parity-model")).result()
+        steps = parity_steps(model, names, limit_s)
+        results = run.jobs_together(steps) if together else run.jobs(steps)
+        outs = {step.name: result for step, result in results if result and result["tasks"]}
+        work: list[parity.Work] = []
+        for name, result in outs.items():
+            layers = () if "stock" in name else parity.LAZY
+            for index, scored in enumerate(result["tasks"]):
+                work.append((name if index == 0 else f"{name}_again", scored, layers))
+        for name, label in (("graph", "full_mask_control"), ("fa2_graph", "fa2_full_mask_control")):
+            if name in outs:
+                work.append((label, outs[name]["tasks"][0], ()))
+        found = reference.submit(parity.compare, model, work).result()
+    report = run.report.setdefault("parity", {})
+    report.update(found)
     for label, error in found.items():
-        run.say(f"parity {label:18s} " + "  ".join(f"{k} {v:.4g}" for k, v in error.items()))
-    for label, noise in (
-        ("graph", "stock"),
-        ("graph_again", "stock"),
-        ("eager", "stock"),
-        ("fp8", "fp8_stock"),
-    ):
+        run.say(f"parity {label:20s} " + "  ".join(f"{k} {v:.4g}" for k, v in error.items()))
+    for label, noise in NOISE.items():
         if label in found and noise in found:
             good = (
                 found[label]["mean"] <= 1.25 * found[noise]["mean"]
                 and found[label]["max"] <= 1.5 * found[noise]["max"]
             )
             run.say(f"parity {label} within the noise of {noise}: {'PASS' if good else 'FAIL'}")
-    if "graph" in outs and "eager" in outs:
-        pairs = zip(outs["graph"]["tasks"][0], outs["eager"]["tasks"][0], strict=True)
-        same = [a["output_ids"] == b["output_ids"] for a, b in pairs]
-        run.report["parity"]["graph_equals_eager"] = same
-        run.say(f"parity graph and eager: {sum(same)} of {len(same)} greedy outputs equal")
+    for one, other in (("graph", "eager"), ("fa2_graph", "fa2_eager")):
+        if one in outs and other in outs:
+            pairs = zip(outs[one]["tasks"][0], outs[other]["tasks"][0], strict=True)
+            same = [a["output_ids"] == b["output_ids"] for a, b in pairs]
+            report[f"{one}_equals_{other}"] = same
+            run.say(f"parity {one} and {other}: {sum(same)} of {len(same)} greedy outputs equal")
+    kernels = {name: _ragged_kernels(run.folder / f"{name}.log") for name in outs}
+    report["ragged_prefill_kernels"] = {**report.get("ragged_prefill_kernels", {}), **kernels}
+    for name, ran in kernels.items():
+        run.say(f"parity {name}: ragged prefill of full layers ran {', '.join(ran) or 'never'}")
+        if name.startswith("fa2") and ran != ["fa2"]:
+            run.say(f"parity {name}: FAIL, FA2 was to be forced")
+
+
+def _ragged_kernels(log: Path) -> list[str]:
+    mark = "RAGGED PREFILL "
+    return [line.split(mark)[1].strip() for line in log.read_text().splitlines() if mark in line]
 
 
 def mistral(folder: Path) -> Path:
@@ -208,6 +265,7 @@ def run_cells(run: Run, steps: list[Step]) -> None:
         entry: dict[str, Any] = {"start_seconds": result["start_seconds"], "engine": step.engine, "cells": []}
         for task, value, lines in zip(step.tasks, result["tasks"], logs, strict=False):
             entry["cells"].append(_cell_result(run, step.name, task, value, lines))
+        entry["available_gb"] = available_gb((run.folder / f"{step.name}.log").read_text())
         entry["lighttransfer"] = result.get("lighttransfer")
         entry["memory_usage"] = result.get("memory_usage")
         run.report.setdefault("steady", {})[step.name] = entry
@@ -288,6 +346,32 @@ def run_rest(run: Run) -> None:
     run_cells(run, [lazy_step(16384, HALF, [cell(16384, 48)], 120, **quick)])
 
 
+def run_remaining(run: Run) -> None:
+    """Half lazy against stock at 4K, 8K and 16K, stock's fa3 and triton, fp8 and FA2 parity: ten minutes.
+
+    All engines import at the same time, while the small ones of the parity checks run; then the GPU belongs
+    to one of them after the other, and the CPU is idle but for it.
+    """
+    quick = {"disable_prefill_cuda_graph": True}
+    quick["cuda_graph_bs_decode"] = [1, 2, 4, *range(8, 168, 8)]
+    cells = [PREFILL_32K, cell(16384, 32)]
+    steps = [
+        stock_step("flashinfer", [*cells, cell(8192, 62), cell(4096, 118)], 180, **quick),
+        lazy_step(16384, HALF, [PREFILL_32K, cell(16384, 56)], 120, **quick),
+        lazy_step(8192, HALF, [cell(8192, 100)], 100, **quick),
+        lazy_step(4096, HALF, [cell(4096, 168)], 100, **quick),
+        stock_step("fa3", cells, 100, **quick),
+        stock_step("triton", cells, 120, **quick),
+    ]
+    run.launch(steps)
+    try:
+        run_parity(run, FP8 + FA2, together=True, limit_s=200)
+    except Exception as error:
+        run.say(f"parity: {type(error).__name__}: {error}")
+    run.save()
+    run_cells(run, steps)
+
+
 def run_backends(run: Run) -> None:
     """Stock SGLang's other backends at 16K, to know which is the best baseline."""
     cells = [PREFILL_32K, cell(16384, 8), cell(16384, 32)]
@@ -296,31 +380,41 @@ def run_backends(run: Run) -> None:
 
 def run_fp8(run: Run) -> None:
     """Parity with an fp8 KV cache; FlashInfer compiles two kernels for it (minutes on a new machine)."""
-    run_parity(run, fp8=True)
+    run_parity(run, FP8, together=True, limit_s=400)
+
+
+def run_fa2(run: Run) -> None:
+    """Parity as on an A100: FlashInfer's FA2 kernels for everything, also where the GPU has FA3."""
+    run_parity(run, FA2)
 
 
 STEPS = {
     "parity": run_parity,
     "fp8": run_fp8,
+    "fa2": run_fa2,
     "steady": run_steady,
     "backends": run_backends,
     "rest": run_rest,
+    "remaining": run_remaining,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="parity,fp8,steady,backends")
+    parser.add_argument("--only", default="parity,fp8,fa2,steady,backends")
     parser.add_argument("--budget-s", type=float, default=3600)
     args = parser.parse_args()
     run = Run(args.folder, args.budget_s)
-    for step in args.only.split(","):
-        try:
-            STEPS[step](run)
-        except Exception as error:  # one step must not cost the others their result
-            run.say(f"{step}: {type(error).__name__}: {error}")
-        run.save()
+    try:
+        for step in args.only.split(","):
+            try:
+                STEPS[step](run)
+            except Exception as error:  # one step must not cost the others their result
+                run.say(f"{step}: {type(error).__name__}: {error}")
+            run.save()
+    finally:
+        run.close()
     print("\n" + "\n".join(run.table), flush=True)
 
 
