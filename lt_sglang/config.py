@@ -238,7 +238,7 @@ class LightTransferConfig:
             raise LightTransferError(
                 f"{CONFIG_KEY}.{unknown[0]}: unknown key, allowed are {', '.join(sorted(allowed))}"
             )
-        if "lazy_layers" not in data and data.get("mode") == "dynamic":
+        if "lazy_layers" not in data and data.get("mode", MODES[0]) != MODES[0]:
             data = {**data, "lazy_layers": ()}
         if "lazy_layers" not in data:
             raise LightTransferError(f"{CONFIG_KEY}.lazy_layers: missing; write e.g. '5-24,26' or 'none'")
