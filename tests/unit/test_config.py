@@ -98,7 +98,7 @@ def test_derived_sizes() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("mode", "dynamic"),
+        ("mode", "automatic"),
         ("mode", None),
         ("sink_tokens", -1),
         ("sink_tokens", 4.0),
