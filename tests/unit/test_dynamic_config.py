@@ -1,0 +1,169 @@
+"""lt_sglang.config in dynamic mode: what is accepted, what it becomes, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import CHOICES, DECIDE, SCORES, LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.selection import get_score
+from lt_sglang.selection.choices import choose
+
+
+def dynamic(**given: Any) -> LightTransferConfig:
+    return LightTransferConfig.from_dict({"mode": "dynamic", **given})
+
+
+def test_lazy_layers_need_not_be_given() -> None:
+    config = dynamic()
+    assert config.dynamic and config.lazy_layers == ()
+    assert not LightTransferConfig((1,)).dynamic
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers", "number"),
+    [
+        (0.5, 32, 16),
+        (0.5, 30, 15),
+        (0.5, 7, 4),
+        (0.35, 30, 10),
+        (0.9, 2, None),
+        (3, 6, 3),
+        (1, 2, 1),
+        (5, 6, 5),
+    ],
+)
+def test_keep_is_a_number_or_a_share(keep: int | float, layers: int, number: int | None) -> None:
+    config = dynamic(keep=keep)
+    if number is None:
+        with pytest.raises(LightTransferError, match="keep"):
+            config.settle(layers)
+        return
+    settled = config.settle(layers)
+    assert settled.keep == number and type(settled.keep) is int
+    assert len(settled.lazy_layers) == layers - number
+    assert settled.settle(layers) == settled, "idempotent: every rank settles again"
+
+
+def test_a_settled_configuration_survives_the_model_override() -> None:
+    """It travels to the ranks as JSON."""
+    rng = random.Random(1)
+    for _ in range(200):
+        layers = rng.randint(2, 80)
+        config = dynamic(
+            keep=rng.randint(1, layers - 1),
+            score=rng.choice(SCORES),
+            decide=rng.choice(DECIDE),
+            staging_tokens=rng.choice([None, 1, 5000]),
+            check_tables=rng.choice([True, False]),
+            sink_tokens=rng.choice([0, 4, 129]),
+        ).settle(layers)
+        again = LightTransferConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config and again.settle(layers) == config
+
+
+def test_the_default_for_short_prompts_is_the_ends() -> None:
+    assert dynamic(keep=3).settle(6).lazy_layers == choose("ends", 6, 3)
+    assert dynamic(keep=3, lazy_layers="0,2,4").settle(6).lazy_layers == (0, 2, 4)
+
+
+@pytest.mark.parametrize("score", CHOICES)
+def test_choices_become_static_lists(score: str) -> None:
+    """They do not look at the prompt, so they cost what static mode costs."""
+    settled = dynamic(score=score, keep=2).settle(6)
+    assert settled.mode == "static" and not settled.dynamic
+    keep = 0 if score == "all" else 2
+    assert settled.lazy_layers == choose(score, 6, keep, seed=0) and len(settled.lazy_layers) == 6 - keep
+    assert score in settled.source
+    assert settled.settle(6) == settled
+
+
+def test_every_score_exists() -> None:
+    for name in SCORES:
+        assert get_score(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"keep": 0}, "keep: 0 is neither a number of layers from 1 nor a share such as 0.5"),
+        ({"keep": -1}, "keep: -1 is neither"),
+        ({"keep": 1.0}, "keep: 1.0 is neither"),
+        ({"keep": 0.0}, "keep: 0.0 is neither"),
+        ({"keep": True}, "keep: True is neither"),
+        ({"keep": "half"}, "keep: 'half' is neither"),
+        ({"keep": None}, "keep: None is neither"),
+        ({"keep": float("nan")}, "keep: nan is neither"),
+        ({"keep": 1025}, "keep: 1025 is neither"),
+        (
+            {"score": "laziest"},
+            "score: 'laziest' is not one of lighttransfer, residual-error, discarded-mass",
+        ),
+        ({"score": None}, "score: None is not one of"),
+        ({"decide": "never"}, "decide: 'never' is not one of prompt, first-chunk"),
+        ({"staging_tokens": 0}, "staging_tokens: 0 is not an integer from 1"),
+        ({"staging_tokens": 2.5}, "staging_tokens: 2.5 is not an integer"),
+        ({"check_tables": 1}, "check_tables: 1 is not true or false"),
+        ({"check_tables": "yes"}, "check_tables: 'yes' is not true or false"),
+        ({"mode": "automatic"}, "mode: 'automatic' is not one of static, dynamic"),
+        ({"keeps": 3}, "lighttransfer.keeps: unknown key"),
+        ({"lazy_layers": "2-1"}, "lazy_layers: the range '2-1' runs backwards"),
+    ],
+    ids=str,
+)
+def test_refused_as_it_is_read(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        dynamic(**given)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"keep": 6}, "keep: 6 of 6 layers is 6; dynamic mode needs 1 to 5"),
+        ({"keep": 7}, "keep: 7 of 6 layers is 7; dynamic mode needs 1 to 5"),
+        ({"keep": 0.05}, "keep: 0.05 of 6 layers is 0; dynamic mode needs 1 to 5"),
+        ({"keep": 0.95}, "keep: 0.95 of 6 layers is 6; dynamic mode needs 1 to 5"),
+        ({"keep": 0.95, "score": "random"}, "keep: 0.95 of 6 layers is 6"),
+        (
+            {"keep": 3, "lazy_layers": "1"},
+            "lazy_layers: 1 layers for short prompts, but keep 3 of 6 leaves 3",
+        ),
+        ({"keep": 3, "lazy_layers": "1-4"}, "lazy_layers: 4 layers for short prompts, but keep 3 of 6"),
+        ({"keep": 3, "lazy_layers": "4-6"}, "lazy_layers: layer 6 does not exist"),
+    ],
+    ids=str,
+)
+def test_refused_once_the_model_is_known(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        dynamic(**given).settle(6)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_static_mode_does_not_look_at_keep() -> None:
+    config = LightTransferConfig((1, 2, 3, 4))
+    assert config.settle(6) == config
+    with pytest.raises(LightTransferError, match="layer 4 does not exist"):
+        config.settle(4)
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "limit"),
+    [
+        ({}, 131072, 8192),
+        ({}, 4096, 4096),
+        ({"expected_tokens": 3000}, 4096, 3000),
+        ({"expected_tokens": 3000, "staging_tokens": 5000}, 4096, 4096),
+        ({"expected_tokens": 3000, "staging_tokens": 700}, 4096, 700),
+        ({"decide": "first-chunk"}, 4096, 1024 + 128 - 1),
+        ({"decide": "first-chunk", "sink_tokens": 4, "recent_tokens": 60}, 4096, 64 + 128 - 1),
+        ({"decide": "first-chunk", "staging_tokens": 9, "sink_tokens": 0, "recent_tokens": 1}, 4096, 128),
+    ],
+    ids=str,
+)
+def test_how_long_a_prefix_may_stay_undecided(given: dict[str, Any], context: int, limit: int) -> None:
+    assert dynamic(**given).stage_limit(context) == limit

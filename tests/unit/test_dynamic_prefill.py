@@ -1,0 +1,269 @@
+"""lt_sglang.dynamic.prefill: who is decided when, who is staged, who inherits."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.dynamic.layer_sets import LayerSetStore
+from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
+
+SINKS, RECENT, CONTEXT = 4, 60, 4096
+BLOCK = SINKS + RECENT
+
+
+def tracker(decide: str = "prompt", staging: int = 3000) -> PrefillTracker:
+    config = LightTransferConfig(
+        (0, 4, 5),
+        mode="dynamic",
+        sink_tokens=SINKS,
+        recent_tokens=RECENT,
+        keep=3,
+        decide=decide,
+        staging_tokens=staging,
+    )
+    return PrefillTracker(config, CONTEXT, LayerSetStore(12, config.lazy_layers, 6, 16, "cpu"))
+
+
+class Request:
+    """A request as SGLang's scheduler shows it, prefilled chunk by chunk."""
+
+    def __init__(self, name: str, prompt: list[int], row: int = 1, extra_key: str | None = None) -> None:
+        self.name = name
+        self.req: Any = SimpleNamespace(
+            origin_input_ids=array("q", prompt),
+            output_ids=array("q"),
+            prefix_len=0,
+            extend_end=0,
+            extra_key=extra_key,
+            cache_salt=None,
+            kv=SimpleNamespace(req_pool_idx=row),
+        )
+
+    def chunk(self, tokens: int) -> tuple[str, Any]:
+        """The next ``tokens`` tokens, or what is left."""
+        total = len(self.req.origin_input_ids) + len(self.req.output_ids)
+        self.req.prefix_len = self.req.extend_end
+        self.req.extend_end = min(self.req.prefix_len + tokens, total)
+        return self.name, self.req
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(length)]
+
+
+def kinds(plans: list[Prefill]) -> list[Kind]:
+    return [plan.kind for plan in plans]
+
+
+@pytest.mark.parametrize("decide", ["prompt", "first-chunk"])
+@pytest.mark.parametrize("length", [1, 4, 63, 64])
+def test_short_prompts_use_the_default(length: int, decide: str) -> None:
+    """All their scores are equal; no chunk of them is ever undecided."""
+    prefills = tracker(decide)
+    request = Request("a", tokens(length))
+    for _ in range(0, length, 30):
+        (plan,) = prefills.begin([request.chunk(30)])
+        assert (plan.kind, plan.layer_set, plan.last_queries) == (Kind.DECIDED, 0, 0)
+    assert prefills.sets.stats.short == 1 and prefills.sets.stats.decided == 0
+    assert prefills.hit_tokens(length) == 0
+
+
+@pytest.mark.parametrize("length", [65, 66, 255, 256])
+def test_one_chunk_is_decided_at_once(length: int) -> None:
+    prefills = tracker()
+    (plan,) = prefills.begin([Request("a", tokens(length), row=7).chunk(256)])
+    entry = prefills.sets.of("a")
+    assert entry is not None
+    assert plan == Prefill(Kind.DECIDE, 7, entry.index, 0, length, 32) and plan.end == length
+    assert entry.decided and entry.stored and prefills.staged is None
+    assert prefills.hit_tokens(length) == BLOCK
+
+
+@pytest.mark.parametrize("length", [257, 260, 512, 513, 2999])
+def test_in_chunks_it_waits_for_the_prompts_end(length: int) -> None:
+    prefills = tracker()
+    request = Request("a", tokens(length))
+    seen = []
+    while request.req.extend_end < length:
+        (plan,) = prefills.begin([request.chunk(256)])
+        seen.append(plan.kind)
+        entry = prefills.sets.of("a")
+        assert entry is not None and entry.decided == (plan.end == length)
+        assert prefills.staged == (None if plan.end == length else "a")
+        assert plan.last_queries == (32 if plan.end == length else 0)
+    assert seen == [Kind.STAGE] * (len(seen) - 1) + [Kind.DECIDE]
+
+
+@pytest.mark.parametrize(
+    ("staging", "decided_at"), [(255, 256), (256, 512), (511, 512), (512, 768), (900, 1000), (10, 256)]
+)
+def test_staging_memory_bounds_the_wait(staging: int, decided_at: int) -> None:
+    """A chunk that would not fit is the one that decides; what follows is streamed."""
+    prefills = tracker(staging=staging)
+    request = Request("a", tokens(1000))
+    for _ in range(4):
+        (plan,) = prefills.begin([request.chunk(256)])
+        expected = Kind.STAGE if plan.end < decided_at else Kind.DECIDED
+        assert plan.kind == (Kind.DECIDE if plan.end == decided_at else expected)
+        if plan.kind == Kind.STAGE:
+            assert plan.end <= staging
+    assert prefills.staged is None
+
+
+@pytest.mark.parametrize(
+    ("chunks", "decided_at", "queries"),
+    [
+        ([256, 256, 256], 256, 128),
+        ([191, 256, 256], 447, 128),
+        ([192, 256, 256], 192, 128),
+        ([1, 190, 1, 500], 192, 128),
+        ([1, 63, 1, 63, 63, 256], 191 + 256, 128),
+    ],
+)
+def test_first_chunk_needs_a_window_and_128_queries(chunks: list[int], decided_at: int, queries: int) -> None:
+    prefills = tracker("first-chunk")
+    request = Request("a", tokens(900))
+    for size in chunks:
+        (plan,) = prefills.begin([request.chunk(size)])
+        expected = Kind.STAGE if plan.end < decided_at else Kind.DECIDED
+        assert plan.kind == (Kind.DECIDE if plan.end == decided_at else expected)
+        assert plan.last_queries == (queries if plan.end == decided_at else 0)
+
+
+@pytest.mark.parametrize("length", [65, 100, 192, 256])
+def test_first_chunk_that_is_the_whole_prompt_is_decided_as_ever(length: int) -> None:
+    prefills = tracker("first-chunk")
+    (plan,) = prefills.begin([Request("a", tokens(length)).chunk(256)])
+    assert (plan.kind, plan.last_queries) == (Kind.DECIDE, 32)
+
+
+def test_the_staged_one_is_planned_before_the_one_to_be_staged() -> None:
+    """Whatever the order of the batch; the answer is in the batch's order."""
+    for swap in (False, True):
+        prefills = tracker()
+        old, new = Request("old", tokens(300), 1), Request("new", tokens(900, 1), 2)
+        prefills.begin([old.chunk(256)])
+        batch = [old.chunk(256), new.chunk(212)]
+        plans = prefills.begin(batch[::-1] if swap else batch)
+        assert kinds(plans) == ([Kind.STAGE, Kind.DECIDE] if swap else [Kind.DECIDE, Kind.STAGE])
+        assert prefills.staged == "new"
+
+
+def test_two_undecided_between_chunks_is_an_error() -> None:
+    prefills = tracker()
+    prefills.begin([Request("a", tokens(900), 1).chunk(256)])
+    with pytest.raises(RuntimeError, match="both undecided"):
+        prefills.begin([Request("b", tokens(900, 1), 2).chunk(256)])
+
+
+def test_an_aborted_staged_request_makes_way() -> None:
+    prefills = tracker()
+    prefills.begin([Request("a", tokens(900), 1).chunk(256)])
+    prefills.release("a", 1)
+    assert prefills.staged is None and prefills.sets.requests == 0
+    other = Request("b", tokens(900, 1), 1)
+    assert kinds(prefills.begin([other.chunk(256)])) == [Kind.STAGE]
+    prefills.release("somebody else", 5)
+    assert prefills.staged == "b"
+
+
+def test_a_batch_places_every_request() -> None:
+    prefills = tracker()
+    batch = [Request(name, tokens(100, seed), row) for seed, (name, row) in enumerate([("a", 3), ("b", 9)])]
+    plans = prefills.begin([request.chunk(256) for request in batch])
+    prefills.sets.flush()
+    assert [int(prefills.sets.set_of[row]) for row in (3, 9)] == [plan.layer_set for plan in plans]
+    assert len({plan.layer_set for plan in plans}) == 2
+
+
+def test_the_second_of_two_that_begin_alike_is_private() -> None:
+    prefills = tracker()
+    prompt = tokens(100)
+    one, two = Request("a", prompt, 1), Request("b", prompt, 2)
+    plans = prefills.begin([one.chunk(256), two.chunk(256)])
+    assert kinds(plans) == [Kind.DECIDE, Kind.DECIDE] and plans[0].layer_set != plans[1].layer_set
+    block = prefills.block(one.req.origin_input_ids, None, None)
+    assert prefills.sets.find(block) is prefills.sets.of("a")
+    assert prefills.sets.stats.private == 1
+
+
+def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
+    prefills = tracker()
+    prompt = tokens(100)
+    prefills.begin([Request("a", prompt, 1).chunk(256)])
+    heir = Request("b", prompt + tokens(600, 1), 2)
+    block = prefills.block(heir.req.origin_input_ids, None, None)
+    prefills.inherit("b", len(heir.req.origin_input_ids), block)
+    heir.req.extend_end = 100
+    for _ in range(3):
+        (plan,) = prefills.begin([heir.chunk(256)])
+        assert plan.kind == Kind.DECIDED and plan.last_queries == 0
+        entry = prefills.sets.of("a")
+        assert entry is not None and plan.layer_set == entry.index
+    assert prefills.sets.stats.inherited == 1
+
+
+def test_a_block_is_the_first_tokens_and_the_name_space() -> None:
+    prefills = tracker()
+    prompt = array("q", tokens(100))
+    block = prefills.block(prompt, None, None)
+    assert block == prefills.block(prompt[:BLOCK] + array("q", [1, 2, 3]), None, None)
+    other = array("q", prompt)
+    other[BLOCK - 1] += 1
+    assert block != prefills.block(other, None, None)
+    assert block != prefills.block(prompt, "adapter", None)
+    assert block != prefills.block(prompt, None, "salt")
+
+
+def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
+    prefills = tracker()
+    prompt = array("q", tokens(100))
+    with pytest.raises(RuntimeError, match="layer set of its cached prefix is gone"):
+        prefills.inherit("b", 100, prefills.block(prompt, None, None))
+    request = Request("c", list(prompt))
+    request.req.prefix_len = request.req.extend_end = 80
+    with pytest.raises(RuntimeError, match="cached prefix without a layer set"):
+        prefills.begin([request.chunk(256)])
+
+
+def test_a_short_prompt_may_reuse_anything_of_the_default_set() -> None:
+    prefills = tracker()
+    prompt = array("q", tokens(60))
+    prefills.inherit("a", 60, prefills.block(prompt, None, None))
+    assert prefills.sets.of("a") is prefills.sets.default
+
+
+def test_a_miss_forgets_a_set_whose_prefix_left_the_cache() -> None:
+    """The set was stored, nobody uses it, and yet there was no hit: it is decided again, and found."""
+    prefills = tracker()
+    prompt = tokens(100)
+    first = Request("a", prompt, 1)
+    prefills.begin([first.chunk(256)])
+    entry = prefills.sets.of("a")
+    assert entry is not None
+    prefills.release("a", 1)
+    prefills.begin([Request("b", prompt, 1).chunk(256)])
+    again = prefills.sets.of("b")
+    block = prefills.block(first.req.origin_input_ids, None, None)
+    assert again is not None and again.uid != entry.uid and prefills.sets.find(block) is again
+    assert prefills.sets.stats.private == 0 and prefills.sets.check_integrity() == []
+
+
+def test_a_retracted_request_comes_back_with_its_output() -> None:
+    """Prompt and output so far are prefilled, and decided on, together."""
+    prefills = tracker()
+    request = Request("a", tokens(60), 1)
+    prefills.begin([request.chunk(256)])
+    assert prefills.sets.stats.short == 1
+    prefills.release("a", 1)
+    request.req.output_ids = array("q", tokens(40, 1))
+    request.req.extend_end = 0
+    (plan,) = prefills.begin([request.chunk(256)])
+    assert (plan.kind, plan.extend, plan.last_queries) == (Kind.DECIDE, 100, 32)
