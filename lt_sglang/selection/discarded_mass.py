@@ -6,7 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import largest_discarded_mass
+from lt_sglang.selection.kernels import attend, largest_discarded_mass
 from lt_sglang.selection.reference import masses, present
 
 
@@ -25,4 +25,5 @@ class DiscardedMass(Score):
         return -evidence.reduce_max(discarded.amax((1, 2)))
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return -evidence.reduce_max(largest_discarded_mass(evidence))
+        splits = attend(evidence, with_values=False)
+        return -evidence.reduce_max(largest_discarded_mass(evidence, splits))

@@ -232,15 +232,13 @@ def _reduce_masses(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + request, tl.sum(result, 0) / (tl.sum(count, 0) * total_heads).to(tl.float32))
 
 
-def _reduced_masses(evidence: Evidence, maximum: bool) -> torch.Tensor:
-    requests, queries = evidence.query_rows.shape
-    splits = attend(evidence, with_values=False).lse
-    heads = evidence.query.shape[1]
-    padded = triton.next_power_of_2(splits.shape[1])
+def _reduced_masses(evidence: Evidence, splits: Splits, maximum: bool) -> torch.Tensor:
+    requests, number, queries, heads = splits.lse.shape
+    padded = triton.next_power_of_2(number)
     out = torch.empty(requests, dtype=torch.float32, device=evidence.query.device)
     _reduce_masses[(requests,)](
         out,
-        splits,
+        splits.lse,
         evidence.lse,
         evidence.query_rows,
         evidence.lse.stride(0),
@@ -248,7 +246,7 @@ def _reduced_masses(evidence: Evidence, maximum: bool) -> torch.Tensor:
         queries,
         evidence.heads,
         evidence.total_heads,
-        splits.shape[1],
+        number,
         HEADS=heads,
         SPLITS=padded,
         BLOCK=min(2048, 16384 // padded),
@@ -258,14 +256,14 @@ def _reduced_masses(evidence: Evidence, maximum: bool) -> torch.Tensor:
     return out
 
 
-def mean_mass(evidence: Evidence) -> torch.Tensor:
+def mean_mass(evidence: Evidence, splits: Splits) -> torch.Tensor:
     """float32 [D]: this rank's part of the mean mass over all ranks' heads and the queries."""
-    return _reduced_masses(evidence, maximum=False)
+    return _reduced_masses(evidence, splits, maximum=False)
 
 
-def largest_discarded_mass(evidence: Evidence) -> torch.Tensor:
+def largest_discarded_mass(evidence: Evidence, splits: Splits) -> torch.Tensor:
     """float32 [D]: maximum over this rank's heads and the queries of 1 - mass; 0 without heads."""
-    return _reduced_masses(evidence, maximum=True)
+    return _reduced_masses(evidence, splits, maximum=True)
 
 
 @triton.jit
@@ -319,7 +317,13 @@ def _output_rows(  # type: ignore[no-untyped-def]
         tl.store(laziness_bits_ptr + request, MINUS_ZERO)
 
 
-def _rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor, torch.Tensor]:
+def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full attention of the deciding queries, minus streaming attention if its splits are given.
+
+    Returns:
+        rows: [D * W, H * dim] in the model's dtype; zeros for absent queries and padded heads.
+        laziness: float32 [D], all -0.0, from which ``negative_ratio`` starts.
+    """
     requests, queries = evidence.query_rows.shape
     _, heads, dim = evidence.query.shape
     attention = evidence.attention
@@ -344,21 +348,6 @@ def _rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor, torc
         SPLITS=triton.next_power_of_2(number) if number else 0,
     )
     return rows, laziness
-
-
-def attention_rows(evidence: Evidence) -> torch.Tensor:
-    """[D * W, H * dim] in the model's dtype: full attention of the deciding queries, ready to project."""
-    return _rows(evidence, None)[0]
-
-
-def error_rows(evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full minus streaming attention of the deciding queries, ready to project.
-
-    Returns:
-        rows: [D * W, H * dim] in the model's dtype; zeros for absent queries and padded heads.
-        laziness: float32 [D], all -0.0, from which ``negative_ratio`` starts.
-    """
-    return _rows(evidence, attend(evidence, with_values=True))
 
 
 @triton.jit
@@ -434,7 +423,7 @@ def negative_ratio(evidence: Evidence, projected: torch.Tensor, laziness: torch.
 
     Args:
         projected: [D * W, hidden], reduced over the ranks.
-        laziness: float32 [D] from ``error_rows``, changed in place.
+        laziness: float32 [D] from ``output_rows``, changed in place.
     """
     _compare(evidence, projected, laziness.view(torch.int32), cosine=False)
 

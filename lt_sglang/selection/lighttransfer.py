@@ -6,7 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import mean_mass
+from lt_sglang.selection.kernels import attend, mean_mass
 from lt_sglang.selection.reference import masses, present
 
 
@@ -23,4 +23,4 @@ class LightTransfer(Score):
         return evidence.reduce(masses(evidence).sum((1, 2)) / (queries * evidence.total_heads))
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
-        return evidence.reduce(mean_mass(evidence))
+        return evidence.reduce(mean_mass(evidence, attend(evidence, with_values=False)))

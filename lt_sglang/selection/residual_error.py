@@ -6,7 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import error_rows, negative_ratio
+from lt_sglang.selection.kernels import attend, negative_ratio, output_rows
 from lt_sglang.selection.reference import gather, present, projected, streaming_attention
 
 TINY = torch.finfo(torch.float32).tiny
@@ -32,6 +32,6 @@ class ResidualError(Score):
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.project is not None
-        rows, laziness = error_rows(evidence)
+        rows, laziness = output_rows(evidence, attend(evidence, with_values=True))
         negative_ratio(evidence, evidence.reduce(evidence.project(rows)), laziness)
         return laziness

@@ -6,7 +6,7 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import attention_rows, mean_cosine
+from lt_sglang.selection.kernels import mean_cosine, output_rows
 from lt_sglang.selection.reference import gather, present, projected
 
 TINY = torch.finfo(torch.float32).tiny
@@ -32,4 +32,5 @@ class Squeeze(Score):
 
     def fused(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.project is not None
-        return mean_cosine(evidence, evidence.reduce(evidence.project(attention_rows(evidence))))
+        rows, _ = output_rows(evidence, None)
+        return mean_cosine(evidence, evidence.reduce(evidence.project(rows)))

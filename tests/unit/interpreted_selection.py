@@ -85,7 +85,8 @@ def test_a_query_that_sees_no_selected_key() -> None:
     """Its mass is 0 and its streaming output zeros, as of an empty cache; nothing becomes NaN."""
     built = build(Case(((64, (3, 63)),), sink=0))
     evidence = built.evidence
-    error = kernels.error_rows(evidence)[0].unflatten(1, (evidence.query.shape[1], -1))
+    splits = kernels.attend(evidence, with_values=True)
+    error = kernels.output_rows(evidence, splits)[0].unflatten(1, (evidence.query.shape[1], -1))
     column = int((evidence.query_positions[0] == 3).nonzero())
     row = int(evidence.query_rows[0, column])
     torch.testing.assert_close(error[column], evidence.attention[row])
