@@ -22,7 +22,9 @@ SUBCLASS_MODULES = (
     "lt_sglang.model_runner",
     "lt_sglang.memory.pools",
     "lt_sglang.memory.radix",
+    "lt_sglang.dynamic.radix",
     "lt_sglang.attention.torch_backend",
+    "lt_sglang.attention.dynamic_torch",
     "lt_sglang.attention.flashinfer_backend",
 )
 

@@ -67,6 +67,8 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget": (
         "self, budget_bytes, *, cap_tokens="
     ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal": "self",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes": "self",
     "sglang.srt.mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
     "sglang.srt.mem_cache.registry.register_radix_cache_backend": "name, factory",
     "sglang.srt.mem_cache.registry.registered_radix_cache_backends": "",
@@ -78,6 +80,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.release_swa_prefix_lock": "self, req",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.reset": "self",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.sanity_check": "self",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.touch_prefix": "self, key",
     "sglang.srt.model_executor.cuda_graph_config.with_phase": "config, phase, **changes",
     "sglang.srt.model_executor.model_runner.ModelRunner.__init__": (
         "self, model_config, mem_fraction_static, gpu_id, nccl_port, server_args, is_draft_worker=, "
@@ -97,6 +100,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": "self",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
+    "sglang.srt.runtime_context.get_parallel": "",
     "sglang.srt.server_args.prepare_server_args": "argv",
     "sglang.srt.utils.hf_transformers_utils.get_config": (
         "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
@@ -123,6 +127,16 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
         "7e5e27eeb8a5",
         "it ends a request; on_release must come before its row is given to another.",
     ),
+    "sglang.srt.mem_cache.allocation._prefix_kv_indices": (
+        "d8b0338c9256",
+        "a request takes over the layer set of its cached prefix in prefix_device_indices, so it must be "
+        "called once, as the request is admitted.",
+    ),
+    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": (
+        "7be9a8b0ab22",
+        "dynamic mode finds a layer set by the first tokens of the key it matches, so the key must hold the "
+        "whole prompt, and only its limit be shorter.",
+    ),
     "sglang.cli.serve._run_llm": (
         "88dfe52fc8a9",
         "lt_sglang/cli/server.py starts a server as it does.",
@@ -140,7 +154,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "extra_key",
         "cache_salt",
         "finished",
+        "extend_end",
+        "sampling_params",
+        "customized_info",
     ),
+    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
     "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (
@@ -152,6 +171,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
         "k_buffer",
         "v_buffer",
+        "kv_cache_layout",
+        "store_dtype",
+        "layer_num",
+        "device",
     ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams": ("key",),
@@ -193,6 +216,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "token_to_kv_pool",
         "token_to_kv_pool_allocator",
         "kv_index_translator",
+        "kv_cache_dtype",
         "full_max_total_num_tokens",
         "swa_max_total_num_tokens",
     ),
@@ -203,7 +227,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "extend_prefix_lens",
         "extend_seq_lens",
         "out_cache_loc",
+        "extend_prefix_lens_cpu",
+        "extend_seq_lens_cpu",
+        "residual_stream",
     ),
+    "sglang.srt.layers.layer_boundary.residual.stream.ResidualStream": ("residual",),
+    "sglang.srt.runtime_context.ParallelContext": ("attn_tp_group", "attn_tp_size", "attn_tp_rank"),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator": ("all_reduce", "device_group"),
+    "sglang.srt.layers.linear.LinearBase": ("quant_method",),
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend": (
         "token_to_kv_pool",
         "swa_out_cache_loc",
@@ -223,6 +254,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "sglang.srt.layers.radix_attention.AttentionType": ("DECODER",),
     "sglang.srt.configs.model_config.ModelConfig": (
         "hf_config",
+        "hf_text_config",
+        "num_attention_heads",
         "head_dim",
         "v_head_dim",
         "context_len",
