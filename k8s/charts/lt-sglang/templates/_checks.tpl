@@ -1,0 +1,66 @@
+{{- /* What the schema cannot say. Fails the render with one sentence that names the value. */ -}}
+{{- define "lt.checks" -}}
+{{- include "lt.checkModel" . -}}
+{{- include "lt.checkGpus" . -}}
+{{- include "lt.checkMemory" . -}}
+{{- include "lt.checkNodes" . -}}
+{{- include "lt.checkTokens" . -}}
+{{- include "lt.checkArgs" . -}}
+{{- end }}
+
+{{- define "lt.checkModel" -}}
+{{- $m := .Values.model -}}
+{{- if not (or $m.name $m.path) }}{{ fail "model.name: required (or model.path, for a folder of the volume)" }}{{ end -}}
+{{- if and $m.path (not .Values.modelCache.existingClaim) }}{{ fail "model.path: needs modelCache.existingClaim, the volume that holds it" }}{{ end -}}
+{{- end }}
+
+{{- define "lt.checkGpus" -}}
+{{- $e := .Values.engine -}}
+{{- $tp := int $e.tensorParallel -}}{{- $node := int $e.gpu.perNode -}}{{- $nodes := int $e.nodesPerReplica -}}
+{{- if eq $e.kind "Deployment" -}}
+{{- if ne $nodes 1 }}{{ fail "engine.nodesPerReplica: a Deployment's engine is on one node; set engine.kind to LeaderWorkerSet" }}{{ end -}}
+{{- if gt $tp $node }}{{ fail (printf "engine.tensorParallel: %d GPUs are more than a node's %d; set engine.kind to LeaderWorkerSet" $tp $node) }}{{ end -}}
+{{- if ne (mod $node $tp) 0 }}{{ fail (printf "engine.tensorParallel: %d does not divide the %d GPUs of a node, so some would stay idle" $tp $node) }}{{ end -}}
+{{- else -}}
+{{- if lt $nodes 2 }}{{ fail "engine.nodesPerReplica: a LeaderWorkerSet needs at least 2; set engine.kind to Deployment" }}{{ end -}}
+{{- if ne $tp (int (mul $nodes $node)) }}{{ fail (printf "engine.tensorParallel: %d, but %d nodes of %d GPUs have %d" $tp $nodes $node (mul $nodes $node)) }}{{ end -}}
+{{- end -}}
+{{- $heads := int .Values.model.attentionHeads -}}
+{{- if and $heads (ne (mod $heads $tp) 0) }}{{ fail (printf "engine.tensorParallel: %d does not divide the model's %d attention heads" $tp $heads) }}{{ end -}}
+{{- $kv := int .Values.model.kvHeads -}}
+{{- if and $kv (ne (mod $kv $tp) 0) (ne (mod $tp $kv) 0) }}{{ fail (printf "engine.tensorParallel: %d and the model's %d KV heads do not divide one another" $tp $kv) }}{{ end -}}
+{{- end }}
+
+{{- define "lt.checkMemory" -}}
+{{- $e := .Values.engine -}}
+{{- $weights := divf .Values.model.weightsGiB $e.tensorParallel -}}
+{{- $left := subf (mulf $e.gpu.memoryGiB $e.gpu.memoryFraction) $weights 0.75 -}}
+{{- if and .Values.model.weightsGiB (lt $left 2.0) }}{{ fail (printf "engine.tensorParallel: %.1f GiB of weights on each GPU leave %.1f of %.1f GiB for KV; raise it" $weights $left $e.gpu.memoryGiB) }}{{ end -}}
+{{- if lt (int $e.memoryGiB) (add $e.sharedMemoryGiB 16 | int) }}{{ fail (printf "engine.memoryGiB: %d holds the %d of engine.sharedMemoryGiB and at least 16 more" (int $e.memoryGiB) (int $e.sharedMemoryGiB)) }}{{ end -}}
+{{- end }}
+
+{{- define "lt.checkNodes" -}}
+{{- $e := .Values.engine -}}
+{{- $replicas := int (ternary .Values.autoscaling.maxReplicas $e.replicas .Values.autoscaling.enabled) -}}
+{{- if .Values.autoscaling.enabled -}}
+{{- if gt (int .Values.autoscaling.minReplicas) $replicas }}{{ fail "autoscaling.minReplicas: more than autoscaling.maxReplicas" }}{{ end -}}
+{{- if not .Values.monitoring.podMonitor }}{{ fail "autoscaling.enabled: scales on what monitoring.podMonitor scrapes; switch that on" }}{{ end -}}
+{{- end -}}
+{{- $needed := ternary (mul $replicas $e.nodesPerReplica) (div (add $replicas (div $e.gpu.perNode $e.tensorParallel) -1) (max 1 (div $e.gpu.perNode $e.tensorParallel))) (eq $e.kind "LeaderWorkerSet") | int -}}
+{{- if and $e.clusterNodes (gt $needed (int $e.clusterNodes)) }}{{ fail (printf "engine.replicas: %d replicas of %d GPUs need %d nodes, engine.clusterNodes is %d" $replicas (int $e.tensorParallel) $needed (int $e.clusterNodes)) }}{{ end -}}
+{{- end }}
+
+{{- define "lt.checkTokens" -}}
+{{- $t := .Values.lightTransfer -}}
+{{- if and $t.expectedTokens $t.expectedOutputTokens (gt (int $t.expectedOutputTokens) (int $t.expectedTokens)) }}{{ fail "lightTransfer.expectedOutputTokens: more than expectedTokens, which counts prompt and output" }}{{ end -}}
+{{- if and $t.expectedTokens .Values.engine.contextLength (gt (int $t.expectedTokens) (int .Values.engine.contextLength)) }}{{ fail "lightTransfer.expectedTokens: more than engine.contextLength" }}{{ end -}}
+{{- end }}
+
+{{- define "lt.checkArgs" -}}
+{{- $set := list "--model-path" "--model" "--served-model-name" "--tp" "--tp-size" "--tensor-parallel-size" "--host" "--port" "--enable-metrics" "--mem-fraction-static" "--context-length" "--chunked-prefill-size" "--api-key" "--attention-backend" "--nnodes" "--node-rank" "--dist-init-addr" -}}
+{{- range .Values.engine.extraArgs -}}
+{{- $flag := (split "=" .)._0 -}}
+{{- if or (has $flag $set) (hasPrefix "--lt-" $flag) }}{{ fail (printf "engine.extraArgs: %s has a value of its own in this chart" $flag) }}{{ end -}}
+{{- if eq $flag "--use-ray" }}{{ fail "engine.extraArgs: --use-ray starts schedulers that load no plug-in" }}{{ end -}}
+{{- end -}}
+{{- end }}

@@ -1,0 +1,213 @@
+{{- define "lt.engineArgs" -}}
+{{- $e := .Values.engine }}{{ $t := .Values.lightTransfer -}}
+- serve
+- --model-path={{ include "lt.modelPath" . }}
+- --served-model-name={{ include "lt.servedName" . }}
+- --tp-size={{ int $e.tensorParallel }}
+- --host=0.0.0.0
+- --port={{ int $e.port }}
+- --enable-metrics
+- --mem-fraction-static={{ $e.gpu.memoryFraction }}
+- --chunked-prefill-size={{ int $e.chunkedPrefillSize }}
+{{- if $e.contextLength }}
+- --context-length={{ int $e.contextLength }}
+{{- end }}
+- --lt-mode={{ $t.mode }}
+{{- if $t.lazyLayers }}
+- --lt-lazy-layers={{ $t.lazyLayers }}
+{{- end }}
+{{- range $flag, $value := dict "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "expected-tokens" $t.expectedTokens "expected-output-tokens" $t.expectedOutputTokens }}
+{{- if not (kindIs "invalid" $value) }}
+- --lt-{{ $flag }}={{ int $value }}
+{{- end }}
+{{- end }}
+{{- if $e.apiKeySecret.name }}
+- --api-key=$(LT_API_KEY)
+{{- end }}
+{{- if eq $e.kind "LeaderWorkerSet" }}
+- --nnodes=$(LWS_GROUP_SIZE)
+- --node-rank=$(LWS_WORKER_INDEX)
+- --dist-init-addr=$(LWS_LEADER_ADDRESS):20000
+{{- end }}
+{{- range $e.extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "lt.engineEnv" -}}
+- name: HOME
+  value: /scratch
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- if .Values.engine.apiKeySecret.name }}
+- name: LT_API_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.engine.apiKeySecret.name }}
+      key: {{ .Values.engine.apiKeySecret.key }}
+{{- end }}
+{{- with .Values.engine.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* /health_generate makes a token; /ready is cheap. Both answer after the weights are loaded. */ -}}
+{{- define "lt.engineProbes" -}}
+startupProbe:
+  httpGet: {path: /health_generate, port: http}
+  periodSeconds: 10
+  timeoutSeconds: 30
+  failureThreshold: {{ mul .Values.engine.startupMinutes 6 }}
+readinessProbe:
+  httpGet: {path: /ready, port: http}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 2
+livenessProbe:
+  httpGet: {path: /health_generate, port: http}
+  periodSeconds: 30
+  timeoutSeconds: 30
+  failureThreshold: 3
+{{- end }}
+
+{{- /* Call with (list . true) for a container that serves HTTP, (list . false) for another node's. */ -}}
+{{- define "lt.engineContainer" -}}
+{{- $ := index . 0 }}{{ $e := $.Values.engine -}}
+name: engine
+image: {{ include "lt.image" (list $ $.Values.image) }}
+imagePullPolicy: {{ $.Values.image.pullPolicy }}
+args:
+  {{- include "lt.engineArgs" $ | nindent 2 }}
+env:
+  {{- include "lt.engineEnv" $ | nindent 2 }}
+ports:
+  - name: http
+    containerPort: {{ int $e.port }}
+    protocol: TCP
+{{- if index . 1 }}
+{{ include "lt.engineProbes" $ }}
+{{- end }}
+lifecycle:
+  preStop:
+    exec:
+      command: [sleep, {{ $e.preStopSeconds | toString | quote }}]
+resources:
+  {{- range list "requests" "limits" }}
+  {{ . }}:
+    cpu: {{ $e.cpu }}
+    memory: {{ int $e.memoryGiB }}Gi
+    {{ $e.gpu.resource }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
+  {{- end }}
+securityContext:
+  {{- include "lt.containerSecurity" $ | nindent 2 }}
+volumeMounts:
+  - name: models
+    mountPath: /models
+    readOnly: true
+  - name: scratch
+    mountPath: /scratch
+  - name: tmp
+    mountPath: /tmp
+  - name: shm
+    mountPath: /dev/shm
+{{- end }}
+
+{{- define "lt.waitContainer" -}}
+name: wait-for-model
+image: {{ include "lt.image" (list . .Values.image) }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [sh, -c]
+args: ['until [ -f "$0" ]; do echo "waiting for $0"; sleep 10; done', {{ include "lt.marker" . }}]
+resources:
+  requests: {cpu: 50m, memory: 64Mi}
+  limits: {cpu: 50m, memory: 64Mi}
+securityContext:
+  {{- include "lt.containerSecurity" . | nindent 2 }}
+volumeMounts:
+  - name: models
+    mountPath: /models
+    readOnly: true
+{{- end }}
+
+{{- define "lt.engineVolumes" -}}
+- name: models
+  persistentVolumeClaim:
+    claimName: {{ include "lt.claim" . }}
+    readOnly: true
+- name: scratch
+  emptyDir: {sizeLimit: 20Gi}
+- name: tmp
+  emptyDir: {sizeLimit: 4Gi}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ int .Values.engine.sharedMemoryGiB }}Gi}
+{{- end }}
+
+{{- /* Longest generation, the time to be forgotten, and 20 s for SGLang to stop its schedulers. */ -}}
+{{- define "lt.gracePeriod" -}}
+{{ add .Values.engine.drainSeconds .Values.engine.preStopSeconds 20 }}
+{{- end }}
+
+{{- define "lt.enginePodMeta" -}}
+{{- $ := index . 0 -}}
+labels:
+  {{- include "lt.labels" (list $ "engine") | nindent 2 }}
+  {{- if index . 1 }}
+  lt-sglang/serves: http
+  {{- end }}
+  {{- with $.Values.engine.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with $.Values.engine.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "lt.enginePodSpec" -}}
+{{- $ := index . 0 }}{{ $e := $.Values.engine -}}
+serviceAccountName: {{ include "lt.engine" $ }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ include "lt.gracePeriod" $ }}
+securityContext:
+  {{- include "lt.podSecurity" $ | nindent 2 }}
+{{- with $.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with $e.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $e.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $e.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $e.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $e.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if eq $e.kind "Deployment" }}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "lt.selector" (list $ "engine") | nindent 8 }}
+{{- end }}
+{{- if include "lt.downloads" $ }}
+initContainers:
+  - {{ include "lt.waitContainer" $ | nindent 4 | trim }}
+{{- end }}
+containers:
+  - {{ include "lt.engineContainer" . | nindent 4 | trim }}
+volumes:
+  {{- include "lt.engineVolumes" $ | nindent 2 }}
+{{- end }}

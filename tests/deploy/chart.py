@@ -1,0 +1,120 @@
+"""Rendered objects of the chart, and their validation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from k8s.render import CHART, committed, render
+
+CRDS = Path(__file__).with_name("crds")
+KUBERNETES = [f"1.{minor}" for minor in range(29, 38)]
+VALUES = {values.stem: values for values, _ in committed()}
+MINIMAL = ("model.name=me/model",)
+
+Object = dict[str, Any]
+
+
+def objects(text: str) -> list[Object]:
+    """The objects of a manifest."""
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
+@cache
+def _rendered(values: tuple[str, ...], sets: tuple[str, ...]) -> str:
+    return render([VALUES[name] for name in values], sets)
+
+
+def template(*sets: str, values: str | None = None) -> list[Object]:
+    """The objects of the chart with one of its values files (or the smallest values) and ``sets``."""
+    if values is None:
+        return objects(_rendered((), (*MINIMAL, *sets)))
+    return objects(_rendered((values,), sets))
+
+
+def one(found: Iterable[Object], kind: str, name: str | None = None) -> Object:
+    """The only object of ``kind``."""
+    (match,) = [o for o in found if o["kind"] == kind and name in (None, o["metadata"]["name"])]
+    return match
+
+
+def kinds(found: Iterable[Object]) -> list[str]:
+    """Kinds, sorted, with repetitions."""
+    return sorted(item["kind"] for item in found)
+
+
+def container(workload: Object) -> Object:
+    """The first container of a workload's pods."""
+    spec = workload["spec"]["template"]["spec"]
+    return dict(spec["containers"][0])
+
+
+def flags(workload_container: Object) -> dict[str, str]:
+    """``--flag=value`` arguments."""
+    pairs = (arg.partition("=") for arg in workload_container["args"] if arg.startswith("--"))
+    return {flag: value for flag, _, value in pairs}
+
+
+def faults(item: Object, version: str) -> list[str]:
+    """What is wrong with an object: Kubernetes' strict schema, or its CustomResourceDefinition's."""
+    crd = _crd_schemas().get((item["apiVersion"], item["kind"]))
+    if crd is not None:
+        errors = jsonschema.Draft202012Validator(crd).iter_errors(item)
+        return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
+    try:
+        kubernetes_validate.validate(item, version, strict=True)
+    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+        return [str(error)]
+    return []
+
+
+@cache
+def _crd_schemas() -> Mapping[tuple[str, str], Object]:
+    schemas = {}
+    for file in sorted(CRDS.glob("*.json")):
+        crd = json.loads(file.read_text(encoding="utf-8"))
+        schema = _strict(crd["schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}}
+        schemas[crd["apiVersion"], crd["kind"]] = schema
+    return schemas
+
+
+def _strict(schema: Any) -> Any:
+    """The schema with every unknown key an error, as the API server's strict validation does."""
+    if not isinstance(schema, dict):
+        return schema
+    schema = copy.copy(schema)
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    if "properties" in schema:
+        schema["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema.setdefault("additionalProperties", False)
+    if isinstance(schema.get("additionalProperties"), dict):
+        schema["additionalProperties"] = _strict(schema["additionalProperties"])
+    if "items" in schema:
+        schema["items"] = _strict(schema["items"])
+    return schema
+
+
+__all__ = [
+    "CHART",
+    "KUBERNETES",
+    "VALUES",
+    "container",
+    "faults",
+    "flags",
+    "kinds",
+    "objects",
+    "one",
+    "template",
+]

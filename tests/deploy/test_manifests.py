@@ -1,0 +1,149 @@
+"""Every values file: rendered by Helm 3 and 4 alike, as committed, valid for every Kubernetes version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k8s.render import CHART, MANIFESTS, committed, main, render
+
+from .chart import KUBERNETES, VALUES, faults, objects, template
+
+# Each switch the other way, so that every template is validated with and without it.
+SWITCHES = (
+    "autoscaling.enabled=true",
+    "engine.apiKeySecret.name=keys",
+    "gateway.enabled=false",
+    "image.digest=sha256:" + "0" * 64,
+    "image.pullSecrets={registry}",
+    "modelCache.existingClaim=mine",
+    "modelCache.existingClaim=mine,model.path=/models/mine",
+    "model.tokenSecret.name=hub",
+    "monitoring.podMonitor=false,monitoring.rules=false,monitoring.dashboard=false",
+    "networkPolicy.enabled=false",
+    "engine.kind=LeaderWorkerSet,engine.nodesPerReplica=2,engine.tensorParallel=16,autoscaling.enabled=true",
+    "engine.podAnnotations.a=b,engine.priorityClassName=high,engine.runtimeClassName=nvidia",
+    "engine.extraEnv[0].name=NCCL_DEBUG,engine.extraEnv[0].value=INFO",
+    "gateway.allowFrom[0].namespaceSelector.matchLabels.team=chat",
+)
+
+
+QWEN2 = json.dumps(
+    {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 40960,
+    }
+)
+
+
+def test_manifests_are_those_of_the_values_files() -> None:
+    """`make manifests` was run after the last change of the chart."""
+    made = {manifest.name: render([values]) for values, manifest in committed()}
+    found = {file.name: file.read_text(encoding="utf-8") for file in MANIFESTS.glob("*.yaml")}
+    assert found.keys() == made.keys()
+    for name, text in made.items():
+        assert found[name] == text, f"k8s/manifests/{name} is old: python k8s/render.py --all"
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_helm_3_and_4_agree(name: str, helm3: Path, helm4: Path) -> None:
+    ours = [objects(render([VALUES[name]], program=program)) for program in (helm3, helm4)]
+    assert ours[0] == ours[1]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_valid_for_every_kubernetes(name: str) -> None:
+    found = template(values=name)
+    assert [fault for version in KUBERNETES for item in found for fault in faults(item, version)] == []
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_is_valid(switch: str) -> None:
+    versions = (KUBERNETES[0], KUBERNETES[-1])
+    assert [
+        fault for version in versions for item in template(switch) for fault in faults(item, version)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("Deployment", {"surge": 1}),
+        ("PodMonitor", {"podMetricEndpoints": []}),
+        ("NetworkPolicy", {"ingres": []}),
+        ("ConfigMap", {"daten": {}}),
+    ],
+)
+def test_the_validation_itself(kind: str, change: dict[str, Any]) -> None:
+    """A key that does not exist is a fault."""
+    item = next(item for item in template() if item["kind"] == kind)
+    assert faults(item, KUBERNETES[-1]) == []
+    wrong = {**item, "spec": {**item["spec"], **change}} if "spec" in item else {**item, **change}
+    assert faults(wrong, KUBERNETES[-1])
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_names_are_unique_and_in_the_namespace(name: str) -> None:
+    found = template(values=name)
+    names = [(item["kind"], item["metadata"]["name"]) for item in found]
+    assert len(set(names)) == len(names)
+    assert {item["metadata"]["namespace"] for item in found} == {"lt-sglang"}
+
+
+def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with a config.json, as a new user has it: heads, weights and context are read from it."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,'
+        '"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,'
+        '"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 32768}'
+    )
+    asked = [
+        str(folder),
+        "--lazy-layers",
+        "8-23",
+        "--tp",
+        "2",
+        "--expected-tokens",
+        "16384",
+        "--claim",
+        "models",
+    ]
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    found = objects(text)
+    assert [fault for item in found for fault in faults(item, KUBERNETES[-1])] == []
+    for part in ("--lt-lazy-layers=8-23", "--context-length=32768", "--model-path=/models/my-model"):
+        assert part in text
+    assert main([*asked, "--tp", "16"]) == 2
+    assert "LeaderWorkerSet" in capsys.readouterr().err
+
+
+def test_known_models_need_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(QWEN2)
+    assert main(["cxdu/QwQ-32B-LightTransfer", "--config", str(tmp_path), "--tp", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "--lt-sink-tokens=129" in text and "--model-path=/models/main/QwQ-32B-LightTransfer" in text
+    assert main(["cxdu/QwQ-32B-LightTransfer", "--config", str(tmp_path), "--tp", "16"]) == 2
+    assert main(["cxdu/Another-32B", "--config", str(tmp_path)]) == 2
+    assert "lazy_layers: none given" in capsys.readouterr().err
+
+
+def test_chart_version_is_the_packages() -> None:
+    import yaml
+
+    import lt_sglang
+
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    assert chart["appVersion"] == lt_sglang.__version__

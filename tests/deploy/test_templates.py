@@ -1,0 +1,296 @@
+"""One test a template: what it must say, and when it must not be there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .chart import CHART, container, flags, kinds, one, template
+
+LWS = ("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2", "engine.tensorParallel=16")
+ENGINE = "lt-sglang-engine"
+GATEWAY = "lt-sglang-gateway"
+
+
+def engine(*sets: str, values: str | None = None) -> dict:
+    return one(template(*sets, values=values), "Deployment", ENGINE)
+
+
+def pod(workload: dict) -> dict:
+    return workload["spec"]["template"]["spec"]
+
+
+def test_every_template_has_a_test() -> None:
+    names = {file.stem for file in (CHART / "templates").rglob("*.yaml")}
+    tested = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
+    assert names <= tested, names - tested
+
+
+def test_engine_deployment() -> None:
+    found = engine(
+        "lightTransfer.lazyLayers=5-24\\,26",
+        "lightTransfer.sinkTokens=0",
+        "lightTransfer.expectedTokens=8192",
+        "engine.tensorParallel=4",
+        "engine.contextLength=32768",
+        "engine.extraArgs={--random-seed=1}",
+    )
+    engine_container = container(found)
+    given = flags(engine_container)
+    assert engine_container["args"][0] == "serve"
+    assert given["--lt-lazy-layers"] == "5-24,26"
+    assert given["--lt-sink-tokens"] == "0", "zero is a value, not an absence"
+    assert "--lt-recent-tokens" not in given
+    assert given["--tp-size"] == "4" and given["--context-length"] == "32768"
+    assert "--enable-metrics" in given and given["--random-seed"] == "1"
+    assert engine_container["resources"]["limits"] == engine_container["resources"]["requests"]
+    assert engine_container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    rolling = found["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 0, "maxUnavailable": 1}, "no spare node"
+    assert found["spec"]["template"]["metadata"]["labels"]["lt-sglang/serves"] == "http"
+
+
+def test_engine_probes_leave_time() -> None:
+    probes = container(engine("engine.startupMinutes=40"))
+    startup, ready, live = (probes[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))
+    assert startup["httpGet"]["path"] == "/health_generate" and startup["timeoutSeconds"] == 30
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 40 * 60
+    assert ready["httpGet"]["path"] == "/ready" and ready["timeoutSeconds"] == 5
+    assert live["timeoutSeconds"] > 20, "SGLang itself waits 20 s before it calls itself unhealthy"
+
+
+def test_engine_drains() -> None:
+    found = engine("engine.drainSeconds=900", "engine.preStopSeconds=10")
+    assert pod(found)["terminationGracePeriodSeconds"] >= 900 + 10 + 20
+    assert container(found)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "10"]
+    gateway = one(template("engine.drainSeconds=900"), "Deployment", GATEWAY)
+    assert pod(gateway)["terminationGracePeriodSeconds"] > int(
+        flags(container(gateway))["--shutdown-grace-period-secs"]
+    )
+
+
+def test_engine_shared_memory_is_counted() -> None:
+    found = engine("engine.sharedMemoryGiB=32", "engine.memoryGiB=200")
+    (shm,) = [volume for volume in pod(found)["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
+    assert container(found)["resources"]["limits"]["memory"] == "200Gi"
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container(found)["volumeMounts"]
+
+
+def test_every_pod_is_confined() -> None:
+    for item in (*template(), *template(*LWS)):
+        if item["kind"] not in ("Deployment", "Job"):
+            continue
+        spec = pod(item)
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 10000
+        for each in (*spec["containers"], *spec.get("initContainers", [])):
+            context = each["securityContext"]
+            assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_secrets_by_reference_only() -> None:
+    sets = ("engine.apiKeySecret.name=keys", "model.tokenSecret.name=hub")
+    found = template(*sets)
+    assert "Secret" not in kinds(found)
+    for name in (ENGINE, GATEWAY):
+        each = container(one(found, "Deployment", name))
+        (key,) = [env for env in each["env"] if env["name"] == "LT_API_KEY"]
+        assert key["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "api-key"}
+        assert flags(each)["--api-key"] == "$(LT_API_KEY)"
+    (token,) = [env for env in container(one(found, "Job"))["env"] if env["name"] == "HF_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"]["name"] == "hub"
+
+
+def test_engine_leaderworkerset() -> None:
+    found = template(*LWS, "engine.podAnnotations.a=b")
+    assert ("Deployment", ENGINE) not in [(item["kind"], item["metadata"]["name"]) for item in found]
+    group = one(found, "LeaderWorkerSet")["spec"]
+    parts = group["leaderWorkerTemplate"]
+    assert parts["size"] == 2 and parts["restartPolicy"] == "RecreateGroupOnPodRestart"
+    leader, worker = parts["leaderTemplate"], parts["workerTemplate"]
+    given = flags(leader["spec"]["containers"][0])
+    assert given["--nnodes"] == "$(LWS_GROUP_SIZE)" and given["--node-rank"] == "$(LWS_WORKER_INDEX)"
+    assert leader["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert leader["metadata"]["labels"]["lt-sglang/serves"] == "http"
+    assert "lt-sglang/serves" not in worker["metadata"]["labels"], "other nodes answer no requests"
+    assert "readinessProbe" not in worker["spec"]["containers"][0]
+    assert leader["metadata"]["annotations"] == worker["metadata"]["annotations"] == {"a": "b"}
+
+
+def test_engine_service() -> None:
+    service = one(template(), "Service", ENGINE)["spec"]
+    assert service["selector"]["lt-sglang/serves"] == "http"
+    assert service["ports"][0]["port"] == 30000
+
+
+def test_engine_serviceaccount() -> None:
+    account = one(template(), "ServiceAccount", ENGINE)
+    assert account["automountServiceAccountToken"] is False
+    assert pod(engine())["automountServiceAccountToken"] is False
+
+
+def test_engine_pdb() -> None:
+    budget = one(template(), "PodDisruptionBudget", ENGINE)["spec"]
+    assert budget["maxUnavailable"] == 1 and budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+def test_models_pvc() -> None:
+    claim = one(template("modelCache.storageClass=fast"), "PersistentVolumeClaim")
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert claim["spec"]["storageClassName"] == "fast"
+    assert "PersistentVolumeClaim" not in kinds(template("modelCache.existingClaim=mine"))
+
+
+def test_models_job() -> None:
+    found = template("model.name=me/My-Model", "model.revision=v2")
+    job = one(found, "Job")
+    env = {item["name"]: item.get("value") for item in container(job)["env"]}
+    assert env["TARGET"] == "/models/v2/My-Model"
+    deployment = one(found, "Deployment", ENGINE)
+    assert flags(container(deployment))["--model-path"] == env["TARGET"]
+    (wait,) = pod(deployment)["initContainers"]
+    assert wait["args"][1] == "/models/v2/My-Model/.complete"
+    other = one(template("model.name=me/My-Model", "model.revision=v3"), "Job")
+    assert other["metadata"]["name"] != job["metadata"]["name"], "a Job cannot be changed"
+    mine = template("modelCache.existingClaim=mine", "model.path=/models/mine")
+    assert "Job" not in kinds(mine)
+    assert "initContainers" not in pod(one(mine, "Deployment", ENGINE))
+
+
+def test_models_job_script(tmp_path: Path) -> None:
+    """The script itself, with another program in place of `hf`: it marks what is whole, and only that."""
+    (script,) = container(one(template(), "Job"))["args"]
+    tool = tmp_path / "bin" / "hf"
+    tool.parent.mkdir()
+    target = tmp_path / "target"
+    env = {"PATH": f"{tool.parent}:/usr/bin:/bin", "MODEL": "m", "REVISION": "r", "TARGET": str(target)}
+
+    def run(body: str) -> int:
+        tool.write_text(f"#!/bin/sh\n{body}\n")
+        tool.chmod(0o755)
+        return subprocess.run(["sh", "-ec", script], env=env).returncode
+
+    assert run(f"mkdir -p {target}; exit 1") != 0
+    assert not (target / ".complete").exists()
+    assert run('[ "$*" = "download m --revision r --local-dir ' + str(target) + '" ]') == 0
+    assert (target / ".complete").exists()
+    assert run("exit 1") == 0, "a second run finds it there"
+
+
+def test_gateway_deployment() -> None:
+    gateway = container(one(template(), "Deployment", GATEWAY))
+    args = gateway["args"]
+    start = args.index("--selector") + 1
+    selector = dict(pair.split("=") for pair in args[start : start + 3])
+    labels = engine()["spec"]["template"]["metadata"]["labels"]
+    assert selector.items() <= labels.items(), "it finds the engines' pods"
+    given = flags(gateway)
+    assert given["--policy"] == "cache_aware" and given["--health-check-endpoint"] == "/ready"
+    assert given["--service-discovery-namespace"] == "lt-sglang"
+    assert kinds(template("gateway.enabled=false")).count("Deployment") == 1
+
+
+def test_gateway_service() -> None:
+    service = one(template("gateway.port=8080", "gateway.serviceType=LoadBalancer"), "Service", GATEWAY)[
+        "spec"
+    ]
+    assert service["ports"][0]["port"] == 8080 and service["type"] == "LoadBalancer"
+
+
+def test_gateway_rbac() -> None:
+    (rule,) = one(template(), "Role")["rules"]
+    assert rule == {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    assert one(template(), "RoleBinding")["subjects"][0]["name"] == GATEWAY
+
+
+def test_gateway_pdb() -> None:
+    assert one(template(), "PodDisruptionBudget", GATEWAY)["spec"]["maxUnavailable"] == 1
+
+
+def test_networkpolicy() -> None:
+    policy = one(template(), "NetworkPolicy", ENGINE)["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    (rule,) = policy["ingress"]
+    assert rule["ports"] == [{"port": 30000, "protocol": "TCP"}]
+    peers = [peer["podSelector"]["matchLabels"].get("app.kubernetes.io/component") for peer in rule["from"]]
+    assert peers == ["gateway", "test", None]
+    assert rule["from"][2]["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "monitoring"
+    }
+    group = one(template(*LWS), "NetworkPolicy", ENGINE)["spec"]
+    assert len(group["ingress"]) == len(group["egress"]) == 2, "nodes of one engine reach one another"
+    assert "NetworkPolicy" not in kinds(template("networkPolicy.enabled=false"))
+
+
+def test_podmonitor() -> None:
+    engines, gateways = one(template(), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    (rename,) = engines["metricRelabelings"]
+    assert (rename["regex"], rename["replacement"]) == ("sglang:(.+)", "sglang_$1")
+    assert engines["relabelings"][0]["regex"] == "engine" and gateways["port"] == "metrics"
+
+
+def test_prometheusrule() -> None:
+    rules = one(template("monitoring.labels.release=prom"), "PrometheusRule")
+    assert rules["metadata"]["labels"]["release"] == "prom"
+    alerts = {
+        rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"] if "alert" in rule
+    }
+    assert "LtSglangDown" in alerts
+    assert "PrometheusRule" not in kinds(template("monitoring.rules=false"))
+
+
+def test_dashboard() -> None:
+    board = one(template(), "ConfigMap")
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(board["data"]["lt-sglang.json"])["uid"] == "lt-sglang"
+    assert "ConfigMap" not in kinds(template("monitoring.dashboard=false"))
+
+
+def test_scaledobject() -> None:
+    assert "ScaledObject" not in kinds(template())
+    found = template("autoscaling.enabled=true")
+    scaled = one(found, "ScaledObject")["spec"]
+    assert scaled["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": ENGINE}
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] >= 600
+    assert "num_queue_reqs" in scaled["triggers"][0]["metadata"]["query"]
+    assert "replicas" not in one(found, "Deployment", ENGINE)["spec"], "Helm would undo the scaling"
+    group = one(template(*LWS, "autoscaling.enabled=true"), "ScaledObject")["spec"]["scaleTargetRef"]
+    assert group["kind"] == "LeaderWorkerSet"
+
+
+def test_completion(helm4: Path) -> None:
+    """`helm test`: left out of the plain manifests, and its program runs."""
+    assert "Pod" not in kinds(template())
+    command = [str(helm4), "template", "x", str(CHART), "--set", "model.name=m", "--show-only"]
+    text = subprocess.run(
+        [*command, "templates/tests/completion.yaml"], capture_output=True, text=True
+    ).stdout
+    assert "helm.sh/hook: test" in text and "value: http://x-gateway:8000/v1/completions" in text
+    code = (CHART / "files" / "completion.py").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", code], env={"URL": "http://127.0.0.1:9", "MODEL": "m"})
+    assert done.returncode != 0, "no gateway, no success"
+
+
+def test_notes(helm4: Path) -> None:
+    command = [str(helm4), "install", "x", str(CHART), "--set", "model.name=m", "--dry-run=client"]
+    notes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "an upgrade is an outage" in notes and "helm test x" in notes
+
+
+@pytest.mark.parametrize("name", ["llama-3-70b-tp8", "llama-3-70b-tp4", "qwq-32b-tp2", "qwq-32b-tp4"])
+def test_values_files_fill_a_node(name: str) -> None:
+    """Together the engines of a values file use eight GPUs, and the memory of a node with 1 TiB."""
+    found = engine(values=name)
+    limits = container(found)["resources"]["limits"]
+    replicas = (
+        found["spec"].get("replicas") or one(template(values=name), "ScaledObject")["spec"]["minReplicaCount"]
+    )
+    assert replicas * limits["nvidia.com/gpu"] == 8
+    assert replicas * int(limits["memory"].removesuffix("Gi")) <= 960
+    assert replicas * limits["cpu"] <= 48

@@ -1,0 +1,122 @@
+"""Values that must not render: what the schema refuses, and what arithmetic refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from k8s.render import render
+from lt_sglang.config import MODES
+from lt_sglang.errors import LightTransferError
+
+from .chart import CHART, MINIMAL
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+REFUSED_BY_SCHEMA = {
+    "unknown-key": "engin.replicas=1",
+    "unknown-nested-key": "engine.tensorparallel=4",
+    "unknown-deep-key": "engine.gpu.count=4",
+    "text-for-a-number": "engine.replicas=two",
+    "a-bad-list": "lightTransfer.lazyLayers=5..24",
+    "a-mode-that-does-not-exist": "lightTransfer.mode=magic",
+    "a-short-window": "autoscaling.scaleDownSeconds=60",
+    "a-bad-digest": "image.digest=abc",
+    "a-fraction-above-one": "engine.gpu.memoryFraction=1.5",
+    "a-path-outside-the-volume": "model.path=/etc/model",
+    "a-policy-that-does-not-exist": "gateway.policy=best",
+}
+REFUSED_BY_ARITHMETIC = {
+    "no-model": (("model.name=",), "model.name: required"),
+    "path-without-claim": (("model.path=/models/a",), "modelCache.existingClaim"),
+    "tp-over-node": (("engine.tensorParallel=16",), "more than a node's 8"),
+    "tp-not-a-divisor": (("engine.tensorParallel=3",), "does not divide the 8 GPUs"),
+    "two-nodes-in-a-deployment": (("engine.nodesPerReplica=2",), "LeaderWorkerSet"),
+    "one-node-in-a-group": (("engine.kind=LeaderWorkerSet",), "at least 2"),
+    "group-not-filled": (
+        ("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2", "engine.tensorParallel=8"),
+        "2 nodes of 8 GPUs have 16",
+    ),
+    "heads": (("engine.tensorParallel=8", "model.attentionHeads=36"), "36 attention heads"),
+    "kv-heads": (("engine.tensorParallel=8", "model.kvHeads=6"), "6 KV heads"),
+    "weights": (("model.weightsGiB=132", "engine.tensorParallel=1"), "132.0 GiB of weights"),
+    "weights-at-two": (("model.weightsGiB=140", "engine.tensorParallel=2"), "70.0 GiB of weights"),
+    "shared-memory": (("engine.memoryGiB=40",), "engine.memoryGiB"),
+    "too-many-nodes": (
+        ("engine.tensorParallel=4", "engine.replicas=5", "engine.clusterNodes=2"),
+        "need 3 nodes",
+    ),
+    "scaled-too-far": (
+        ("engine.tensorParallel=8", "autoscaling.enabled=true", "engine.clusterNodes=2"),
+        "4 replicas of 8 GPUs need 4 nodes",
+    ),
+    "scaling-blind": (("autoscaling.enabled=true", "monitoring.podMonitor=false"), "monitoring.podMonitor"),
+    "output-over-expected": (
+        ("lightTransfer.expectedTokens=100", "lightTransfer.expectedOutputTokens=200"),
+        "more than expectedTokens",
+    ),
+    "expected-over-context": (
+        ("lightTransfer.expectedTokens=9000", "engine.contextLength=8192"),
+        "more than engine.contextLength",
+    ),
+    "flag-twice": (("engine.extraArgs={--tp-size=2}",), "--tp-size has a value of its own"),
+    "lt-flag": (("engine.extraArgs={--lt-mode=static}",), "--lt-mode has a value of its own"),
+    "use-ray": (("engine.extraArgs={--use-ray}",), "load no plug-in"),
+}
+
+
+@pytest.mark.parametrize("program", ["helm3", "helm4"])
+@pytest.mark.parametrize("setting", REFUSED_BY_SCHEMA.values(), ids=REFUSED_BY_SCHEMA)
+def test_schema_refuses(setting: str, program: str, request: pytest.FixtureRequest) -> None:
+    helm: Path = request.getfixturevalue(program)
+    with pytest.raises(LightTransferError, match="(?i)schema"):
+        render([], (*MINIMAL, setting), program=helm)
+
+
+@pytest.mark.parametrize(("sets", "message"), REFUSED_BY_ARITHMETIC.values(), ids=REFUSED_BY_ARITHMETIC)
+def test_arithmetic_refuses(sets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LightTransferError, match=message.replace("(", r"\(")) as caught:
+        render([], (*MINIMAL, *sets))
+    assert "\n" not in str(caught.value), "one sentence"
+
+
+def test_what_just_fits_renders() -> None:
+    render([], (*MINIMAL, "model.weightsGiB=132", "engine.tensorParallel=2", "model.kvHeads=8"))
+    render([], (*MINIMAL, "engine.tensorParallel=4", "engine.replicas=4", "engine.clusterNodes=2"))
+
+
+def test_defaults_keep_the_schema() -> None:
+    jsonschema.validate(DEFAULTS, SCHEMA)
+
+
+def objects(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, part in schema.get("properties", {}).items():
+        yield f"{path}{name}", part
+        yield from objects(part, f"{path}{name}.")
+
+
+def test_schema_and_defaults_name_the_same_keys() -> None:
+    described = {path for path, _ in objects(SCHEMA)} - {"global"}
+
+    def keys(value: Any, path: str = "") -> Iterator[str]:
+        for name, part in value.items():
+            yield path + name
+            if isinstance(part, dict) and f"{path}{name}.".startswith(tuple(f"{p}." for p in described)):
+                yield from keys(part, f"{path}{name}.")
+
+    free = ("nodeSelector.", "Labels.", "tolerations.", "affinity.")
+    found = {path for path in keys(DEFAULTS) if not any(part in path for part in free)}
+    optional = {path for path in described - found if path.startswith("gateway.allowFrom")}
+    assert found == described - optional
+
+
+def test_schema_knows_the_modes_that_exist() -> None:
+    modes = SCHEMA["properties"]["lightTransfer"]["properties"]["mode"]["enum"]
+    assert set(modes) <= set(MODES)
