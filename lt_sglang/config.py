@@ -181,8 +181,8 @@ class LightTransferConfig:
             keep = 0
         elif not 1 <= keep < num_layers:
             raise LightTransferError(
-                f"keep: {self.keep} of {num_layers} layers is {keep}; dynamic mode needs 1 to {num_layers - 1} "
-                "(--lt-mode static serves none or all of them lazy)"
+                f"keep: {self.keep} of {num_layers} layers is {keep}; dynamic mode needs 1 to "
+                f"{num_layers - 1} (--lt-mode static serves none or all of them lazy)"
             )
         if self.score in CHOICES:
             lazy = choose(self.score, num_layers, keep, seed=0)
@@ -193,8 +193,8 @@ class LightTransferConfig:
         lazy = self.lazy_layers or choose("ends", num_layers, keep, seed=0)
         if len(lazy) != num_layers - keep:
             raise LightTransferError(
-                f"lazy_layers: {len(lazy)} layers for short prompts, but keep {self.keep} of {num_layers} leaves "
-                f"{num_layers - keep} lazy; both must agree"
+                f"lazy_layers: {len(lazy)} layers for short prompts, but keep {self.keep} of {num_layers} "
+                f"leaves {num_layers - keep} lazy; both must agree"
             )
         settled = replace(self, keep=keep, lazy_layers=lazy)
         settled.check_model(num_layers)

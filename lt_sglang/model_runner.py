@@ -36,6 +36,8 @@ class LightTransferModelRunner(ModelRunner):
         prefills: in dynamic mode, which request is to be decided when; else None.
     """
 
+    decode_cuda_graph_runner: Any  # ModelRunner's
+
     def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
         self.lt_config = lt_config
         self.sink_store: SinkStore | None = None
@@ -167,10 +169,23 @@ class LightTransferModelRunner(ModelRunner):
         if self.dynamic is None:
             return super().forward(forward_batch, *args, **kwargs)
         self.dynamic.sets.flush()
+        if forward_batch.forward_mode.is_decode() and not self._fits_graph(forward_batch):
+            return self._forward_eagerly(forward_batch, *args, **kwargs)
         try:
             return super().forward(forward_batch, *args, **kwargs)
         finally:
             self._plans = None
+
+    def _forward_eagerly(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        graphs, self.decode_cuda_graph_runner = self.decode_cuda_graph_runner, None
+        try:
+            return super().forward(forward_batch, *args, **kwargs)
+        finally:
+            self.decode_cuda_graph_runner = graphs
+
+    def _fits_graph(self, forward_batch: Any) -> bool:
+        fits = getattr(self.attn_backend, "fits_graph", None)
+        return fits is None or bool(fits(forward_batch))
 
     def describe(self) -> dict[str, Any]:
         """What /server_info shows under ``lighttransfer``."""

@@ -96,7 +96,7 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Wraps handle_attention_backend_compatibility: torch attention on a CPU runs eagerly."""
+    """Wraps handle_attention_backend_compatibility: what cannot be captured runs eagerly."""
     previous(server_args)
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
@@ -110,7 +110,10 @@ def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
             raise LightTransferError(
                 "--cuda-graph-backend-prefill full: not supported with lazy layers; use breakable or disabled"
             )
-        return
-    for phase in (Phase.DECODE, Phase.PREFILL):
+        given = json.loads(args.json_model_override_args)[CONFIG_KEY]
+        if not LightTransferConfig.from_dict(given).dynamic:
+            return
+    # Dynamic mode decides in Python between the layers of a prefill, which a captured one would not run.
+    for phase in (Phase.PREFILL,) if args.device != "cpu" else (Phase.DECODE, Phase.PREFILL):
         config = with_phase(args.cuda_graph_config, phase, backend=Backend.DISABLED)
         declare_resolution(server_args, _SOURCE, cuda_graph_config=config)

@@ -5,14 +5,13 @@ Request by request and layer by layer; host synchronisation does not matter here
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from lt_sglang.attention.indices import (
-    StreamingTables,
-    Windows,
     decode_rows_reference,
     lazy_lengths,
     sink_rows,
@@ -111,15 +110,16 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
         hidden = self._state.hidden(forward_batch, len(query))
-        start = 0
-        for index, prefill in enumerate(self._prefills):
-            new = slice(start, start + prefill.extend)
+        ends = [0, *itertools.accumulate(prefill.extend for prefill in self._prefills)]
+        # A request that will be staged comes after the one that was.
+        for index in sorted(range(len(self._prefills)), key=lambda i: self._prefills[i].kind == Kind.STAGE):
+            prefill = self._prefills[index]
+            new = slice(ends[index], ends[index + 1])
             here = None if hidden is None else hidden[new]
             if prefill.kind == Kind.DECIDED:
                 out[new] = self._decided(index, prefill, query[new], k[new], v[new], layer)
             else:
                 out[new] = self._undecided(index, prefill, query[new], k[new], v[new], layer, here)
-            start += prefill.extend
         if layer.layer_id == self._state.layout.layers - 1:
             self._finish()
         return out.view(q.shape[0], -1)
@@ -141,7 +141,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             keys, values = self._load(start + self._full[index], query.dtype)
             return _causal(query, keys, values, prefill.prefix, layer)
         self._store(start + self._streaming[index][prefill.prefix :], k, v)
-        tables, windows = self._runner.streaming_tables(), self._runner.windows()
+        windows = self._runner.windows()
         out = torch.empty_like(query)
         for offset in range(0, len(query), QUERY_BLOCK):
             count = min(QUERY_BLOCK, len(query) - offset)

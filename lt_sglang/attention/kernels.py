@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -77,9 +79,20 @@ def decode_rows(
     )
 
 
+@dataclass(frozen=True)
+class Banks:
+    """Which bank holds one layer of each request (dynamic/layout.py). of: int32 [bs]."""
+
+    of: torch.Tensor
+    full_banks: int
+    streaming_start: int
+    streaming_rows: int
+
+
 @triton.jit
 def _merge_sinks(  # type: ignore[no-untyped-def]
     out_ptr,
+    window_ptr,
     lse_ptr,
     query_ptr,
     key_ptr,
@@ -95,6 +108,12 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     scale_log2,
     key_scale,
     value_scale,
+    bank_ptr,
+    bank_stride,
+    streaming_start,
+    streaming_rows,
+    HAS_BANKS: tl.constexpr,
+    FULL_BANKS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SINK: tl.constexpr,
@@ -112,6 +131,11 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     token = tl.load(tile_token_ptr + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
     position = position0 + tl.arange(0, BLOCK_Q)
     in_tile = tl.arange(0, BLOCK_Q) < count
+    base = tl.zeros([], tl.int64)
+    if HAS_BANKS:
+        bank = tl.load(bank_ptr + request * bank_stride)
+        in_tile = in_tile & (bank >= FULL_BANKS)
+        base = (streaming_start + (bank - FULL_BANKS) * streaming_rows).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < DIM
     kv_head = head // GROUP
@@ -125,11 +149,13 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     # Start from the window's softmax: its log2-sum is `top`, its sum 1, its output `out`.
     top = tl.load(lse_at, mask=in_tile, other=0.0)
     total = tl.full([BLOCK_Q], 1.0, tl.float32)
-    acc = tl.load(out_at, mask=in_tile[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
+    window_at = window_ptr + token[:, None] * (HEADS * DIM) + head * DIM + dim[None, :]
+    acc = tl.load(window_at, mask=in_tile[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
     for offset in range(0, SINK, BLOCK_S):
         sink = offset + tl.arange(0, BLOCK_S)
         real = sink < SINK
-        row = tl.load(sink_rows_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
+        real = real & (base >= 0)  # the row of a request that is full here is nowhere
+        row = base + tl.load(sink_rows_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
         key = tl.load(
             key_ptr + row[None, :] * key_row_stride + kv_head * DIM + dim[:, None],
             mask=real[None, :] & in_dim[:, None],
@@ -167,23 +193,28 @@ def merge_sinks(
     scale: float,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    window: torch.Tensor | None = None,
+    banks: Banks | None = None,
 ) -> None:
     """Add the sinks to attention that saw the window only; changes ``out`` in place.
 
     Args:
-        out: [tokens, heads, dim], the window's attention output.
+        out: [tokens, heads, dim], the window's attention output, unless ``window`` is that.
         lse: float32 [tokens, heads], its log-sum-exp to base 2 (FlashInfer's).
         query: [tokens, heads, dim], last dimension contiguous.
         keys, values: [rows, kv heads, dim], a lazy layer's streaming buffers.
         rows: int [bs, w_sink], from ``indices.sink_rows``.
         tiles: which queries belong to which request, from ``make_tiles``.
         scale: softmax scale; key_scale, value_scale: of an fp8 KV cache.
+        window: the window's attention output; ``out`` then is written only where it counts.
+        banks: in dynamic mode, the layer's bank by request; those that are full in this layer are left alone.
     """
     tokens, heads, dim = query.shape
     if tiles.number == 0 or tokens == 0:
         return
     _merge_sinks[(tiles.number, heads)](
         out,
+        out if window is None else window,
         lse,
         query,
         keys,
@@ -199,6 +230,12 @@ def merge_sinks(
         scale * LOG2E,
         key_scale,
         value_scale,
+        rows if banks is None else banks.of,
+        0 if banks is None else banks.of.stride(0),
+        0 if banks is None else banks.streaming_start,
+        0 if banks is None else banks.streaming_rows,
+        HAS_BANKS=banks is not None,
+        FULL_BANKS=0 if banks is None else banks.full_banks,
         HEADS=heads,
         GROUP=heads // keys.shape[1],
         SINK=windows.sink_tokens,
@@ -221,6 +258,7 @@ class SinkTiles:
     """
 
     def __init__(self, runs: list[tuple[int, int, int, int]], device: torch.device | str) -> None:
+        self.runs = runs
         self.number = len(runs)
         table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4).t().contiguous()
         table = table.to(device, non_blocking=True)
@@ -228,14 +266,21 @@ class SinkTiles:
 
 
 def make_tiles(
-    prefix_lens: list[int], extend_lens: list[int], windows: Windows, device: torch.device | str
+    prefix_lens: list[int],
+    extend_lens: list[int],
+    windows: Windows,
+    device: torch.device | str,
+    every: bool = False,
 ) -> SinkTiles:
-    """Tiles of every query at position >= w_recent; the others see all sinks inside their window."""
+    """Tiles of every query at position >= w_recent; the others see all sinks inside their window.
+
+    every: tiles of all queries, whether they see sinks or not.
+    """
     runs: list[tuple[int, int, int, int]] = []
     token = 0
     for request, (prefix, extend) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
-        skip = min(max(windows.recent_tokens - prefix, 0), extend)
+        skip = 0 if every else min(max(windows.recent_tokens - prefix, 0), extend)
         for offset in range(skip, extend, TILE_QUERIES):
             runs.append((request, token + offset, prefix + offset, min(TILE_QUERIES, extend - offset)))
         token += extend
-    return SinkTiles(runs if windows.sink_tokens else [], device)
+    return SinkTiles(runs if windows.sink_tokens or every else [], device)

@@ -72,7 +72,9 @@ class Arena:
 def arena_pool_class(pool_class: type, arena: Arena) -> type:
     """``pool_class`` (an MHATokenToKVPool) whose buffers are banks of ``arena``."""
 
-    class ArenaKVPool(pool_class):  # type: ignore[misc]
+    base: Any = pool_class
+
+    class ArenaKVPool(base):
         def _create_buffers_normal(self) -> None:
             k_shape, v_shape = self._kv_buffer_shapes()
             if self.kv_cache_layout != "nhd" or k_shape != v_shape:
@@ -83,9 +85,4 @@ def arena_pool_class(pool_class: type, arena: Arena) -> type:
                 self.layer_num, k_shape[0], tuple(k_shape[1:]), self.store_dtype, self.device
             )
 
-    return _named(ArenaKVPool, pool_class)
-
-
-def _named(made: Any, pool_class: type) -> type:
-    made.__name__ = made.__qualname__ = f"Arena{pool_class.__name__}"
-    return made  # type: ignore[no-any-return]
+    return ArenaKVPool

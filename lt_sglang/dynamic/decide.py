@@ -17,7 +17,8 @@ def queue_step(
 ) -> torch.Tensor:
     """Let ``layer`` enter the queues of ``sets``; changes ``bank_of``. The reference of the GPU kernel.
 
-    Among equally lazy layers the one with the higher index is popped. No host synchronisation.
+    Among equally lazy layers the one with the higher index is popped; NaN counts as laziest. No host
+    synchronisation.
 
     Args:
         bank_of: int32 [capacity, L], rows of ``sets`` valid for layers before ``layer``.
@@ -30,7 +31,7 @@ def queue_step(
     if layer < keep:
         bank_of[sets, layer] = layer
         return torch.full_like(sets, NOBODY)
-    contending = laziness[sets, : layer + 1].clone()
+    contending = laziness[sets, : layer + 1].nan_to_num(torch.inf, torch.inf, -torch.inf)
     lost = bank_of[sets, :layer] >= keep
     contending[:, :layer].masked_fill_(lost, -torch.inf)
     popped = layer - contending.flip(1).argmax(1)

@@ -7,11 +7,11 @@ A layer set is a row of the device table ``bank_of``. A request gets one when it
                                                    that set: it reads K and V that were written for it
     otherwise                                      a new one, undecided until its prefill decides it
 
-The first block is the first sink + recent tokens of a prompt. Every set is a name space of its own in SGLang's
-prefix cache, so a request never reads K and V that were written for other lazy layers. The first request to
-be decided stores its set under its first block; one that was in prefill at the same time keeps its own, which
-nobody inherits. Stored sets live until their row is needed, the least recently used first; what is left of an
-evicted set in the prefix cache can no longer be reached, and ages out.
+The first block is the first sink + recent tokens of a prompt. Every set is a name space of its own in
+SGLang's prefix cache, so a request never reads K and V that were written for other lazy layers. The first
+request to be decided stores its set under its first block; one that was in prefill at the same time keeps its
+own, which nobody inherits. Stored sets live until their row is needed, the least recently used first; what is
+left of an evicted set in the prefix cache can no longer be reached, and ages out.
 
 The store is host state that every rank keeps alike. What the device must know (which request row uses which
 set) is queued and written by ``flush`` on the forward stream.
@@ -145,7 +145,7 @@ class LayerSetStore:
         self._pending[row] = self._of_request[request].index
 
     def release(self, request: str, row: int | None) -> None:
-        """``request`` ends or gives its row back (retraction); a stored set stays for those that begin alike."""
+        """``request`` ends or gives its row back; a stored set stays for those that begin alike."""
         entry = self._of_request.pop(request, None)
         if entry is None:
             return
@@ -190,8 +190,8 @@ class LayerSetStore:
     def describe(self, request: str) -> dict[str, object]:
         """The decided layers of ``request``, for its response; waits for the device.
 
-        lazy_layers: list. laziness: by layer, higher is lazier; None where no prompt decided. origin: "prompt",
-        "prefix" (inherited with a cached prefix) or "default" (the prompt was too short to tell).
+        lazy_layers: list. laziness: by layer, higher is lazier; None where no prompt decided. origin:
+        "prompt", "prefix" (inherited with a cached prefix) or "default" (the prompt was too short to tell).
         """
         entry = self._of_request[request]
         banks = self.bank_of[entry.index].tolist()

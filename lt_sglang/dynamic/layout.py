@@ -6,12 +6,12 @@ every slot of one of SGLang's two allocators:
     | full bank 0 .. P-1 | streaming bank 0 .. L-P-1 | staging bank 0 .. L-P-1 | scratch |
 
 A table [layer set, layer] says which bank holds a layer of a request: 0 .. P-1 are the full banks, P .. L-1
-the streaming ones. Any set of P layers then costs the same memory, so admission never depends on the decision.
+the streaming ones. Any set of P layers then costs the same memory, so admission never depends on decisions.
 
     full bank        row = full slot of the position             (SGLang's full allocator; row 0: padding)
     streaming bank   row = streaming slot of the position, or a row of the request's sink set
     staging bank     row = position; the one request between chunks that is not decided yet
-    scratch          row = index of the token in the batch; layers of undecided requests while they are attended
+    scratch          row = index of the token in the batch; undecided requests, while a layer is attended
 """
 
 from __future__ import annotations

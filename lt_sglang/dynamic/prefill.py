@@ -1,9 +1,9 @@
 """What each request of a prefill batch is to have done with its layers.
 
     decided      its set is known: lazy layers use streaming attention, K and V go to their banks
-    decide       full attention everywhere; layer by layer the scores fill the queue, and what it pops is cut
-    stage        full attention everywhere; another chunk follows before it is decided. Layers from P on wait in
-                 the staging banks
+    decide       full attention everywhere; layer by layer the scores fill the queue; what it pops is cut
+    stage        full attention everywhere; another chunk follows before it is decided. Layers from P on
+                 wait in the staging banks
 
 SGLang prefills at most one request in chunks at a time, so at most one is staged.
 """

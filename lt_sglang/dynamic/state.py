@@ -119,7 +119,7 @@ def projections_of(model: torch.nn.Module) -> dict[int, Callable[[torch.Tensor],
 
 def _partial(project: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def apply(rows: torch.Tensor) -> torch.Tensor:
-        return project.quant_method.apply(project, rows, None)  # type: ignore[no-any-return]
+        return project.quant_method.apply(project, rows, None)
 
     return apply
 

@@ -30,7 +30,7 @@ class LastQueries:
             torch.cat([self.query, later.query]),
             torch.cat([self.attention, later.attention]),
             torch.cat([self.lse, later.lse]),
-            torch.cat([self.hidden, later.hidden]) if both else None,  # type: ignore[list-item]
+            torch.cat([self.hidden, later.hidden]) if both else None,
         )
 
     def last(self, count: int) -> LastQueries:

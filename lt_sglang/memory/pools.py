@@ -55,15 +55,12 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         model = self.model_config
         heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
         token_layer = heads * (model.head_dim + model.v_head_dim) * self.kv_cache_dtype.itemsize
-        chunk = get_schedule().chunked_prefill_size
-        if chunk is None or chunk <= 0:
-            chunk = model.context_len
-        chunk = min(chunk, model.context_len)
+        chunk = min(self._batch_tokens(), model.context_len)
         expected = self.lt_config.expected_tokens or min(model.context_len, DEFAULT_EXPECTED_TOKENS)
         streaming_layers = len(self.layer_info.swa_attention_layer_ids)
         staging = 0
         if self.lt_config.dynamic:
-            staging = streaming_layers * self.lt_config.stage_limit(model.context_len) + chunk
+            staging = streaming_layers * self.lt_config.stage_limit(model.context_len) + self._batch_tokens()
         return SplitInput(
             full_bytes=len(self.layer_info.full_attention_layer_ids) * token_layer,
             streaming_bytes=streaming_layers * token_layer,
@@ -76,6 +73,14 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
             eviction_interval=max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get()),
             staging_bytes=staging * token_layer,
         )
+
+    def _batch_tokens(self) -> int:
+        """Most tokens of one prefill batch."""
+        schedule = get_schedule()
+        chunk = schedule.chunked_prefill_size
+        if chunk is None or chunk <= 0:
+            return max(int(self.model_config.context_len), int(schedule.max_prefill_tokens))
+        return int(chunk)
 
     def config_from_budget(self, budget_bytes: int, *, cap_tokens: int | None = None) -> MemoryPoolConfig:
         """As KVCacheConfigurator, with our split; ``--max-total-tokens`` caps the full pool."""
@@ -149,7 +154,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
             full_rows=full_tokens + page,
             streaming_rows=streaming_tokens + sink_rows + page,
             staging_rows=self.lt_config.stage_limit(given.context_tokens),
-            scratch_rows=given.chunk_tokens,
+            scratch_rows=self._batch_tokens(),
             sink_base=streaming_tokens + page,
         )
 

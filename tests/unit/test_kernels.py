@@ -1,4 +1,4 @@
-"""Runs interpreted_kernels.py in a process of its own.
+"""Runs the interpreted_*kernels.py in a process of their own.
 
 Triton decides at its import whether kernels are interpreted. Set for the whole test run, the variable would
 also reach the servers that other tests start, and tests on a GPU.
@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_kernels_under_the_interpreter() -> None:
-    file = Path(__file__).with_name("interpreted_kernels.py")
+
+@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_dynamic_kernels.py"])
+def test_kernels_under_the_interpreter(name: str) -> None:
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(
         command,

@@ -1,0 +1,255 @@
+"""Plans a prefill of dynamic mode: which calls run, and the lists they read, for all layers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lt_sglang.attention.indices import sink_rows
+from lt_sglang.attention.kernels import SinkTiles
+from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
+from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.prefill_kernels import (
+    EVERY,
+    FULL_ONLY,
+    LAZY_ONLY,
+    Requests,
+    Tiles,
+    extend_lists,
+    list_pointers,
+    make_tiles,
+    tile_positions,
+)
+from lt_sglang.errors import LightTransferError
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
+    from lt_sglang.model_runner import LightTransferModelRunner
+
+LAZY, FULL = 0, 1
+
+
+@dataclass(frozen=True)
+class PagedCall:
+    """One planned paged call; every layer has lists of its own. pointers: int32 [L * bs + 1]."""
+
+    wrapper: Any
+    rows: torch.Tensor
+    pointers: torch.Tensor
+    requests: int
+
+    def run(
+        self, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, heads, dim] and float32 [tokens, heads], base 2."""
+        self.wrapper._paged_kv_indptr_buf = self.pointers[
+            layer * self.requests : (layer + 1) * self.requests + 1
+        ]
+        self.wrapper._paged_kv_indices_buf = self.rows
+        out: tuple[torch.Tensor, torch.Tensor] = self.wrapper.forward_return_lse(query, kv_cache, **options)
+        return out
+
+
+@dataclass(frozen=True)
+class PrefillMetadata:
+    """What the layers of one prefill share.
+
+    ragged: new tokens are attended ragged, cached ones by ``prefix`` (None: there are none). Else ``full``
+    and ``lazy`` are the two paged calls. undecided: some request is staged or decided in this prefill.
+    new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
+    stage_tiles: of the staged request, whose rows another one may still be read from until then.
+    banks: int32 [bs, L], of the decided requests. sink_rows: int [bs, w_sink], within a streaming bank.
+    """
+
+    plans: list[Prefill]
+    requests: Requests
+    ragged: bool
+    undecided: bool
+    new_tiles: Tiles
+    cut_tiles: Tiles
+    stage_tiles: Tiles
+    popped: torch.Tensor
+    banks: torch.Tensor
+    sink_rows: torch.Tensor
+    lazy_tiles: SinkTiles
+    prefix: PagedCall | None = None
+    full: PagedCall | None = None
+    lazy: PagedCall | None = None
+
+
+class PrefillPlanner:
+    """Makes the PrefillMetadata of a batch; host arithmetic and a few kernels, no waiting."""
+
+    def __init__(self, runner: LightTransferModelRunner, backend: DynamicFlashInferBackend) -> None:
+        self._runner = runner
+        self._backend = backend
+
+    def plan(self, forward_batch: ForwardBatch) -> PrefillMetadata:
+        """Plan every call of a prefill batch."""
+        state = self._backend.state
+        plans = self._runner.prefill_plans(forward_batch)
+        rows = forward_batch.req_pool_indices
+        device = rows.device
+        windows, tables = self._runner.windows(), self._runner.streaming_tables()
+        given = self._requests(plans, rows)
+        undecided = [plan.kind != Kind.DECIDED for plan in plans]
+        # Nothing of a decided request is out of its window yet: full attention is the same.
+        ragged = all(
+            late or plan.end <= windows.lazy_tokens for late, plan in zip(undecided, plans, strict=True)
+        )
+        if not ragged and any(undecided) and sum(plan.extend for plan in plans) > state.layout.scratch_rows:
+            raise LightTransferError(
+                f"prefill: a batch of {sum(plan.extend for plan in plans)} tokens does not fit the "
+                f"{state.layout.scratch_rows} scratch rows; lower --chunked-prefill-size"
+            )
+        block = tile_positions(state.arena.keys[0].numel())
+        new = [(index, plan.prefix, plan.end) for index, plan in enumerate(plans)]
+        cut = [
+            (index, 0 if plan.kind == Kind.DECIDE else plan.prefix, plan.end)
+            for index, plan in enumerate(plans)
+            if plan.kind == Kind.DECIDE or (ragged and plan.kind == Kind.DECIDED)
+        ]
+        stage = [run for run, plan in zip(new, plans, strict=True) if plan.kind == Kind.STAGE]
+        extends = [plan.extend for plan in plans]
+        prefixes = [plan.prefix for plan in plans]
+        banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
+        calls: dict[str, PagedCall] = {}
+        if ragged:
+            self._plan_ragged(extends)
+            if any(prefixes):
+                calls["prefix"] = self._call(FULL, plans, given, [0] * len(plans), prefixes, EVERY)
+        else:
+            before = windows.recent_tokens - 1
+            firsts = [max(prefix - before, 0) for prefix in prefixes]
+            ends = [plan.end for plan in plans]
+            calls["full"] = self._call(FULL, plans, given, [0] * len(plans), ends, FULL_ONLY)
+            calls["lazy"] = self._call(LAZY, plans, given, firsts, ends, LAZY_ONLY, window_left=before)
+        return PrefillMetadata(
+            plans=plans,
+            requests=given,
+            ragged=ragged,
+            undecided=any(undecided),
+            new_tiles=make_tiles(new, block, device),
+            cut_tiles=make_tiles(cut, block, device),
+            stage_tiles=make_tiles(stage, block, device),
+            popped=torch.empty(max(len(plans), 1), dtype=torch.int32, device=device),
+            banks=banks,
+            sink_rows=sink_rows(rows, tables, windows),
+            lazy_tiles=_decided_tiles(prefixes, extends, undecided, windows, device, ragged),
+            **calls,
+        )
+
+    def _requests(self, plans: list[Prefill], rows: torch.Tensor) -> Requests:
+        tables, device = self._runner.streaming_tables(), rows.device
+        facts: list[list[int]] = []
+        token = offset = deciding = 0
+        for plan in plans:
+            facts.append(
+                [
+                    plan.kind,
+                    plan.layer_set,
+                    plan.prefix,
+                    token,
+                    offset,
+                    deciding if plan.kind == Kind.DECIDE else -1,
+                ]
+            )
+            token += plan.extend
+            offset += plan.end
+            deciding += plan.kind == Kind.DECIDE
+        table = torch.tensor(facts, dtype=torch.int32).t().contiguous().to(device, non_blocking=True)
+        ends = torch.tensor([plan.end for plan in plans], dtype=torch.int64).to(device, non_blocking=True)
+        owner = torch.repeat_interleave(torch.arange(len(plans), device=device), ends, output_size=offset)
+        position = torch.arange(offset, device=device) - table[4].to(torch.int64)[owner]
+        # A copy: the scheduler may write the next batch's slots while this one runs.
+        full = tables.req_to_token[rows.to(torch.int64)[owner], position]
+        streaming = tables.full_to_streaming[full.to(torch.int64)].to(torch.int32)
+        return Requests(
+            kind=table[0],
+            layer_set=table[1],
+            prefix=table[2],
+            token=table[3],
+            offset=table[4],
+            sink_set=tables.row_of[rows.to(torch.int64)],
+            deciding=table[5],
+            full=full,
+            streaming=streaming,
+        )
+
+    def _plan_ragged(self, extends: list[int]) -> None:
+        updater = self._backend.indices_updater_prefill
+        indptr = _indptr(extends)
+        self._backend.prefill_wrapper_ragged.begin_forward(
+            indptr,
+            indptr,
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            q_data_type=updater.q_data_type,
+        )
+
+    def _call(
+        self,
+        which_wrapper: int,
+        plans: list[Prefill],
+        given: Requests,
+        firsts: list[int],
+        ends: list[int],
+        which: int,
+        window_left: int | None = None,
+    ) -> PagedCall:
+        state, updater = self._backend.state, self._backend.indices_updater_prefill
+        lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
+        device = given.kind.device
+        counts = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        pointers = list_pointers(state.sets.bank_of, given, counts, state.keep, which)
+        rows = extend_lists(
+            sum(lengths) * state.layout.layers,
+            pointers,
+            firsts,
+            ends,
+            given,
+            state.sets.bank_of,
+            self._runner.windows(),
+            state.layout,
+            which,
+        )
+        wrapper = self._backend.prefill_wrappers_paged[which_wrapper]
+        window = {} if window_left is None else {"window_left": window_left}
+        # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
+        wrapper.begin_forward(
+            _indptr([plan.extend for plan in plans]),
+            _indptr(lengths),
+            rows[:1],
+            torch.ones(len(plans), dtype=torch.int32),
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            1,
+            causal=which != EVERY,
+            q_data_type=updater.q_data_type,
+            kv_data_type=updater.data_type,
+            non_blocking=True,
+            **window,
+        )
+        return PagedCall(wrapper, rows, pointers, len(plans))
+
+
+def _decided_tiles(
+    prefixes: list[int], extends: list[int], undecided: list[bool], windows: Any, device: Any, ragged: bool
+) -> SinkTiles:
+    """Tiles of every query of the decided requests; none if there is no windowed call."""
+    if ragged:
+        return SinkTiles([], device)
+    runs = make_sink_tiles(prefixes, extends, windows, "cpu", every=True).runs
+    return SinkTiles([run for run in runs if not undecided[run[0]]], device)
+
+
+def _indptr(lengths: list[int]) -> torch.Tensor:
+    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    indptr[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return indptr

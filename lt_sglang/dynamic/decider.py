@@ -1,0 +1,247 @@
+"""Scores the layers of a prefill's deciding requests and lets them enter their queues, on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lt_sglang.dynamic import kernels
+from lt_sglang.dynamic.evidence import selected_positions, single_evidence
+from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.state import DynamicState
+from lt_sglang.dynamic.tails import LastQueries
+from lt_sglang.selection.evidence import Evidence
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from lt_sglang.attention.dynamic_prefill import PrefillMetadata
+
+
+class Decider:
+    """The decisions of one prefill at a time: ``begin`` it, then ``decide`` layer by layer, in order.
+
+    Requests prefilled in one chunk are scored together, straight from the batch. The one whose earlier chunks
+    were staged is scored by itself, from gathered queries and keys.
+    """
+
+    def __init__(self, state: DynamicState) -> None:
+        self._state = state
+        self._together: _Together | None = None
+        self._alone: list[tuple[int, Prefill, _Gathered]] = []
+        self._staged: list[tuple[Prefill, int]] = []
+        self._deciding = 0
+        self._sets = torch.empty(0)
+
+    def begin(self, prefill: PrefillMetadata) -> None:
+        """Find the rows that the scores of this prefill read; the same for all layers."""
+        device = prefill.popped.device
+        direct: list[tuple[Prefill, int]] = []
+        order: list[Prefill] = []
+        alone: list[tuple[Prefill, int, int]] = []
+        self._staged = []
+        token = offset = 0
+        for plan in prefill.plans:
+            if plan.kind == Kind.STAGE:
+                self._staged.append((plan, token))
+            elif plan.kind == Kind.DECIDE:
+                order.append(plan)
+                if plan.prefix:
+                    alone.append((plan, token, offset))
+                else:
+                    direct.append((plan, token))
+            token += plan.extend
+            offset += plan.end
+        self._deciding = len(order)
+        if not order:
+            return
+        sets = [plan.layer_set for plan in order]
+        self._sets = torch.tensor(sets, dtype=torch.int32).to(device, non_blocking=True)
+        positions = [order.index(plan) for plan, _ in direct]
+        self._together = _Together(self._state, direct, positions, device) if direct else None
+        self._alone = [
+            (order.index(plan), plan, _Gathered(self._state, plan, token, offset, prefill, device))
+            for plan, token, offset in alone
+        ]
+
+    def decide(
+        self,
+        prefill: PrefillMetadata,
+        layer: RadixAttention,
+        query: torch.Tensor,
+        attention: torch.Tensor,
+        lse: torch.Tensor | None,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        forward_batch: Any,
+    ) -> None:
+        """Score one layer and pop what its queues have no room for; writes ``prefill.popped``."""
+        if not self._staged and not self._deciding:
+            return
+        assert lse is not None
+        state, number = self._state, layer.layer_id
+        hidden = state.hidden(forward_batch, len(query))
+        if self._deciding:
+            self._decide(prefill, layer, query, attention, lse, k, v, hidden)
+        for plan, token in self._staged:  # after the one whose own earlier queries are kept there
+            chunk = _chunk(query, attention, lse, hidden, token, plan.extend, state.tails.count)
+            state.tails.keep(number, chunk, first=plan.prefix == 0)
+
+    def _decide(
+        self,
+        prefill: PrefillMetadata,
+        layer: RadixAttention,
+        query: torch.Tensor,
+        attention: torch.Tensor,
+        lse: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        state, number = self._state, layer.layer_id
+        score = torch.empty(self._deciding, dtype=torch.float32, device=query.device)
+        if self._together is not None:
+            evidence = self._together.evidence(layer, query, attention, lse, k, v, hidden)
+            found = state.score.laziness(evidence)
+            if self._alone:
+                score[self._together.where] = found
+            else:
+                score = found
+        for index, plan, gathered in self._alone:
+            chunk = _chunk(query, attention, lse, hidden, gathered.token, plan.extend, plan.last_queries)
+            last = state.tails.join(number, chunk, plan.last_queries)
+            keys, values = gathered.selected(number, k, v)
+            evidence = single_evidence(
+                state, plan, number, last, keys, values, gathered.positions, layer.scaling
+            )
+            score[index : index + 1] = state.score.laziness(evidence)
+        kernels.queue_step(
+            state.sets.bank_of,
+            state.sets.laziness,
+            self._sets,
+            score,
+            prefill.popped,
+            number,
+            state.keep,
+        )
+        if number == state.layout.layers - 1:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._state.config.check_tables:
+            self._state.check_tables(self._sets.to(torch.int64))
+        if self._alone and not self._staged:
+            self._state.tails.clear()
+        self._together, self._alone = None, []
+
+
+class _Together:
+    """Requests whose whole prompt is in this batch."""
+
+    def __init__(
+        self, state: DynamicState, direct: list[tuple[Prefill, int]], where: list[int], device: Any
+    ) -> None:
+        self._state = state
+        config = state.config
+        queries = max(plan.last_queries for plan, _ in direct)
+        keys = [selected_positions(plan.end, config.sink_tokens, config.recent_tokens) for plan, _ in direct]
+        widest = max(map(len, keys))
+        table = []
+        for (plan, token), positions in zip(direct, keys, strict=True):
+            first = plan.end - plan.last_queries
+            absent = [-1] * (queries - plan.last_queries)
+            missing = [-1] * (widest - len(positions))
+            last = list(range(first, plan.end))
+            table.append(
+                (
+                    [token + p for p in last] + absent,
+                    last + absent,
+                    [token + p for p in positions] + missing,
+                    positions + missing,
+                )
+            )
+        columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*table, strict=True)]
+        moved = [column.to(device, non_blocking=True) for column in columns]
+        self._query_rows, self._query_positions, self._key_rows, self._key_positions = moved
+        self.where = torch.tensor(where, dtype=torch.int64).to(device, non_blocking=True)
+
+    def evidence(
+        self,
+        layer: RadixAttention,
+        query: torch.Tensor,
+        attention: torch.Tensor,
+        lse: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> Evidence:
+        ranks = self._state.ranks
+        return Evidence(
+            query=query,
+            attention=attention,
+            lse=lse,
+            keys=k,
+            values=v,
+            query_rows=self._query_rows,
+            query_positions=self._query_positions,
+            key_rows=self._key_rows,
+            key_positions=self._key_positions,
+            scale=layer.scaling,
+            heads=ranks.heads,
+            total_heads=ranks.total_heads,
+            hidden=hidden,
+            project=self._state.projections.get(layer.layer_id),
+            reduce=ranks.reduce,
+            reduce_max=ranks.reduce_max,
+        )
+
+
+class _Gathered:
+    """The selected keys of a request whose earlier chunks are staged."""
+
+    def __init__(
+        self,
+        state: DynamicState,
+        plan: Prefill,
+        token: int,
+        offset: int,
+        prefill: PrefillMetadata,
+        device: Any,
+    ) -> None:
+        self._state = state
+        self.token = token
+        config = state.config
+        positions = selected_positions(plan.end, config.sink_tokens, config.recent_tokens)
+        self.positions = torch.tensor(positions, dtype=torch.int32).to(device, non_blocking=True)
+        before = [p for p in positions if p < plan.prefix]
+        after = [token + p - plan.prefix for p in positions if p >= plan.prefix]
+        self._before = torch.tensor(before, dtype=torch.int64).to(device, non_blocking=True)
+        self._after = torch.tensor(after, dtype=torch.int64).to(device, non_blocking=True)
+        self._slots = prefill.requests.full[offset : offset + plan.end].to(torch.int64)[self._before]
+
+    def selected(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[S, kv heads, dim] K and V at ``positions``."""
+        layout, arena = self._state.layout, self._state.arena
+        if layer < layout.full_banks:
+            rows = self._slots + layout.bank_start(layer)
+        else:
+            rows = self._before + layout.staging_bank_start(layer)
+        kv_dtype = self._state.kv_dtype
+        old_k = arena.keys[rows].view(kv_dtype).to(k.dtype)
+        old_v = arena.values[rows].view(kv_dtype).to(v.dtype)
+        return torch.cat([old_k, k[self._after]]), torch.cat([old_v, v[self._after]])
+
+
+def _chunk(
+    query: torch.Tensor,
+    attention: torch.Tensor,
+    lse: torch.Tensor,
+    hidden: torch.Tensor | None,
+    token: int,
+    extend: int,
+    count: int,
+) -> LastQueries:
+    """The last queries of one request of the batch, as views."""
+    last = slice(token + max(extend - count, 0), token + extend)
+    return LastQueries(query[last], attention[last], lse[last], None if hidden is None else hidden[last])

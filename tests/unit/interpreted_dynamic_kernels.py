@@ -1,0 +1,397 @@
+"""lt_sglang.dynamic's kernels under Triton's interpreter, against plain loops; test_kernels.py runs this."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_reference
+from lt_sglang.attention.kernels import Banks, make_tiles, merge_sinks
+from lt_sglang.dynamic import kernels, prefill_kernels
+from lt_sglang.dynamic.decide import queue_step
+from lt_sglang.dynamic.layer_sets import banks as banks_of
+from lt_sglang.dynamic.layout import BankLayout
+from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.prefill_kernels import EVERY, FULL_ONLY, LAZY_ONLY, Requests
+
+LAYERS, KEEP = 7, 3
+SINK, RECENT = 4, 12
+FULL, STREAMING, SETS = 300, 120, 5
+WINDOWS = Windows(SINK, RECENT, sink_base=STREAMING + 1)
+LAYOUT = BankLayout(
+    full_banks=KEEP,
+    streaming_banks=LAYERS - KEEP,
+    full_rows=FULL + 1,
+    streaming_rows=STREAMING + 1 + SETS * SINK,
+    staging_rows=90,
+    scratch_rows=128,
+    sink_base=STREAMING + 1,
+)
+
+
+def test_kernels_are_interpreted_here() -> None:
+    assert type(kernels._decode_lists).__name__ == "InterpretedFunction"
+
+
+class World:
+    """Requests of given lengths with random slots, sink sets and layer sets."""
+
+    def __init__(self, rng: random.Random, lengths: list[int]) -> None:
+        self.lengths = lengths
+        count = len(lengths)
+        self.rows = torch.tensor(rng.sample(range(1, 20), count), dtype=torch.int64)
+        slots = iter(rng.sample(range(1, FULL + 1), sum(lengths)))
+        streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
+        self.req_to_token = torch.zeros((20, 256), dtype=torch.int32)
+        self.full_to_streaming = torch.zeros(FULL + 2, dtype=torch.int64)
+        self.row_of = torch.full((20,), -1, dtype=torch.int32)
+        for index, (row, length) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
+            taken = [next(slots) for _ in range(length)]
+            self.req_to_token[row, :length] = torch.tensor(taken, dtype=torch.int32)
+            if index < SETS and rng.random() < 0.7:
+                self.row_of[row] = index
+            for position, slot in enumerate(taken):
+                sink = position < SINK and self.row_of[row] < 0
+                if sink or position >= length - RECENT - 3:
+                    self.full_to_streaming[slot] = next(streaming)
+        self.bank_of = torch.full((12, LAYERS), -1, dtype=torch.int32)
+        self.set_of = torch.zeros(20, dtype=torch.int32)
+        sets = rng.sample(range(12), count)
+        for row, chosen in zip(self.rows.tolist(), sets, strict=True):
+            lazy = sorted(rng.sample(range(LAYERS), LAYERS - KEEP))
+            table = banks_of(lazy, LAYERS)
+            self.bank_of[chosen] = torch.tensor(table, dtype=torch.int32)
+            self.set_of[row] = chosen
+        self.tables = StreamingTables(self.req_to_token, self.full_to_streaming, self.row_of)
+
+    def full(self, index: int) -> list[int]:
+        return self.req_to_token[self.rows[index], : self.lengths[index]].tolist()
+
+    def bank(self, index: int, layer: int) -> int:
+        return int(self.bank_of[self.set_of[self.rows[index]], layer])
+
+    def streaming(self, index: int) -> list[int]:
+        return [int(self.full_to_streaming[slot]) for slot in self.full(index)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decode_lists(seed: int) -> None:
+    rng = random.Random(seed)
+    world = World(rng, [1, rng.randint(2, 15), 16, 17, rng.randint(18, 90), 40])
+    lengths = torch.tensor(world.lengths)
+    count = len(lengths)
+    pointers = torch.full((LAYERS * count + 1,), -9, dtype=torch.int32)
+    kernels.decode_pointers(pointers, world.bank_of, world.set_of, world.rows, lengths, KEEP, WINDOWS)
+    out = torch.full((int(pointers[-1]) + 5,), -9, dtype=torch.int32)
+    kernels.decode_lists(
+        out, pointers, world.bank_of, world.set_of, world.rows, lengths, 90, world.tables, WINDOWS, LAYOUT
+    )
+    short = decode_rows_reference(world.rows, lengths, world.tables, WINDOWS).to(torch.int64)
+    lazy = short.split(lengths.clamp(max=SINK + RECENT).tolist())
+    at = 0
+    for layer in range(LAYERS):
+        for index in range(count):
+            bank = world.bank(index, layer)
+            rows = world.full(index) if bank < KEEP else lazy[index].tolist()
+            expected = [LAYOUT.bank_start(bank) + row for row in rows]
+            assert int(pointers[layer * count + index]) == at
+            assert out[at : at + len(rows)].tolist() == expected, (layer, index)
+            at += len(rows)
+    assert int(pointers[-1]) == at
+    assert (out[at:] == -9).all()
+
+
+def test_write_rows_and_store() -> None:
+    rng = random.Random(7)
+    world = World(rng, [5, 30, 1])
+    full = torch.tensor([world.full(i)[-1] for i in range(3)] + [0])
+    streaming = torch.tensor([world.streaming(i)[-1] for i in range(3)] + [0])
+    rows = torch.cat([world.rows, torch.tensor([0])])
+    world.bank_of[0] = torch.tensor(banks_of([0, 1, 2, 3], LAYERS), dtype=torch.int32)
+    out = torch.full((LAYERS, 6), -9, dtype=torch.int32)
+    kernels.write_rows(out, world.bank_of, world.set_of, rows, full, streaming, LAYOUT)
+    for layer in range(LAYERS):
+        for index in range(4):
+            bank = int(world.bank_of[world.set_of[rows[index]], layer])
+            slot = int(full[index] if bank < KEEP else streaming[index])
+            assert int(out[layer, index]) == LAYOUT.bank_start(bank) + slot
+    assert (out[:, 4:] == -9).all()
+    keys, values = torch.zeros(50, 2, 3), torch.zeros(50, 2, 3)
+    wide = torch.randn(4, 20)
+    k, v = wide[:, 2:8].view(4, 2, 3), wide[:, 9:15].view(4, 2, 3)
+    where = torch.tensor([7, 3, 49, 0], dtype=torch.int32)
+    kernels.store_rows(keys, values, where, k, v)
+    assert torch.equal(keys[where.long()], k) and torch.equal(values[where.long()], v)
+    assert int((keys != 0).any(2).any(1).sum()) == 4
+
+
+def test_queue_step_equals_torch() -> None:
+    rng = random.Random(3)
+    for _ in range(30):
+        ours, theirs = (torch.full((9, LAYERS), -1, dtype=torch.int32) for _ in range(2))
+        a, b = torch.zeros(9, LAYERS), torch.zeros(9, LAYERS)
+        sets = torch.tensor(rng.sample(range(9), 4))
+        popped = torch.zeros(6, dtype=torch.int32)
+        for layer in range(LAYERS):
+            values = [0.1, 0.2, 0.3, float("nan"), float("-inf")]
+            score = torch.tensor([rng.choice(values) for _ in range(4)])
+            kernels.queue_step(ours, a, sets.to(torch.int32), score, popped, layer, KEEP)
+            b[sets, layer] = score
+            expected = queue_step(theirs, b, sets, layer, KEEP)
+            assert popped[:4].tolist() == expected.tolist()
+            assert torch.equal(ours, theirs)
+        for chosen in sets.tolist():
+            assert sorted(ours[chosen].tolist()) == list(range(LAYERS)), "every bank has one owner"
+
+
+@dataclass
+class Chunk:
+    """A prefill batch over a world; the facts the kernels get."""
+
+    world: World
+    plans: list[Prefill]
+
+    def requests(self) -> Requests:
+        facts: list[list[int]] = []
+        token = offset = deciding = 0
+        for plan in self.plans:
+            number = deciding if plan.kind == Kind.DECIDE else -1
+            facts.append([int(plan.kind), plan.layer_set, plan.prefix, token, offset, number])
+            token, offset, deciding = token + plan.extend, offset + plan.end, deciding + (number >= 0)
+        table = torch.tensor(facts, dtype=torch.int32).t().contiguous()
+        full = [slot for index in range(len(self.plans)) for slot in self.world.full(index)]
+        streaming = [slot for index in range(len(self.plans)) for slot in self.world.streaming(index)]
+        sink = self.world.row_of[self.world.rows]
+        slots = (torch.tensor(full, dtype=torch.int32), torch.tensor(streaming, dtype=torch.int32))
+        return Requests(table[0], table[1], table[2], table[3], table[4], sink, table[5], *slots)
+
+
+def chunk(seed: int, short: bool) -> Chunk:
+    rng = random.Random(seed)
+    shapes = [(0, 30), (20, 45), (33, 50), (10, 26), (0, 9)]
+    kinds = [Kind.DECIDE, Kind.DECIDE, Kind.STAGE, Kind.DECIDED, Kind.DECIDED]
+    if short:  # decided requests that have not left their windows
+        shapes[3] = (9, 15)
+    world = World(rng, [end for _, end in shapes])
+    plans = []
+    for index, ((prefix, end), kind) in enumerate(zip(shapes, kinds, strict=True)):
+        row = int(world.rows[index])
+        plans.append(Prefill(kind, row, int(world.set_of[row]), prefix, end - prefix))
+    return Chunk(world, plans)
+
+
+def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bool) -> int:
+    """Where a position is before it is decided upon, in the order of dynamic/layout.py."""
+    plan, world = case.plans[index], case.world
+    if plan.kind == Kind.DECIDED:
+        bank = world.bank(index, layer)
+        slot = world.full(index)[position] if bank < KEEP else world.streaming(index)[position]
+        return LAYOUT.bank_start(bank) + slot
+    if layer < KEEP:
+        return LAYOUT.bank_start(layer) + world.full(index)[position]
+    if scratch and position >= plan.prefix:
+        before = sum(other.extend for other in case.plans[:index])
+        return LAYOUT.scratch_start + before + position - plan.prefix
+    return LAYOUT.staging_bank_start(layer) + position
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_extend_lists(seed: int) -> None:
+    case = chunk(seed, short=False)
+    given, count = case.requests(), len(case.plans)
+    ends = [plan.end for plan in case.plans]
+    firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
+    for which, begin in ((FULL_ONLY, [0] * count), (LAZY_ONLY, firsts)):
+        lengths = [end - first for first, end in zip(begin, ends, strict=True)]
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        pointers = prefill_kernels.list_pointers(case.world.bank_of, given, sizes, KEEP, which)
+        out = prefill_kernels.extend_lists(
+            sum(lengths) * LAYERS, pointers, begin, ends, given, case.world.bank_of, WINDOWS, LAYOUT, which
+        )
+        at = 0
+        for layer in range(LAYERS):
+            for index, plan in enumerate(case.plans):
+                full = plan.kind != Kind.DECIDED or case.world.bank(index, layer) < KEEP
+                positions = range(begin[index], ends[index]) if full == (which == FULL_ONLY) else range(0)
+                expected = [expected_row(case, index, layer, p, scratch=True) for p in positions]
+                assert int(pointers[layer * count + index]) == at
+                assert out[at : at + len(expected)].tolist() == expected, (which, layer, index)
+                at += len(expected)
+        assert int(pointers[-1]) == at
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prefix_lists(seed: int) -> None:
+    case = chunk(seed, short=True)
+    given, count = case.requests(), len(case.plans)
+    prefixes = [plan.prefix for plan in case.plans]
+    sizes = torch.tensor(prefixes, dtype=torch.int32)
+    pointers = prefill_kernels.list_pointers(case.world.bank_of, given, sizes, KEEP, EVERY)
+    out = prefill_kernels.extend_lists(
+        sum(prefixes) * LAYERS,
+        pointers,
+        [0] * count,
+        prefixes,
+        given,
+        case.world.bank_of,
+        WINDOWS,
+        LAYOUT,
+        EVERY,
+    )
+    at = 0
+    for layer in range(LAYERS):
+        for index, plan in enumerate(case.plans):
+            rows = [expected_row(case, index, layer, p, scratch=False) for p in range(plan.prefix)]
+            assert out[at : at + len(rows)].tolist() == rows, (layer, index)
+            at += len(rows)
+    assert int(pointers[-1]) == at
+
+
+def test_prefix_lists_read_sinks_that_left_the_window() -> None:
+    world = World(random.Random(5), [SINK + RECENT])
+    row = int(world.rows[0])
+    world.row_of[row] = 2
+    plan = Prefill(Kind.DECIDED, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
+    case = Chunk(world, [plan])
+    given, sizes = case.requests(), torch.tensor([plan.prefix], dtype=torch.int32)
+    pointers = prefill_kernels.list_pointers(world.bank_of, given, sizes, KEEP, EVERY)
+    out = prefill_kernels.extend_lists(
+        plan.prefix * LAYERS, pointers, [0], [plan.prefix], given, world.bank_of, WINDOWS, LAYOUT, EVERY
+    ).view(LAYERS, plan.prefix)
+    left = plan.prefix - RECENT
+    for layer in range(LAYERS):
+        bank = world.bank(0, layer)
+        if bank >= KEEP:
+            start = LAYOUT.bank_start(bank) + LAYOUT.sink_base + 2 * SINK
+            assert out[layer, :left].tolist() == list(range(start, start + left))
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_place(seed: int, ragged: bool) -> None:
+    """Two requests are decided, one is staged, two were decided before; every layer in turn."""
+    case = chunk(seed, short=ragged)
+    world, plans, given = case.world, case.plans, case.requests()
+    rng = random.Random(seed + 100)
+    arena_k = torch.arange(LAYOUT.total_rows * 6, dtype=torch.float32).view(-1, 2, 3).contiguous()
+    arena_v = -arena_k
+    tokens = sum(plan.extend for plan in plans)
+    new = [(i, plan.prefix, plan.end) for i, plan in enumerate(plans)]
+    cut = [
+        (i, 0 if plan.kind == Kind.DECIDE else plan.prefix, plan.end)
+        for i, plan in enumerate(plans)
+        if plan.kind == Kind.DECIDE or (ragged and plan.kind == Kind.DECIDED)
+    ]
+    stage = [run for run in new if plans[run[0]].kind == Kind.STAGE]
+    tiles = {
+        name: prefill_kernels.make_tiles(runs, 4, "cpu")
+        for name, runs in (("new", new), ("cut", cut), ("stage", stage))
+    }
+    deciding = [plan for plan in plans if plan.kind == Kind.DECIDE]
+    sets = torch.tensor([plan.layer_set for plan in deciding])
+    laziness = torch.zeros(world.bank_of.shape)
+    popped = torch.full((len(plans),), -1, dtype=torch.int32)
+    for layer in range(LAYERS):
+        k, v = torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3)
+        want_k, want_v = arena_k.clone(), arena_v.clone()
+
+        def put(row: int, source_k: Any, source_v: Any, want=(want_k, want_v)) -> None:
+            want[0][row], want[1][row] = source_k, source_v
+
+        def run(name: str, keys=(k, v), number=layer, **phases: bool) -> None:
+            flags = {"before": False, "after": False, "scratch": False, **phases}
+            prefill_kernels.place(
+                arena_k,
+                arena_v,
+                *keys,
+                number,
+                tiles[name],
+                popped,
+                world.bank_of,
+                given,
+                WINDOWS,
+                LAYOUT,
+                **flags,
+            )
+
+        token = [sum(plan.extend for plan in plans[:i]) for i in range(len(plans))]
+        source: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, plan in enumerate(plans):
+            fresh = slice(token[index], token[index] + plan.extend)
+            old_k, old_v = torch.empty(0, 2, 3), torch.empty(0, 2, 3)
+            if plan.prefix and layer >= KEEP:
+                start = LAYOUT.staging_bank_start(layer)
+                old_k = arena_k[start : start + plan.prefix].clone()
+                old_v = arena_v[start : start + plan.prefix].clone()
+            else:
+                old_k, old_v = torch.zeros(plan.prefix, 2, 3), torch.zeros(plan.prefix, 2, 3)
+            source[index] = (torch.cat([old_k, k[fresh]]), torch.cat([old_v, v[fresh]]))
+            early = plan.kind == Kind.DECIDED or layer < KEEP or not ragged
+            for position in range(plan.prefix, plan.end):
+                if early:
+                    row = expected_row(case, index, layer, position, scratch=True)
+                    put(row, source[index][0][position], source[index][1][position])
+        if not ragged:
+            run("new", before=True, scratch=True)
+            assert torch.equal(arena_k, want_k) and torch.equal(arena_v, want_v)
+        elif layer < KEEP:
+            run("new", before=True)
+        laziness[sets, layer] = torch.tensor([rng.random() for _ in deciding])
+        popped[: len(deciding)] = queue_step(world.bank_of, laziness, sets, layer, KEEP).to(torch.int32)
+        if layer >= KEEP:
+            for index, plan in enumerate(plans):
+                streaming, full = world.streaming(index), world.full(index)
+                if plan.kind == Kind.DECIDE:
+                    gone = int(popped[deciding.index(plan)])
+                    bank = world.bank(index, layer)
+                    cut_k, cut_v = (tensor.clone() for tensor in source[index])
+                    if gone != layer:
+                        rows = LAYOUT.bank_start(bank) + torch.tensor(full)
+                        cut_k, cut_v = arena_k[rows].clone(), arena_v[rows].clone()
+                        for position, row in enumerate(rows.tolist()):
+                            put(row, source[index][0][position], source[index][1][position])
+                    start = LAYOUT.bank_start(layer)
+                    for position, slot in enumerate(streaming):
+                        if slot:
+                            put(start + slot, cut_k[position], cut_v[position])
+                    sink_set = int(world.row_of[world.rows[index]])
+                    for position in range(SINK if sink_set >= 0 else 0):
+                        row = start + LAYOUT.sink_base + sink_set * SINK + position
+                        put(row, cut_k[position], cut_v[position])
+                elif plan.kind == Kind.STAGE:
+                    for position in range(plan.prefix, plan.end):
+                        row = LAYOUT.staging_bank_start(layer) + position
+                        put(row, source[index][0][position], source[index][1][position])
+            run("cut", before=ragged, after=True)
+            run("stage", after=True)
+        assert torch.equal(arena_k, want_k) and torch.equal(arena_v, want_v), layer
+
+
+def test_merge_sinks_leaves_full_requests_alone() -> None:
+    """With banks, only requests that are lazy in this layer get the windowed output and their sinks."""
+    torch.manual_seed(2)
+    prefixes, extends = [30, 0, 40], [5, 9, 6]
+    of = torch.tensor([[0, KEEP + 1], [0, 1], [0, KEEP]], dtype=torch.int32)[:, 1]
+    tokens, heads = sum(extends), 2
+    keys, values = torch.randn(LAYOUT.total_rows, 1, 16), torch.randn(LAYOUT.total_rows, 1, 16)
+    query, out, window = (torch.randn(tokens, heads, 16) for _ in range(3))
+    lse = torch.randn(tokens, heads)
+    rows = torch.randint(1, STREAMING, (3, SINK))
+    tiles = make_tiles(prefixes, extends, WINDOWS, "cpu", every=True)
+    untouched = out.clone()
+    banks = Banks(of, KEEP, LAYOUT.streaming_start, LAYOUT.streaming_rows)
+    merge_sinks(out, lse, query, keys, values, rows, tiles, WINDOWS, 0.25, window=window, banks=banks)
+    assert torch.equal(out[5:14], untouched[5:14])
+    for index, where in ((0, range(0, 5)), (2, range(14, 20))):
+        start = LAYOUT.bank_start(int(of[index]))
+        k, v = keys[start + rows[index], 0], values[start + rows[index], 0]
+        for offset, token in enumerate(where):
+            seen = prefixes[index] + offset - torch.arange(SINK) >= RECENT
+            scores = torch.where(seen, query[token] @ k.T * 0.25, -torch.inf)
+            weights = torch.softmax(torch.cat([lse[token, :, None] / 1.4426950408889634, scores], 1), 1)
+            expected = weights[:, :1] * window[token] + weights[:, 1:] @ v
+            torch.testing.assert_close(out[token], expected, atol=1e-4, rtol=1e-4)
