@@ -7,22 +7,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.config import CONFIG_KEY, MODES, LightTransferConfig, format_layers, parse_layers
+from lt_sglang.config import (
+    CHOICES,
+    CONFIG_KEY,
+    DECIDE,
+    DYNAMIC_FIELDS,
+    MODES,
+    SCORES,
+    LightTransferConfig,
+    format_layers,
+    parse_layers,
+)
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_known
 
 HALF = "half"
 
-OPTIONS_HELP = """\
+OPTIONS_HELP = f"""\
 lazy layers:
   --lt-lazy-layers LIST     layers that keep sink + recent tokens only: 5-24,26 or none, or half (every second
                             layer: for demonstrations, it costs quality)
   --lt-config FILE.json     read the configuration from a file
-  --lt-mode static          the same layers for every request
+  --lt-mode static|dynamic  the same layers for every request (default), or found in each request's prefill
   --lt-sink-tokens N        first tokens a lazy layer keeps (default 4)
   --lt-recent-tokens N      most recent tokens it keeps, the query's own included (default 1020)
   --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory
   --lt-expected-output-tokens N   how many of them are output
+dynamic mode only:
+  --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5)
+  --lt-score NAME           {", ".join(SCORES)};
+                            or a list that does not look at the prompt: {", ".join(CHOICES)}
+  --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill
+                            chunk; later chunks are then cheaper
+  --lt-staging-tokens N     longest undecided prefix between chunks (default: the expected tokens)
+  --lt-check-tables on|off  compare all ranks' decisions after every prefill (debugging)
   Each of them replaces one value. What is not given comes from --lt-config, else from the key 'lighttransfer'
   of --json-model-override-args, else of the model's config.json, else from the known models
   (lt-sglang models)."""
@@ -39,6 +57,11 @@ class LtOptions:
     recent_tokens: int | None = None
     expected_tokens: int | None = None
     expected_output_tokens: int | None = None
+    keep: int | float | None = None
+    score: str | None = None
+    decide: str | None = None
+    staging_tokens: int | None = None
+    check_tables: bool | None = None
 
     def given(self) -> list[str]:
         """The flags given, in the order above."""
@@ -94,7 +117,8 @@ def resolve_config(
     base = _base(options, model_path, model_config, overrides)
     changes: dict[str, Any] = {
         name: value
-        for name in ("mode", "sink_tokens", "recent_tokens", "expected_tokens", "expected_output_tokens")
+        for name in LtOptions.__dataclass_fields__
+        if name not in ("lazy_layers", "config")
         if (value := getattr(options, name)) is not None
     }
     num_layers = layer_count(model_config) if model_config is not None else None
@@ -106,6 +130,12 @@ def resolve_config(
         changes["lazy_layers"] = tuple(range(1, num_layers, 2))
     elif options.lazy_layers is not None:
         changes["lazy_layers"] = parse_layers(options.lazy_layers)
+    dynamic = changes.get("mode", base.mode if base is not None else "static") == "dynamic"
+    for name in DYNAMIC_FIELDS:
+        if name in changes and not dynamic:
+            raise LightTransferError(f"--lt-{name.replace('_', '-')}: only with --lt-mode dynamic")
+    if dynamic and "lazy_layers" not in changes and not (base is not None and base.dynamic):
+        changes["lazy_layers"] = ()  # a static list says nothing of short prompts
     if base is None and "lazy_layers" not in changes:
         if model_config is None and not changes:
             return None
@@ -117,9 +147,7 @@ def resolve_config(
         flags = ", ".join(flag for flag in options.given() if flag != "--lt-config")
         changes["source"] = f"{base.source}, with {flags}" if base is not None else flags
     config = replace(base, **changes) if base is not None else LightTransferConfig(**changes)
-    if num_layers is not None:
-        config.check_model(num_layers)
-    return config
+    return config if num_layers is None else config.settle(num_layers)
 
 
 def layer_count(model_config: Mapping[str, Any]) -> int | None:
@@ -132,6 +160,12 @@ def layer_count(model_config: Mapping[str, Any]) -> int | None:
 def describe(config: LightTransferConfig) -> str:
     """One line for people."""
     expected = f", {config.expected_tokens} tokens expected" if config.expected_tokens else ""
+    if config.dynamic:
+        return (
+            f"dynamic: each request keeps {config.keep} layers full, found by {config.score} at its "
+            f"{config.decide.replace('-', ' ')}; {config.sink_tokens} sink + {config.recent_tokens} recent "
+            f"tokens{expected}; from {config.source}"
+        )
     return (
         f"{len(config.lazy_layers)} lazy layers ({short_layers(config.lazy_layers)}), "
         f"{config.sink_tokens} sink + {config.recent_tokens} recent tokens{expected}; from {config.source}"
@@ -170,14 +204,31 @@ def _base(
     return known.config if known is not None else None
 
 
-def _typed(flag: str, name: str, value: str) -> str | int:
+def _keep(flag: str, value: str) -> int | float:
+    if value.isdecimal() and int(value) >= 1:
+        return int(value)
+    try:
+        share = float(value)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise LightTransferError(f"{flag}: {value!r} is neither a number of layers nor a share such as 0.5")
+    return share
+
+
+def _typed(flag: str, name: str, value: str) -> str | int | float:
     if name.endswith("_tokens"):
         low = 0 if name in ("sink_tokens", "expected_output_tokens") else 1
         if not value.isdecimal() or int(value) < low:
             raise LightTransferError(f"{flag}: {value!r} is not an integer from {low}")
         return int(value)
-    if name == "mode" and value not in MODES:
-        raise LightTransferError(f"{flag}: {value!r} is not one of {', '.join(MODES)}")
+    allowed = {"mode": MODES, "score": (*SCORES, *CHOICES), "decide": DECIDE, "check_tables": ("on", "off")}
+    if name in allowed and value not in allowed[name]:
+        raise LightTransferError(f"{flag}: {value!r} is not one of {', '.join(allowed[name])}")
+    if name == "check_tables":
+        return value == "on"
+    if name == "keep":
+        return _keep(flag, value)
     if name == "lazy_layers" and value != HALF:
         parse_layers(value)
     return value

@@ -68,7 +68,7 @@ def plan_lengths(deployment: Deployment, args: argparse.Namespace) -> list[Lengt
 def _model(args: argparse.Namespace, options: LtOptions) -> tuple[ModelShape, LightTransferConfig]:
     if args.shape is not None:
         shape = SHAPES[args.shape]
-        if options.lazy_layers is None and options.config is None:
+        if options.lazy_layers is None and options.config is None and options.mode != "dynamic":
             options = replace(options, lazy_layers=HALF)
         config = resolve_config(options, shape.name, {"num_hidden_layers": shape.layers}, {})
     else:

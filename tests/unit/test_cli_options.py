@@ -53,12 +53,17 @@ def test_every_option() -> None:
         "recent_tokens": 2,
         "expected_tokens": 3,
         "expected_output_tokens": 0,
+        "keep": 5,
+        "score": "squeeze",
+        "decide": "first-chunk",
+        "staging_tokens": 7,
+        "check_tables": "on",
     }
     flags = [f"--lt-{name.replace('_', '-')}" for name in expected]
     taken = options(
         *(part for flag, value in zip(flags, expected.values(), strict=True) for part in (flag, str(value)))
     )
-    assert vars(taken) == expected
+    assert vars(taken) == {**expected, "check_tables": True}
     assert taken.given() == flags
 
 
@@ -72,7 +77,14 @@ def test_every_option() -> None:
         (["--lt-lazy-layers", "--port"], "--lt-lazy-layers: a value is missing"),
         (["--lt-lazy-layers", "5-x"], "lazy_layers: '5-x'"),
         (["--lt-lazy-layers", "1", "--lt-lazy-layers=2"], "--lt-lazy-layers: given twice"),
-        (["--lt-mode", "dynamic"], "--lt-mode: 'dynamic' is not one of static"),
+        (["--lt-mode", "lazy"], "--lt-mode: 'lazy' is not one of static, dynamic"),
+        (["--lt-keep", "0"], "--lt-keep: '0' is neither a number of layers nor a share such as 0.5"),
+        (["--lt-keep", "1.0"], "--lt-keep: '1.0' is neither"),
+        (["--lt-keep", "half"], "--lt-keep: 'half' is neither"),
+        (["--lt-score", "mean"], "--lt-score: 'mean' is not one of lighttransfer, residual-error"),
+        (["--lt-decide", "later"], "--lt-decide: 'later' is not one of prompt, first-chunk"),
+        (["--lt-check-tables", "yes"], "--lt-check-tables: 'yes' is not one of on, off"),
+        (["--lt-staging-tokens", "0"], "--lt-staging-tokens: '0' is not an integer from 1"),
         (["--lt-sink-tokens", "-1"], "--lt-sink-tokens: '-1' is not an integer from 0"),
         (["--lt-recent-tokens", "0"], "--lt-recent-tokens: '0' is not an integer from 1"),
         (["--lt-recent-tokens", "1e3"], "--lt-recent-tokens: '1e3'"),
@@ -301,3 +313,33 @@ def test_unsupported_features(config: dict[str, Any], found: list[str]) -> None:
     names = unsupported_features(config)
     assert len(names) == len(found)
     assert all(part in name for part, name in zip(found, names, strict=True))
+
+
+@pytest.mark.parametrize("flag", ["--lt-keep=0.5", "--lt-score=squeeze", "--lt-staging-tokens=9"])
+def test_dynamic_options_need_dynamic_mode(flag: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        resolve_config(options("--lt-lazy-layers=1", flag), "m", PLAIN, {})
+    assert str(caught.value) == f"{flag.partition('=')[0]}: only with --lt-mode dynamic"
+
+
+def test_dynamic_mode_needs_no_list() -> None:
+    config = resolve_config(options("--lt-mode=dynamic", "--lt-keep=0.25"), "m", PLAIN, {})
+    assert config is not None and config.dynamic
+    assert config.keep == 2 and len(config.lazy_layers) == 6
+    assert describe(config).startswith("dynamic: each request keeps 2 layers full")
+
+
+def test_dynamic_mode_of_a_model_with_a_static_list() -> None:
+    """The list of another mode says nothing of short prompts; its windows stay."""
+    config = resolve_config(options("--lt-mode=dynamic"), QWQ, {"num_hidden_layers": 64}, {})
+    assert config is not None and config.dynamic and config.keep == 32
+    assert (config.sink_tokens, config.recent_tokens) == (129, 1025)
+    assert config.lazy_layers != load_config({}, {}, QWQ).lazy_layers
+
+
+def test_a_choice_that_ignores_the_prompt_is_a_static_list() -> None:
+    config = resolve_config(options("--lt-mode=dynamic", "--lt-score=pyramid", "--lt-keep=3"), "m", PLAIN, {})
+    assert config is not None and config.mode == "static"
+    assert config.lazy_layers == (3, 4, 5, 6, 7)
+    config = resolve_config(options("--lt-mode=dynamic", "--lt-score=all"), "m", PLAIN, {})
+    assert config is not None and config.lazy_layers == tuple(range(8))
