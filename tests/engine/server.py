@@ -77,11 +77,15 @@ class ServerSpec:
 
 @dataclass(frozen=True)
 class Reply:
-    """One finished request: its tokens, and how many of its prompt came from the prefix cache."""
+    """One finished request: its tokens, and how many of its prompt came from the prefix cache.
+
+    choice: in dynamic mode, what it was told of its layers if it asked.
+    """
 
     tokens: list[int]
     cached: int
     finish: str
+    choice: dict[str, Any] | None = None
 
 
 class Server:
@@ -138,23 +142,26 @@ class Server:
         except requests.ConnectionError as error:
             raise ServerFailed(f"{path}: {error}\n{self.log_tail()}") from error
 
-    def generate(self, prompt: Sequence[int], new_tokens: int, **body: Any) -> Reply:
-        """Greedy tokens after ``prompt``; exactly ``new_tokens`` of them."""
-        parameters = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    def generate(self, prompt: Sequence[int], new_tokens: int, *, ask: bool = False, **body: Any) -> Reply:
+        """Greedy tokens after ``prompt``; exactly ``new_tokens`` of them. ask: for the choice of layers."""
+        parameters: dict[str, Any] = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        if ask:
+            parameters["custom_params"] = {"lighttransfer": True}
         answer = self.post("/generate", {"input_ids": list(prompt), "sampling_params": parameters, **body})
         if answer.status_code != 200:
             raise ServerFailed(f"/generate: {answer.status_code} {answer.text}\n{self.log_tail()}")
         data = answer.json()
         meta = data["meta_info"]
+        (choice,) = meta.get("lighttransfer") or [None]
         # An aborted request reports no cached tokens.
-        return Reply(data["output_ids"], meta.get("cached_tokens", 0), meta["finish_reason"]["type"])
+        return Reply(data["output_ids"], meta.get("cached_tokens", 0), meta["finish_reason"]["type"], choice)
 
     def generate_all(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, clients: int = 16
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, clients: int = 16, ask: bool = False
     ) -> list[Reply]:
         """As ``generate``, each prompt a request of its own, up to ``clients`` at once."""
         with ThreadPoolExecutor(clients) as pool:
-            return list(pool.map(lambda prompt: self.generate(prompt, new_tokens), prompts))
+            return list(pool.map(lambda prompt: self.generate(prompt, new_tokens, ask=ask), prompts))
 
     def info(self) -> dict[str, Any]:
         """/server_info."""

@@ -31,6 +31,15 @@ TINY_POOL = ("--max-total-tokens", str(FULL_POOL), "--mem-fraction-static", "0.3
 # --max-total-tokens counts full layers, so a model that has none is sized by memory alone.
 BY_MEMORY = ("--mem-fraction-static", "0.1")
 
+SMOLLM2_FLAGS = (
+    "--chunked-prefill-size",
+    "2048",
+    "--max-total-tokens",
+    "8000",
+    "--mem-fraction-static",
+    "0.5",
+)
+
 # 32 running requests compete for 18 sink sets.
 REUSE_FLAGS = (
     *("--chunked-prefill-size", str(CHUNK)),
@@ -58,6 +67,10 @@ NO_RADIX = "mistral"
 REUSE = "llama-reuse"
 TENSOR_PARALLEL = "qwen2-tp2"
 SMOLLM2 = "smollm2"
+DYNAMIC = "dynamic"
+FIRST_CHUNK = "dynamic-first-chunk"
+DYNAMIC_TP = "dynamic-tp2"
+DYNAMIC_SMOLLM2 = "dynamic-smollm2"
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,45 @@ class LazyServer:
             "sink_tokens": self.sinks,
             "recent_tokens": self.recent,
             "expected_tokens": self.expected,
+        }
+        return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
+
+
+@dataclass(frozen=True)
+class DynamicServer:
+    """A server that finds each request's lazy layers, and what its reference needs.
+
+    keep: layers that keep full attention. default: lazy layers of short prompts. more: further keys of the
+    configuration.
+    """
+
+    name: str
+    model: Callable[[], Path]
+    keep: int
+    default: tuple[int, ...]
+    score: str
+    decide: str = "prompt"
+    sinks: int = 4
+    recent: int = 60
+    flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
+    tp: int = 1
+    expected: int = LONGEST_PROMPT + NEW_TOKENS
+    env: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ServerSpec:
+        """How to start it."""
+        lazy: dict[str, Any] = {
+            "mode": "dynamic",
+            "keep": self.keep,
+            "lazy_layers": list(self.default),
+            "score": self.score,
+            "decide": self.decide,
+            "sink_tokens": self.sinks,
+            "recent_tokens": self.recent,
+            "expected_tokens": self.expected,
+            **self.more,
         }
         return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
 
@@ -127,14 +179,58 @@ LAZY_SERVERS = {
             SMOLLM2_ODD,
             4,
             1020,
-            flags=(
-                "--chunked-prefill-size",
-                "2048",
-                "--max-total-tokens",
-                "8000",
-                "--mem-fraction-static",
-                "0.5",
-            ),
+            flags=SMOLLM2_FLAGS,
+            expected=6100,
+        ),
+    )
+}
+
+DYNAMIC_SERVERS = {
+    server.name: server
+    for server in (
+        # Sized so that nothing is retracted: a retracted request is decided a second time, unseen.
+        DynamicServer(
+            DYNAMIC,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "lighttransfer",
+            flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5"),
+            expected=1000,
+            more={"staging_tokens": LONGEST_PROMPT},
+        ),
+        DynamicServer(
+            FIRST_CHUNK,
+            partial(ensure_model, "qwen2_moe"),
+            2,
+            (0, 2, 3, 5),
+            "discarded-mass",
+            decide="first-chunk",
+            flags=(*REUSE_FLAGS, *TINY_POOL),
+            expected=640,
+            env=RESTLESS,
+        ),
+        DynamicServer(
+            DYNAMIC_TP,
+            ensure_smollm2,
+            15,
+            SMOLLM2_ODD,
+            "residual-error",
+            recent=252,
+            flags=SMOLLM2_FLAGS,
+            tp=2,
+            expected=2000,
+            env=OWN_NCCL_HOOK,
+            more={"check_tables": True},
+        ),
+        DynamicServer(
+            DYNAMIC_SMOLLM2,
+            ensure_smollm2,
+            15,
+            SMOLLM2_ODD,
+            "lighttransfer",
+            recent=1020,
+            flags=SMOLLM2_FLAGS,
             expected=6100,
         ),
     )
@@ -152,5 +248,5 @@ STOCK_SERVERS = {
 
 SERVERS: dict[str, ServerSpec] = {
     **STOCK_SERVERS,
-    **{name: server.spec for name, server in LAZY_SERVERS.items()},
+    **{name: server.spec for name, server in (LAZY_SERVERS | DYNAMIC_SERVERS).items()},
 }

@@ -1,0 +1,249 @@
+"""The reference of dynamic mode: transformers' own attention weights, then a streaming mask.
+
+Written from the definitions alone and shares no code with lt_sglang. A prompt is run with full attention
+but for its last queries, which are run with eager attention to get the weights themselves. From them, and
+from the values, the layers' inputs and the output projections that transformers holds, come the scores; from
+the scores, layer after layer, the lazy layers. What follows the decision is run with a streaming mask in
+those layers. Everything is teacher-forced: the greedy choice at every position of an output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from .reference import TIE_MARGIN, Comparison
+
+LAST_QUERIES = 32
+
+# Two float32 engines may differ by so much in a score (residual error and cosine: relative to its size).
+SCORE_TOLERANCE = 1e-4
+# ... so on which of two layers with scores this close is the lazier one.
+SCORE_TIE = 2e-5
+CHOICES_PER_TIE = 40
+
+
+@dataclass
+class Choices:
+    """Chosen layers held against the reference.
+
+    compared: how many prompts. ties: how many chose otherwise between layers within SCORE_TIE. wrong: a
+    sentence for each other difference, scores included.
+    """
+
+    compared: int = 0
+    ties: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def assert_equal(self) -> None:
+        """Equal up to near-ties, at most one in CHOICES_PER_TIE prompts."""
+        assert not self.wrong, f"{len(self.wrong)} of {self.compared} choices are wrong: {self.wrong[:4]}"
+        assert self.ties <= math.ceil(self.compared / CHOICES_PER_TIE), f"{self.ties} of {self.compared}"
+
+
+class DynamicReference:
+    """A transformers model whose lazy layers may differ from call to call.
+
+    keep: P. score: the name of a score. default: lazy layers of prompts of at most sink + recent tokens.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        keep: int,
+        sink_tokens: int,
+        recent_tokens: int,
+        score: str,
+        default: Collection[int],
+        *,
+        threads: int = 1,
+    ) -> None:
+        self.keep = keep
+        self.sink_tokens = sink_tokens
+        self.recent_tokens = recent_tokens
+        self.default = tuple(sorted(default))
+        self.threads = threads
+        self._score = {
+            "lighttransfer": self._lighttransfer,
+            "discarded-mass": self._discarded_mass,
+            "residual-error": self._residual_error,
+            "squeeze": self._squeeze,
+        }[score]
+        self._relative = score in ("residual-error", "squeeze")
+        self._lazy: frozenset[int] = frozenset()
+        self._mask: torch.Tensor | None = None
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        self._layers = self._model.model.layers
+        self.num_layers = len(self._layers)
+        for index, layer in enumerate(self._layers):
+            layer.self_attn.register_forward_pre_hook(self._mask_of(index), with_kwargs=True)
+
+    # ---- the decision
+
+    def scores(self, tokens: Sequence[int], end: int, queries: int = LAST_QUERIES) -> list[float]:
+        """How lazy each layer is, by the last ``queries`` of the first ``end`` tokens; higher is lazier."""
+        queries = min(queries, end)
+        cache = DynamicCache()
+        with torch.inference_mode():
+            if end > queries:
+                self._run(tokens[: end - queries], cache, "sdpa", logits_to_keep=1)
+            seen = self._run(
+                tokens[end - queries : end],
+                cache,
+                "eager",
+                logits_to_keep=1,
+                output_attentions=True,
+                output_hidden_states=True,
+            )
+            return [
+                self._score(
+                    seen.attentions[index][0].double(),
+                    cache.layers[index].values[0].double(),
+                    seen.hidden_states[index][0].double(),
+                    layer.self_attn.o_proj.weight.double(),
+                )
+                for index, layer in enumerate(self._layers)
+            ]
+
+    def lazy_of(self, scores: Sequence[float]) -> tuple[int, ...]:
+        """As layers come, the laziest of keep + 1 goes; among equals the one with the higher index."""
+        full: list[int] = []
+        for layer in range(len(scores)):
+            full.append(layer)
+            if len(full) > self.keep:
+                full.remove(max(full, key=lambda i: (scores[i], i)))
+        return tuple(layer for layer in range(len(scores)) if layer not in full)
+
+    def compare_choice(
+        self, result: Choices, prompt: Sequence[int], chosen: dict[str, Any], end: int, queries: int
+    ) -> None:
+        """Hold what the engine says of a decision at ``end`` against the reference; adds to ``result``."""
+        result.compared += 1
+        scores = self.scores(prompt, end, queries)
+        told = chosen["laziness"]
+        if not self.same_scores(told, scores):
+            result.wrong.append(f"prompt of {len(prompt)}: scores {told}, expected {scores}")
+            return
+        lazy, expected = set(chosen["lazy_layers"]), set(self.lazy_of(scores))
+        differ = [scores[layer] for layer in lazy ^ expected]
+        if len(lazy) != len(expected) or (differ and max(differ) - min(differ) > SCORE_TIE):
+            result.wrong.append(f"prompt of {len(prompt)}: {lazy}, expected {expected} by {scores}")
+        elif differ:
+            result.ties += 1
+
+    def same_scores(self, told: Sequence[float] | None, scores: Sequence[float]) -> bool:
+        """Equal up to rounding."""
+        return told is not None and all(
+            math.isclose(
+                a, b, rel_tol=SCORE_TOLERANCE if self._relative else 0.0, abs_tol=SCORE_TOLERANCE / 10
+            )
+            or (not self._relative and abs(a - b) <= SCORE_TOLERANCE)
+            for a, b in zip(told, scores, strict=True)
+        )
+
+    # ---- outputs
+
+    def margins(
+        self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
+    ) -> list[float]:
+        """By how much the greedy choice beats each output token, given those before; 0 where it is it.
+
+        Queries at positions below ``full_rows`` see everything before them in every layer, the others only
+        sink + recent keys in the layers of ``lazy``.
+        """
+        tokens = [*prompt, *output]
+        start = min(full_rows, len(prompt) - 1)
+        cache = DynamicCache()
+        with torch.inference_mode():
+            if start:
+                self._run(tokens[:start], cache, "sdpa", logits_to_keep=1)
+            mask = streaming_rows(start, len(tokens), full_rows, self.sink_tokens, self.recent_tokens)
+            self._lazy, self._mask = frozenset(lazy), mask
+            keep = len(output) + 1
+            logits = self._run(tokens[start:], cache, "sdpa", logits_to_keep=keep).logits[0, :-1]
+            self._lazy, self._mask = frozenset(), None
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+    def compare_output(
+        self,
+        result: Comparison,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        lazy: Collection[int],
+        full_rows: int,
+    ) -> None:
+        """Hold a greedy output against the reference, position by position; adds to ``result``."""
+        result.tokens += len(output)
+        for position, margin in enumerate(self.margins(prompt, output, lazy, full_rows)):
+            if 0 < margin < TIE_MARGIN:
+                result.ties += 1
+            elif margin > 0:
+                result.wrong.append((len(prompt), position, margin))
+
+    # ---- how
+
+    def _run(self, tokens: Sequence[int], cache: DynamicCache, attention: str, **options: Any) -> Any:
+        torch.set_num_threads(self.threads)
+        self._model.set_attn_implementation(attention)
+        return self._model(torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, **options)
+
+    def _mask_of(self, index: int) -> Any:
+        def replace(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            assert "attention_mask" in kwargs, "this model passes its mask in another way"
+            if index not in self._lazy:
+                return args, kwargs
+            return args, {**kwargs, "attention_mask": self._mask}
+
+        return replace
+
+    # ---- the scores; weights [heads, queries, keys], values [kv heads, keys, dim], x [queries, hidden]
+
+    def _selected(self, keys: int) -> torch.Tensor:
+        position = torch.arange(keys)
+        return (position < self.sink_tokens) | (position >= keys - self.recent_tokens)
+
+    def _mass(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights[:, :, self._selected(weights.shape[2])].sum(2)
+
+    def _lighttransfer(self, weights: torch.Tensor, *_: torch.Tensor) -> float:
+        return float(self._mass(weights).mean())
+
+    def _discarded_mass(self, weights: torch.Tensor, *_: torch.Tensor) -> float:
+        return -float((1 - self._mass(weights)).max().clamp(min=0))
+
+    def _residual_error(
+        self, weights: torch.Tensor, values: torch.Tensor, x: torch.Tensor, w_o: torch.Tensor
+    ) -> float:
+        streaming = weights * self._selected(weights.shape[2])
+        streaming = streaming / streaming.sum(2, keepdim=True)
+        error = _heads(weights - streaming, values) @ w_o.T
+        return -float((error.norm(dim=1) / x.norm(dim=1)).max())
+
+    def _squeeze(
+        self, weights: torch.Tensor, values: torch.Tensor, x: torch.Tensor, w_o: torch.Tensor
+    ) -> float:
+        after = x + _heads(weights, values) @ w_o.T
+        return float(torch.nn.functional.cosine_similarity(x, after, dim=1).mean())
+
+
+def _heads(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[queries, heads * dim]: the heads' outputs, side by side."""
+    values = values.repeat_interleave(weights.shape[0] // values.shape[0], 0)
+    return (weights @ values).transpose(0, 1).flatten(1)
+
+
+def streaming_rows(start: int, stop: int, full_rows: int, sinks: int, recent: int) -> torch.Tensor:
+    """Additive mask [1, 1, stop - start, stop] of queries start .. stop - 1 of a lazy layer."""
+    query = torch.arange(start, stop)[:, None]
+    key = torch.arange(stop)[None, :]
+    seen = (key <= query) & ((key < sinks) | (query - key < recent) | (query < full_rows))
+    return torch.zeros(stop - start, stop).masked_fill_(~seen, torch.finfo(torch.float32).min)[None, None]

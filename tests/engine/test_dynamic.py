@@ -1,0 +1,113 @@
+"""Dynamic mode: chosen layers and greedy outputs equal an independent reference.
+
+Prompts are sent at once to pools too small to hold them, with chunks of 256 tokens: some are decided in one
+chunk, some wait staged beside others that decode, and slots serve many requests.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+
+from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
+from .prompts import mixed_prompts, random_prompt
+from .reference import Comparison
+from .server import Reply, Server
+from .specs import CHUNK, DYNAMIC, DYNAMIC_SERVERS, LONGEST_PROMPT, NEW_TOKENS
+
+pytestmark = [pytest.mark.engine, pytest.mark.served_by(DYNAMIC)]
+
+LAZY = DYNAMIC_SERVERS[DYNAMIC]
+PROMPTS = 40
+CONTROLS = 4
+# A last chunk shorter than the queries that are scored, one as long, one longer.
+LAST_CHUNKS = [k * CHUNK + n for k, n in ((1, 1), (1, 16), (1, 31), (2, 2), (2, 32), (3, 33), (5, 7))]
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Forty, of 1 to 3,000 tokens, in random order."""
+    rng = random.Random(5)
+    mixed = mixed_prompts(LAZY.sinks, LAZY.recent, LONGEST_PROMPT, PROMPTS - len(LAST_CHUNKS), seed=41)
+    made = [*mixed, *(random_prompt(length, rng) for length in LAST_CHUNKS)]
+    rng.shuffle(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference() -> DynamicReference:
+    """Made once."""
+    return make_reference(DYNAMIC)
+
+
+def make_reference(name: str, threads: int = 1) -> DynamicReference:
+    """The reference of a server."""
+    lazy = DYNAMIC_SERVERS[name]
+    return DynamicReference(
+        lazy.model(), lazy.keep, lazy.sinks, lazy.recent, lazy.score, lazy.default, threads=threads
+    )
+
+
+def check(
+    reference: DynamicReference, asked: Sequence[Sequence[int]], replies: Sequence[Reply]
+) -> tuple[Choices, Comparison]:
+    """Requests without a cached prefix, decided at the ends of their prompts."""
+    choices, outputs = Choices(), Comparison(0, 0, [])
+    short = reference.sink_tokens + reference.recent_tokens
+    for prompt, reply in zip(asked, replies, strict=True):
+        assert reply.choice is not None and reply.cached == 0
+        lazy = reply.choice["lazy_layers"]
+        if len(prompt) <= short:
+            assert reply.choice == {
+                "lazy_layers": list(reference.default),
+                "laziness": None,
+                "origin": "default",
+            }
+            reference.compare_output(outputs, prompt, reply.tokens, lazy, 0)
+            continue
+        assert reply.choice["origin"] == "prompt", reply.choice
+        reference.compare_choice(choices, prompt, reply.choice, len(prompt), LAST_QUERIES)
+        reference.compare_output(outputs, prompt, reply.tokens, lazy, len(prompt))
+    return choices, outputs
+
+
+def test_choices_and_outputs_equal_the_reference(server: Server, reference: DynamicReference) -> None:
+    """Prompts of 1 to 3,000 tokens, edge lengths included, 64 new tokens each, batched with one another."""
+    retracted = server.log_text().count("Retract requests")
+    server.flush_cache()
+    replies = server.generate_all(prompts(), NEW_TOKENS, ask=True)
+    assert server.log_text().count("Retract requests") == retracted, "a retracted request is decided again"
+    assert all(len(reply.tokens) == NEW_TOKENS for reply in replies)
+    choices, outputs = check(reference, prompts(), replies)
+    choices.assert_equal()
+    outputs.assert_equal()
+
+    # What was compared is worth comparing.
+    assert choices.compared > PROMPTS / 2
+    chosen = {tuple(reply.choice["lazy_layers"]) for reply in replies if reply.choice["origin"] == "prompt"}
+    assert len(chosen) > 5, f"only {chosen}: the sets vary too little to tell errors"
+    served = sum(map(len, prompts())) + len(prompts()) * NEW_TOKENS
+    pools = server.lighttransfer()["pools"]
+    assert served > 2.5 * pools["full_tokens"] and served > 10 * pools["streaming_tokens"], (served, pools)
+
+    # And the comparison can fail: other layers, no layers, another boundary.
+    long = [(p, r) for p, r in zip(prompts(), replies, strict=True) if len(p) > 600][:CONTROLS]
+    assert len(long) == CONTROLS
+    for prompt, reply in long:
+        lazy = set(reply.choice["lazy_layers"])
+        others = set(range(reference.num_layers)) - lazy
+        for wrong, full_rows in ((others, len(prompt)), ((), len(prompt)), (lazy, 0)):
+            control = Comparison(0, 0, [])
+            reference.compare_output(control, prompt, reply.tokens, wrong, full_rows)
+            assert control.wrong, f"{len(prompt)} tokens: passes with {wrong}, {full_rows} as well"
+        control = Choices()
+        reference.compare_choice(
+            control, prompt, {**reply.choice, "lazy_layers": sorted(others)}, len(prompt), LAST_QUERIES
+        )
+        assert control.wrong
+        assert not reference.same_scores(
+            reply.choice["laziness"], reference.scores(prompt, len(prompt) - 1)
+        ), "one token less gives the same scores"
