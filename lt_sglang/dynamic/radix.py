@@ -9,6 +9,8 @@ not known yet. Its window slides all the same; its sink rows are reserved, and w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 
 
+class NameSpace(str):
+    """The extra key of a layer set's part of the tree; unlike a request's own."""
+
+
 class DynamicRadixCache(LightTransferRadixCache):
     """LightTransferRadixCache that keeps the layer sets apart."""
 
@@ -39,7 +45,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         """As LightTransferRadixCache, within the set stored for the first block of the key."""
         key = params.key
         given = key.extra_key
-        key.extra_key = self._name_space(key)
+        key.extra_key = self._name_space(key)  # also part of the key of the sinks
         try:
             result = super().match_prefix(params)
             if result.device_prefix_len < self.prefills.hit_tokens(len(key.token_ids)):
@@ -62,7 +68,8 @@ class DynamicRadixCache(LightTransferRadixCache):
         if req.prefix_len:
             tokens = req.origin_input_ids + req.output_ids
             self.prefills.inherit(request_id(req), len(tokens), self._block(tokens, req))
-        return super().prefix_device_indices(req)
+        with self._within(req):
+            return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As LightTransferRadixCache; an undecided request only lets its window slide."""
@@ -72,12 +79,8 @@ class DynamicRadixCache(LightTransferRadixCache):
                 self.evict_sliding_windows(req, up_to)
             return
         self._report(req)
-        given = req.extra_key
-        req.extra_key = _name(entry.uid, given)
-        try:
+        with self._within(req):
             super().checkpoint(req, up_to=up_to, **kwargs)
-        finally:
-            req.extra_key = given
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As LightTransferRadixCache; the request gives its layer set back."""
@@ -120,23 +123,32 @@ class DynamicRadixCache(LightTransferRadixCache):
         return slots if entry is not None and entry.decided else None
 
     def _key_of(self, req: Req) -> SinkKey:
-        entry = self.prefills.sets.of(request_id(req))
-        assert entry is not None
         # The rows of a sink set belong to the streaming banks of one layer set.
-        return (_name(entry.uid, req.extra_key), *super()._key_of(req))
+        with self._within(req):
+            return super()._key_of(req)
 
-    def _sinks_of(self, key: RadixKey) -> SinkKey:
-        return (key.extra_key, *super()._sinks_of(key))
+    @contextmanager
+    def _within(self, req: Req) -> Iterator[None]:
+        """While it lasts, the request's extra key is that of its layer set's name space; may be nested."""
+        given = req.extra_key
+        if not isinstance(given, NameSpace):
+            entry = self.prefills.sets.of(request_id(req))
+            assert entry is not None
+            req.extra_key = _name(entry.uid, given)
+        try:
+            yield
+        finally:
+            req.extra_key = given
 
-    def _name_space(self, key: RadixKey) -> str:
+    def _name_space(self, key: RadixKey) -> NameSpace:
         if len(key.token_ids) <= self.prefills.block_tokens:
             return _name(self.prefills.sets.default.uid, key.extra_key)
         entry = self.prefills.sets.find(self._block(key.token_ids, key))
-        return NOWHERE if entry is None else _name(entry.uid, key.extra_key)
+        return NameSpace(NOWHERE) if entry is None else _name(entry.uid, key.extra_key)
 
     def _block(self, tokens: Any, owner: Any) -> BlockKey:
         return self.prefills.block(tokens, owner.extra_key, owner.cache_salt)
 
 
-def _name(uid: int, extra_key: str | None) -> str:
-    return f"lt:{uid}:{extra_key or ''}"
+def _name(uid: int, extra_key: str | None) -> NameSpace:
+    return NameSpace(f"lt:{uid}:{extra_key or ''}")
