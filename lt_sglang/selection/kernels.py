@@ -18,6 +18,8 @@ from lt_sglang.selection.reference import LOG2E
 
 TILE_ROWS = 64  # what one warp group multiplies at a time on Hopper
 TILE_BYTES = 16384  # of keys, and of values; two stages of both fit the 100 KB of an sm86
+TILE_KEYS = 64
+ROW_ELEMENTS = 2048
 PROGRAMS = 256  # about two for each multiprocessor of an H100
 MINUS_ZERO = tl.constexpr(-(1 << 31))  # the bits of -0.0 as an int32; Triton would make a literal -0.0 a 0.0
 
@@ -27,11 +29,11 @@ class Splits:
     """Streaming attention of every query over each split of its selected keys; H heads, padded ones included.
 
     lse: float32 [D, splits, W, H], log-sum-exp to base 2 of the scaled scores; -inf where none is seen.
-    output: float32 [D, splits, W, H, dim], softmax attention within the split; empty if not asked for.
+    output: float32 [D, splits, W, H, dim], softmax attention within the split; None if not asked for.
     """
 
     lse: torch.Tensor
-    output: torch.Tensor
+    output: torch.Tensor | None
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def attend(evidence: Evidence, with_values: bool) -> Splits:
     block_dim = max(16, triton.next_power_of_2(dim))
     half = evidence.query.element_size() == 2  # float32 takes twice the shared memory, and more registers
     block_m = min(TILE_ROWS if half else TILE_ROWS // 2, max(16, triton.next_power_of_2(group * queries)))
-    block_n = min(64, max(16, TILE_BYTES // (block_dim * evidence.query.element_size())))
+    block_n = min(TILE_KEYS, max(16, TILE_BYTES // (block_dim * evidence.query.element_size())))
     tiles = requests * triton.cdiv(queries * group, block_m)
     blocks = triton.cdiv(keys, block_n)
     # A power of two, so that few forms of the kernel are compiled.
@@ -141,17 +143,12 @@ def attend(evidence: Evidence, with_values: bool) -> Splits:
     span = block_n * triton.next_power_of_2(triton.cdiv(blocks, wanted))
     number = triton.cdiv(keys, span)
     device = evidence.query.device
-    splits = Splits(
-        lse=torch.empty((requests, number, queries, heads), dtype=torch.float32, device=device),
-        output=torch.empty(
-            (requests, number, queries, heads, dim) if with_values else (0,),
-            dtype=torch.float32,
-            device=device,
-        ),
-    )
+    shape = (requests, number, queries, heads)
+    lse = torch.empty(shape, dtype=torch.float32, device=device)
+    output = torch.empty((*shape, dim), dtype=torch.float32, device=device) if with_values else None
     _attend[(tiles, kv_heads, number)](
-        splits.lse,
-        splits.output,
+        lse,
+        lse if output is None else output,
         evidence.query,
         evidence.keys,
         evidence.values,
@@ -179,7 +176,7 @@ def attend(evidence: Evidence, with_values: bool) -> Splits:
         num_warps=4 if block_dim <= 128 else 8,
         num_stages=2 if half else 1,
     )
-    return splits
+    return Splits(lse, output)
 
 
 @triton.jit
@@ -288,31 +285,33 @@ def _output_rows(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     request = which // queries
     dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < DIM
     row = tl.load(query_rows_ptr + which).to(tl.int64)
+    if SPLITS > 0:
+        # Loaded before anything waits for `row`; what absent queries and padded heads hold is dropped below.
+        split = tl.arange(0, SPLITS)
+        in_splits = split < splits
+        part = ((request * splits + split) * queries + which % queries) * HEADS + head
+        streamed = tl.load(
+            split_output_ptr + part[:, None] * DIM + dim[None, :],
+            mask=in_splits[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        lse = tl.load(split_lse_ptr + part, mask=in_splits, other=float("-inf"))
     # Absent queries and padded heads are zeros, so that they add nothing to the projection.
-    wanted = (dim < DIM) & (row >= 0) & (head < heads)
+    wanted = in_dim & (row >= 0) & (head < heads)
     output = tl.load(
         attention_ptr + row * attention_row_stride + head * attention_head_stride + dim,
         mask=wanted,
         other=0.0,
     ).to(tl.float32)
     if SPLITS > 0:
-        split = tl.arange(0, SPLITS)
-        in_splits = split < splits
-        part = ((request * splits + split) * queries + which % queries) * HEADS + head
-        lse = tl.load(split_lse_ptr + part, mask=in_splits, other=float("-inf"))
         top = tl.max(lse, 0)
         weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-        streamed = tl.load(
-            split_output_ptr + part[:, None] * DIM + dim[None, :],
-            mask=in_splits[:, None] & wanted[None, :],
-            other=0.0,
-        )
         total = tl.sum(weight, 0)
         output -= tl.sum(streamed * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(
-        rows_ptr + (which * HEADS + head) * DIM + dim, output.to(rows_ptr.dtype.element_ty), mask=dim < DIM
-    )
+        output = tl.where(wanted, output, 0.0)
+    tl.store(rows_ptr + (which * HEADS + head) * DIM + dim, output.to(rows_ptr.dtype.element_ty), mask=in_dim)
     if (head == 0) & (which % queries == 0):
         tl.store(laziness_bits_ptr + request, MINUS_ZERO)
 
@@ -330,6 +329,8 @@ def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor
     rows = torch.empty((requests * queries, heads * dim), dtype=attention.dtype, device=attention.device)
     laziness = torch.empty(requests, dtype=torch.float32, device=attention.device)
     number = 0 if splits is None else splits.lse.shape[1]
+    padded = triton.next_power_of_2(number) if number else 0
+    block_dim = triton.next_power_of_2(dim)
     _output_rows[(requests * queries, heads)](
         rows,
         laziness.view(torch.int32),
@@ -344,8 +345,9 @@ def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor
         number,
         HEADS=heads,
         DIM=dim,
-        BLOCK_DIM=triton.next_power_of_2(dim),
-        SPLITS=triton.next_power_of_2(number) if number else 0,
+        BLOCK_DIM=block_dim,
+        SPLITS=padded,
+        num_warps=max(1, min(8, padded * block_dim // ROW_ELEMENTS)),
     )
     return rows, laziness
 

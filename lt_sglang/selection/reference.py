@@ -57,11 +57,10 @@ def projected(evidence: Evidence, rows: torch.Tensor) -> torch.Tensor:
     """float32 [D, W, hidden]: W_o applied to rows of concatenated heads, summed over the ranks.
 
     Args:
-        rows: float32 [D, W, H, dim]; padded heads and absent queries are taken as zeros.
+        rows: float32 [D, W, H, dim], zeros for absent queries; padded heads are taken as zeros.
     """
     assert evidence.project is not None
     real = torch.zeros_like(rows)
     real[:, :, : evidence.heads] = rows[:, :, : evidence.heads]
-    real.masked_fill_(~present(evidence)[:, :, None, None], 0.0)
     out = evidence.project(real.to(evidence.attention.dtype).flatten(2).flatten(0, 1))
     return evidence.reduce(out).float().unflatten(0, rows.shape[:2])

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lt_sglang.selection import SCORES, get_score, kernels
+from lt_sglang.selection import kernels
+from lt_sglang.selection.factory import SCORES, get_score
 from lt_sglang.selection.reference import streaming_attention
 from tests.unit.interpreted_selection_cases import Case, build, last, on_all_ranks, ranks
 
@@ -77,6 +78,7 @@ def test_splits_hold_streaming_attention() -> None:
     splits = kernels.attend(evidence, with_values=True)
     assert splits.lse.shape[1] > 1
     weight = torch.softmax(splits.lse * 0.6931471805599453, 1)
+    assert splits.output is not None
     mixed = (weight[..., None] * splits.output).sum(1)
     torch.testing.assert_close(mixed, streaming_attention(evidence), atol=1e-5, rtol=1e-5)
 
@@ -93,6 +95,27 @@ def test_a_query_that_sees_no_selected_key() -> None:
     for name in SCORES:
         assert torch.isfinite(get_score(name).fused(evidence)).all()
     assert get_score("discarded-mass").fused(evidence).item() == -1.0
+
+
+def test_masses_are_clamped_before_the_mean() -> None:
+    """As in test_selection.py: a log-sum-exp that is far too low."""
+    evidence = build(Case((last(60, 4),))).evidence
+    lse = evidence.lse.clone()
+    lse[:, 0] -= 40.0
+    low = replace(evidence, lse=lse)
+    for name in ("lighttransfer", "discarded-mass"):
+        score = get_score(name)
+        torch.testing.assert_close(score.fused(low), score.reference(low), atol=1e-5, rtol=1e-5)
+
+
+def test_values_are_read_by_their_own_stride() -> None:
+    """Keys and values need not lie alike."""
+    evidence = build(Case((last(60, 4),))).evidence
+    values = torch.full((len(evidence.values), 3, evidence.values.shape[2] + 8), float("nan"))
+    values[:, 1:, :-8] = evidence.values
+    apart = replace(evidence, values=values[:, 1:, :-8])
+    score = get_score("residual-error")
+    torch.testing.assert_close(score.fused(apart), score.fused(evidence))
 
 
 def test_one_evaluation_equals_another_bit_for_bit() -> None:

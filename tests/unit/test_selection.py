@@ -13,7 +13,9 @@ import torch
 
 from lt_sglang import config
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection import SCORES, Evidence, Score, get_score
+from lt_sglang.selection.base import Score
+from lt_sglang.selection.evidence import Evidence
+from lt_sglang.selection.factory import SCORES, get_score
 from tests.unit.interpreted_selection_cases import Case, build, last, on_all_ranks, ranks
 
 CASES = {
