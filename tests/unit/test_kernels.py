@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_dynamic_kernels.py"])
+@pytest.mark.parametrize(
+    "name", ["interpreted_kernels.py", "interpreted_dynamic_kernels.py", "interpreted_dynamic_backend.py"]
+)
 def test_kernels_under_the_interpreter(name: str) -> None:
     file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]

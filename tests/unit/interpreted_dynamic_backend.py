@@ -1,0 +1,351 @@
+"""The GPU backend of dynamic mode against the CPU one, batch by batch; test_kernels.py runs this.
+
+Triton kernels run under the interpreter, FlashInfer's wrappers are replaced by loops that read the same
+buffers, and both backends get the same queries, keys and values, slots and plans. What must agree: outputs,
+every row of memory that is ever read, layer tables and scores.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.utils
+import sglang.srt.utils.common
+import torch
+
+from lt_sglang.attention.indices import StreamingTables, Windows
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.dynamic.arena import Arena
+from lt_sglang.dynamic.layer_sets import LayerSetStore
+from lt_sglang.dynamic.layout import BankLayout
+from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.state import DynamicState, Ranks
+from lt_sglang.selection import get_score
+
+# SGLang defines its FlashInfer backend only where it sees a GPU.
+for module in (sglang.srt.utils, sglang.srt.utils.common):
+    module.is_flashinfer_available = lambda: True
+
+from lt_sglang.attention import dynamic_flashinfer  # noqa: E402
+from lt_sglang.attention.dynamic_prefill import PrefillPlanner  # noqa: E402
+from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
+from lt_sglang.dynamic.decider import Decider  # noqa: E402
+
+LAYERS, KEEP = 5, 2
+SINK, RECENT = 4, 12
+FULL, STREAMING, SETS = 400, 300, 6
+HEADS, KV_HEADS, DIM, HIDDEN = 4, 2, 8, 16
+LOG2E = 1.4426950408889634
+WINDOWS = Windows(SINK, RECENT, sink_base=STREAMING + 1)
+LAYOUT = BankLayout(
+    full_banks=KEEP,
+    streaming_banks=LAYERS - KEEP,
+    full_rows=FULL + 1,
+    streaming_rows=STREAMING + 1 + SETS * SINK,
+    staging_rows=64,
+    scratch_rows=128,
+    sink_base=STREAMING + 1,
+)
+
+
+def attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashInfer's: queries are the last positions; LSE to base 2."""
+    count, length = len(query), len(keys)
+    group = query.shape[1] // keys.shape[1]
+    scores = torch.einsum("qhd,khd->qhk", query, keys.repeat_interleave(group, 1)) * DIM**-0.5
+    at = torch.arange(length - count, length)[:, None, None]
+    key = torch.arange(length)[None, None, :]
+    if causal:
+        scores = scores.masked_fill(key > at, -torch.inf)
+    if window >= 0:
+        scores = scores.masked_fill(key < at - window, -torch.inf)
+    out = torch.einsum("qhk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1))
+    return out, torch.logsumexp(scores, -1) * LOG2E
+
+
+class Paged:
+    """BatchPrefillWithPagedKVCacheWrapper: planned on the host, lists read from its buffers at run time."""
+
+    def begin_forward(
+        self, qo_indptr: Any, kv_indptr: Any, *_: Any, causal: bool = False, **options: Any
+    ) -> None:
+        self.qo, self.planned = qo_indptr.tolist(), kv_indptr.diff().tolist()
+        self.causal, self.window = causal, options.get("window_left", -1)
+
+    def forward_return_lse(self, query: torch.Tensor, cache: Any, **options: Any) -> Any:
+        assert options["causal"] == self.causal and options.get("window_left", -1) == self.window
+        pointers = self._paged_kv_indptr_buf.tolist()
+        out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+        for index, planned in enumerate(self.planned):
+            one = slice(self.qo[index], self.qo[index + 1])
+            rows = self._paged_kv_indices_buf[pointers[index] : pointers[index + 1]].long()
+            assert len(rows) in (0, planned), "lists are as planned or empty"
+            if len(rows):
+                keys, values = cache[0][rows, 0], cache[1][rows, 0]
+                out[one], lse[one] = attention(query[one], keys, values, self.causal, self.window)
+            elif planned == 0:
+                out[one], lse[one] = 0, -torch.inf
+        return out, lse
+
+
+class Ragged:
+    """BatchPrefillWithRaggedKVCacheWrapper."""
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, **__: Any) -> None:
+        self.qo = qo_indptr.tolist()
+
+    def forward_return_lse(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> Any:
+        parts = [slice(a, b) for a, b in zip(self.qo, self.qo[1:], strict=False)]
+        done = [attention(query[one], k[one], v[one], True, -1) for one in parts]
+        return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
+
+    def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.forward_return_lse(*args, **options)[0]
+
+
+class Decode:
+    """BatchDecodeWithPagedKVCacheWrapper with tensor cores: lists may be shorter than planned."""
+
+    is_cuda_graph_enabled = False
+
+    def begin_forward(self, indptr: torch.Tensor, *_: Any, **__: Any) -> None:
+        self.planned = indptr.diff().tolist()
+
+    def forward(self, query: torch.Tensor, cache: Any, **_: Any) -> torch.Tensor:
+        pointers = self._paged_kv_indptr_buf.tolist()
+        out = torch.empty_like(query)
+        for index, planned in enumerate(self.planned):
+            rows = self._paged_kv_indices_buf[pointers[index] : pointers[index + 1]].long()
+            assert 0 < len(rows) <= planned
+            one = slice(index, index + 1)
+            out[one], _ = attention(query[one], cache[0][rows, 0], cache[1][rows, 0], False, -1)
+        return out
+
+
+def merge(o1: torch.Tensor, s1: torch.Tensor, o2: torch.Tensor, s2: torch.Tensor) -> Any:
+    """flashinfer.merge_state."""
+    weights = torch.softmax(torch.stack([s1, s2]) / LOG2E, 0)[..., None]
+    return weights[0] * o1 + weights[1] * o2, torch.logsumexp(torch.stack([s1, s2]) / LOG2E, 0) * LOG2E
+
+
+@dataclass
+class Request:
+    """A request of the script: its row, layer set and how many tokens it has."""
+
+    row: int
+    layer_set: int
+    tokens: int = 0
+
+
+class World:
+    """Slots and tables that both backends share, and one of each backend."""
+
+    def __init__(self, seed: int, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dynamic_flashinfer, "_safe_merge_state", merge)
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
+        self.full = iter(rng.sample(range(1, FULL + 1), FULL))
+        self.streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
+        self.tables = StreamingTables(
+            torch.zeros((16, 128), dtype=torch.int32),
+            torch.zeros(FULL + 2, dtype=torch.int64),
+            torch.full((16,), -1, dtype=torch.int32),
+        )
+        self.projections = [torch.randn(HIDDEN, HEADS * DIM) / 8 for _ in range(LAYERS)]
+        self.plans: list[Prefill] = []
+        self.torch_state, self.cuda_state = self._state(score), self._state(score)
+        self.torch_backend = DynamicTorchBackend(self._runner(self.torch_state))
+        self.cuda_backend = self._cuda_backend()
+        self.popped: list[int] = []
+
+    def _state(self, score: str) -> DynamicState:
+        config = LightTransferConfig(
+            (0, 1, 2), mode="dynamic", keep=KEEP, score=score, sink_tokens=SINK, recent_tokens=RECENT
+        )
+        arena = Arena(LAYOUT)
+        arena.take(KEEP, LAYOUT.full_rows, (KV_HEADS, DIM), torch.float32, "cpu")
+        arena.take(LAYERS - KEEP, LAYOUT.streaming_rows, (KV_HEADS, DIM), torch.float32, "cpu")
+        sets = LayerSetStore(12, config.lazy_layers, LAYERS, 16, "cpu")
+
+        def same(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+        ranks = Ranks(HEADS, HEADS, same, same, same)
+        weights = self.projections
+        projections = {layer: (lambda rows, layer=layer: rows @ weights[layer].T) for layer in range(LAYERS)}
+        return DynamicState(config, arena, torch.float32, sets, get_score(score), ranks, projections)
+
+    def _runner(self, state: DynamicState) -> Any:
+        return SimpleNamespace(
+            device="cpu",
+            dynamic=state,
+            req_to_token_pool=None,
+            token_to_kv_pool=None,
+            kv_index_translator=None,
+            windows=lambda: WINDOWS,
+            streaming_tables=lambda: self.tables,
+            prefill_plans=lambda _: self.plans,
+        )
+
+    def _cuda_backend(self) -> Any:
+        state = self.cuda_state
+        backend: Any = object.__new__(dynamic_flashinfer.DynamicFlashInferBackend)
+        backend.runner, backend.state = self._runner(state), state
+        backend.workspace_buffer = torch.empty(1)
+        backend.prefill_wrapper_ragged = Ragged()
+        backend.prefill_wrappers_paged = [Paged(), Paged()]
+        backend.indices_updater_prefill = SimpleNamespace(
+            num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
+        )
+        backend.prefill_planner = PrefillPlanner(backend.runner, backend)
+        backend.decider = Decider(state)
+        backend.step = backend.graph_rows = None
+        backend._kv_cache = (state.arena.keys.unsqueeze(1), state.arena.values.unsqueeze(1))
+        updater: Any = object.__new__(dynamic_flashinfer.DynamicDecodeUpdater)
+        updater.attn_backend, updater.runner = backend, backend.runner
+        updater.num_qo_heads, updater.num_kv_heads, updater.head_dim = HEADS, KV_HEADS, DIM
+        updater.data_type = updater.q_data_type = None
+        updater.kv_last_page_len = torch.ones(16, dtype=torch.int32)
+        backend.indices_updater_decode = updater
+        return backend
+
+    def grow(self, request: Request, tokens: int) -> None:
+        """Give a request slots for ``tokens`` more positions."""
+        for position in range(request.tokens, request.tokens + tokens):
+            slot = next(self.full)
+            self.tables.req_to_token[request.row, position] = slot
+            self.tables.full_to_streaming[slot] = next(self.streaming)
+        request.tokens += tokens
+        for state in (self.torch_state, self.cuda_state):
+            state.sets.set_of[request.row] = request.layer_set
+
+    def share(self, request: Request, other: Request, tokens: int) -> None:
+        """Let a request begin with another's cached prefix, and use its layer set."""
+        self.tables.req_to_token[request.row, :tokens] = self.tables.req_to_token[other.row, :tokens]
+        self.tables.row_of[request.row] = self.tables.row_of[other.row]
+        request.tokens, request.layer_set = tokens, other.layer_set
+
+    def slide(self, request: Request, sink_set: int, copy: bool) -> None:
+        """Let the window leave the first positions; keep the sinks in ``sink_set``."""
+        slots = self.tables.req_to_token[request.row, : request.tokens].long()
+        streaming = self.tables.full_to_streaming[slots]
+        for state in (self.torch_state, self.cuda_state) if copy else ():
+            for bank in range(KEEP, LAYERS):
+                start = LAYOUT.bank_start(bank)
+                target = start + LAYOUT.sink_base + sink_set * SINK + torch.arange(SINK)
+                for tensor in (state.arena.keys, state.arena.values):
+                    tensor[target] = tensor[start + streaming[:SINK]]
+        self.tables.row_of[request.row] = sink_set
+        self.tables.full_to_streaming[slots[: request.tokens - RECENT]] = 0
+
+    def prefill(self, work: list[tuple[Kind, Request, int, int]]) -> Any:
+        """Prefill (kind, request, new tokens, scored queries) in one batch, in both backends; compare."""
+        self.plans = []
+        for kind, request, extend, queries in work:
+            prefix = request.tokens
+            self.grow(request, extend)
+            self.plans.append(Prefill(kind, request.row, request.layer_set, prefix, extend, queries))
+        batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(
+                is_idle=lambda: False, is_decode=lambda: False, is_decode_or_idle=lambda: False
+            ),
+            req_pool_indices=torch.tensor([request.row for _, request, _, _ in work]),
+            seq_lens=torch.tensor([request.tokens for _, request, _, _ in work]),
+            residual_stream=SimpleNamespace(residual=None),
+        )
+        self.torch_backend.init_forward_metadata(batch)
+        self.cuda_backend.init_forward_metadata(batch)
+        for layer in range(LAYERS):
+            self._layer(batch, layer, sum(extend for _, _, extend, _ in work), "forward_extend")
+        return self.cuda_backend.prefill
+
+    def decode(self, requests: list[Request]) -> None:
+        """One token for every request."""
+        for request in requests:
+            self.grow(request, 1)
+        rows = torch.tensor([request.row for request in requests])
+        lengths = torch.tensor([request.tokens for request in requests])
+        slots = self.tables.req_to_token[rows, lengths - 1].long()
+        mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: True)
+        batch = SimpleNamespace(
+            forward_mode=mode, req_pool_indices=rows, seq_lens=lengths, out_cache_loc=slots
+        )
+        self.torch_backend.init_forward_metadata(batch)
+        backend, wrapper = self.cuda_backend, Decode()
+        backend.indices_updater_decode.update_sliding_window(
+            lengths, lengths, 0, [wrapper], None, None, plan=None, req_pool_indices=rows
+        )
+        backend.forward_metadata = dynamic_flashinfer.DecodeMetadata([wrapper])
+        backend._find_write_rows(batch, self.tables.full_to_streaming[slots])
+        for layer in range(LAYERS):
+            self._layer(batch, layer, len(requests), "forward_decode")
+
+    def _layer(self, batch: Any, number: int, tokens: int, function: str) -> None:
+        layer = SimpleNamespace(
+            layer_id=number,
+            tp_q_head_num=HEADS,
+            tp_k_head_num=KV_HEADS,
+            tp_v_head_num=KV_HEADS,
+            head_dim=DIM,
+            qk_head_dim=DIM,
+            v_head_dim=DIM,
+            scaling=DIM**-0.5,
+            k_scale_float=None,
+            v_scale_float=None,
+        )
+        q = torch.randn(tokens, HEADS * DIM)
+        k, v = torch.randn(tokens, KV_HEADS, DIM), torch.randn(tokens, KV_HEADS, DIM)
+        if function == "forward_extend":
+            batch.residual_stream.residual = torch.randn(tokens, HIDDEN)
+        expected = getattr(self.torch_backend, function)(q, k, v, layer, batch)
+        found = getattr(self.cuda_backend, function)(q, k, v, layer, batch)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+        ours, theirs = self.cuda_state, self.torch_state
+        assert torch.equal(ours.sets.bank_of, theirs.sets.bank_of), number
+        torch.testing.assert_close(ours.sets.laziness, theirs.sets.laziness, atol=2e-5, rtol=2e-5)
+        used = slice(0, LAYOUT.scratch_start)
+        for name in ("keys", "values"):
+            a, b = getattr(ours.arena, name)[used], getattr(theirs.arena, name)[used]
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after layer {number}")
+
+
+@pytest.mark.parametrize(("score", "seed"), [("lighttransfer", 0), ("residual-error", 1), ("squeeze", 2)])
+def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staged, decided, inherited and short requests in all the company they can meet."""
+    world = World(seed, score, monkeypatch)
+    a, b, c, d, e, f = (
+        Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (4, 0), (9, 0), (11, 8))
+    )
+    meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
+    assert meta.ragged and meta.prefix is None
+    world.slide(a, 1, copy=False)  # reserved: written when it is decided
+    # The end of a staged prompt is shorter than the queries that are scored; the next one is staged beside it.
+    meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
+    assert meta.ragged and meta.prefix is not None
+    world.slide(b, 2, copy=True)
+    world.decode([a, b, d, f])
+    world.share(e, b, 28)
+    # Staged, inherited and new requests in one batch: two paged calls a layer.
+    new = Request(13, 9)
+    meta = world.prefill([(Kind.DECIDE, c, 15, 6), (Kind.DECIDED, e, 25, 0), (Kind.DECIDE, new, 19, 6)])
+    assert not meta.ragged and meta.full is not None
+    # A chunk that decides early, and the one behind it.
+    early = Request(14, 10)
+    world.prefill([(Kind.DECIDE, early, 30, 12)])
+    meta = world.prefill([(Kind.DECIDED, early, 9, 0), (Kind.STAGE, Request(15, 11), 20, 0)])
+    assert not meta.ragged
+    world.decode([a, b, c, d, e, new, early])
+    # Short requests with a cached prefix.
+    short = Request(3, 0)
+    world.share(short, d, 9)
+    meta = world.prefill([(Kind.DECIDED, short, 4, 0)])
+    assert meta.ragged
+    for _ in range(3):
+        world.decode([short, e, a])
+    assert len({tuple(row) for row in world.cuda_state.sets.bank_of.tolist()}) > 3, "sets differ"
