@@ -85,4 +85,5 @@ def arena_pool_class(pool_class: type, arena: Arena) -> type:
                 self.layer_num, k_shape[0], tuple(k_shape[1:]), self.store_dtype, self.device
             )
 
+    ArenaKVPool.__name__ = ArenaKVPool.__qualname__ = f"Arena{pool_class.__name__}"  # for SGLang's logs
     return ArenaKVPool

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lt_sglang.dynamic.mirror import HostMirror
+
 DEFAULT_SET = 0
 UNDECIDED = -1
 
@@ -72,6 +74,8 @@ class LayerSetStore:
         laziness: float32 [capacity, L], the scores it was decided by; 0 in set 0.
         set_of: int32 [request_rows], set of the request in that row of req_to_token.
         stats: counters.
+        lazy_counts: int64 [L], finished requests in which each layer was lazy, up to the last flush.
+        finished: its values on the host.
     """
 
     def __init__(
@@ -89,7 +93,10 @@ class LayerSetStore:
         self._free = list(range(capacity - 1, 0, -1))
         self._stored: OrderedDict[BlockKey, LayerSet] = OrderedDict()
         self._of_request: dict[str, LayerSet] = {}
+        self.lazy_counts = torch.zeros(num_layers, dtype=torch.int64, device=device)
+        self.finished = HostMirror(self.lazy_counts)
         self._pending: dict[int, int] = {}
+        self._counted: list[int] = []
         self._next_uid = 1
 
     def find(self, block: BlockKey) -> LayerSet | None:
@@ -144,6 +151,12 @@ class LayerSetStore:
         """``request`` is in row ``row`` of req_to_token from the next forward on."""
         self._pending[row] = self._of_request[request].index
 
+    def count(self, request: str) -> None:
+        """``request`` finished: count its lazy layers at the next flush, before its row changes."""
+        entry = self._of_request.get(request)
+        if entry is not None and entry.decided:
+            self._counted.append(entry.index)
+
     def release(self, request: str, row: int | None) -> None:
         """``request`` ends or gives its row back; a stored set stays for those that begin alike."""
         entry = self._of_request.pop(request, None)
@@ -168,10 +181,14 @@ class LayerSetStore:
         self._stored.clear()
 
     def flush(self) -> None:
-        """Write the queued rows of ``set_of``, on the current stream."""
+        """Do the queued device work on the current stream, before the forward that needs it."""
+        device = self.set_of.device
+        if self._counted:
+            done = torch.tensor(self._counted, dtype=torch.int64).to(device, non_blocking=True)
+            self._counted.clear()
+            self.lazy_counts += (self.bank_of[done] >= self.keep).sum(0)
         if not self._pending:
             return
-        device = self.set_of.device
         rows = torch.tensor(list(self._pending), dtype=torch.int64).to(device, non_blocking=True)
         sets = torch.tensor(list(self._pending.values()), dtype=torch.int32).to(device, non_blocking=True)
         self._pending.clear()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -85,6 +86,8 @@ class DynamicRadixCache(LightTransferRadixCache):
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As LightTransferRadixCache; the request gives its layer set back."""
         self._report(req)
+        if req.finished() and not is_health_check_generate_req(req):
+            self.prefills.sets.count(request_id(req))
         super().on_release(req, checkpointed=checkpointed)
         self.prefills.release(request_id(req), req.kv.req_pool_idx)
 

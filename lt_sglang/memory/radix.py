@@ -157,6 +157,8 @@ class LightTransferRadixCache(UnifiedRadixCache):
         tokens = req.origin_input_ids[:count]
         if len(tokens) < count:
             tokens = tokens + req.output_ids[: count - len(tokens)]
+        if req.input_embeds is not None:
+            return _sink_key(tokens, request_id(req), req.cache_salt)  # its tokens say nothing
         return _sink_key(tokens, req.extra_key, req.cache_salt)
 
 

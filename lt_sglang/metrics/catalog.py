@@ -123,6 +123,15 @@ SINK_SETS = Metric(
     "Asked for a sink set and got a new one (captured), another request's (shared) or none (refused: all in "
     "use; the request stays out of the prefix cache). evicted: stored sets given up for new ones.",
 )
+LAYER_SETS = Metric(
+    "lt_layer_sets_total",
+    Kind.COUNTER,
+    Scope.ENGINE,
+    ("event",),
+    "Dynamic mode: requests whose lazy layers were found in their prefill (decided), taken over with a cached "
+    "prefix (inherited), or the configured ones, the prompt being too short to tell (short). private: decided "
+    "ones whose set nobody inherits, since another request began alike first. evicted: stored sets given up.",
+)
 
 CATALOG: tuple[Metric, ...] = (
     BUILD_INFO,
@@ -139,4 +148,5 @@ CATALOG: tuple[Metric, ...] = (
     LAYER_REQUESTS,
     SINK_REQUESTS,
     SINK_SETS,
+    LAYER_SETS,
 )

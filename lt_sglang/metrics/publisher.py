@@ -46,6 +46,8 @@ def samples(state: EngineState) -> Iterator[Sample]:
     yield catalog.SINK_REQUESTS, (), state.sink_requests
     for event, count in state.sink_events.items():
         yield catalog.SINK_SETS, (event,), count
+    for event, count in state.layer_set_events.items():
+        yield catalog.LAYER_SETS, (event,), count
 
 
 class Publisher:

@@ -42,6 +42,7 @@ class EngineState:
     layer_requests: Mapping[int, int] = field(default_factory=dict)
     sink_requests: int = 0
     sink_events: Mapping[str, int] = field(default_factory=dict)
+    layer_set_events: Mapping[str, int] = field(default_factory=dict)
 
     def kv_bytes(self, state: str) -> int:
         """Bytes held by slots that are ``used`` or ``cached``."""
@@ -72,6 +73,10 @@ def read_state(scheduler: Any) -> EngineState | None:
     rows = config.sink_tokens
     lazy_bytes = bytes_of.streaming_bytes
     requests = scheduler.tree_cache.finished_requests
+    layer_requests = dict.fromkeys(config.lazy_layers, requests)
+    layer_sets = None if runner.dynamic is None else runner.dynamic.sets
+    if layer_sets is not None:
+        layer_requests = dict(enumerate(layer_sets.finished.read()))
     return EngineState(
         config=config,
         num_layers=num_layers,
@@ -88,7 +93,8 @@ def read_state(scheduler: Any) -> EngineState | None:
         expected_tokens=split.expected_tokens,
         expected_requests=split.requests,
         requests=requests,
-        layer_requests=dict.fromkeys(config.lazy_layers, requests),
+        layer_requests=layer_requests,
         sink_requests=sinks.requests,
         sink_events=vars(sinks.stats),
+        layer_set_events={} if layer_sets is None else vars(layer_sets.stats),
     )

@@ -36,6 +36,7 @@ def state(**changes: object) -> EngineState:
         "layer_requests": {1: 7, 3: 7},
         "sink_requests": 2,
         "sink_events": {"captured": 3, "shared": 2, "evicted": 0, "refused": 1},
+        "layer_set_events": {"decided": 4, "inherited": 3},
     }
     return EngineState(**{**given, **changes})  # type: ignore[arg-type]
 
