@@ -128,9 +128,10 @@ LAYER_SETS = Metric(
     Kind.COUNTER,
     Scope.ENGINE,
     ("event",),
-    "Dynamic mode: requests whose lazy layers were found in their prefill (decided), taken over with a cached "
-    "prefix (inherited), or the configured ones, the prompt being too short to tell (short). private: decided "
-    "ones whose set nobody inherits, since another request began alike first. evicted: stored sets given up.",
+    "Dynamic mode: requests whose lazy layers were found in their prefill (decided), taken over with a "
+    "cached prefix (inherited), or the configured ones, the prompt being too short to tell (short). private: "
+    "decided ones whose set nobody inherits, another request having begun alike first. evicted: stored sets "
+    "given up.",
 )
 
 CATALOG: tuple[Metric, ...] = (
