@@ -3,21 +3,33 @@
     python loadtest/make_results.py REPORT.json [REPORT.json ...] --date 2026-11-21 --gpu h100 \\
         --hardware "NVIDIA H100 80GB HBM3" --commit SHA [--note TEXT]
 
-A result file compares one cell of a lighttransfer engine with the same cell of a stock engine; where the two
-come from different reports, its notes say so. README.md is made from all result
-files in the folder, never from the reports.
+A result file compares one cell of a lighttransfer engine with the same cell of a stock engine, or the errors
+of log-probabilities of the two (parity). The stock engine runs on SGLang's flashinfer backend unless the
+file's name says otherwise; where the two come from different reports, its notes say so. README.md is made
+from all result files in the folder, never from the reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STOCK = "stock_flashinfer"
 RESULTS = Path(__file__).parent / "results"
+# Of tests/gpu/run.py: the stock engine whose error bounds ours, and by how much it may be larger.
+PARITY = {
+    "graph": ("stock", "CUDA graphs, slots reused all the time"),
+    "eager": ("stock", "no CUDA graphs"),
+    "fp8": ("fp8_stock", "fp8 KV cache (e4m3), CUDA graphs, slots reused all the time"),
+    "fa2_graph": ("fa2_stock", "FlashInfer's FA2 kernels for all attention, CUDA graphs, slots reused"),
+    "fa2_eager": ("fa2_stock", "FlashInfer's FA2 kernels for all attention, no CUDA graphs"),
+}
+PARITY_BOUNDS = {"mean": 1.25, "max": 1.5}
 VERSIONS = {"sglang": "0.5.23", "torch": "2.14.1", "flashinfer": "0.7.2", "triton": "3.8.0"}
 
 
@@ -41,8 +53,7 @@ class Cell:
     def numbers(self) -> dict[str, Any]:
         """The figures of a result file, with their spread."""
         if self.task["kind"] == "prefill":
-            seconds = sorted(self.task["seconds"])
-            return {"seconds": seconds[len(seconds) // 2], "repeats": self.task["seconds"]}
+            return {"seconds": statistics.median(self.task["seconds"]), "repeats": self.task["seconds"]}
         steady = self.task["steady"]
         return {
             "requests_running": steady["running"],
@@ -64,43 +75,85 @@ def read_cells(path: Path) -> Iterator[Cell]:
 def ratios(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
     """Ours over the baseline, above 1 being better."""
     if "seconds" in base:
-        return {"prefill_speed": round(base["seconds"] / ours["seconds"], 3)}
-    return {key: round(ours[key] / base[key], 3) for key in ("requests_running", "decode_tokens_per_second")}
+        return {"prefill_speed": round(base["seconds"] / ours["seconds"], 4)}
+    return {key: round(ours[key] / base[key], 4) for key in ("requests_running", "decode_tokens_per_second")}
 
 
 def write_results(cells: list[Cell], args: argparse.Namespace) -> None:
-    """One file for each lighttransfer cell that has a stock counterpart."""
-    stock = {cell.kind: cell for cell in cells if cell.engine.startswith("stock_")}
+    """One file for each lighttransfer cell and each stock engine that has its counterpart."""
+    stock = [cell for cell in cells if cell.engine.startswith("stock_")]
     for cell in cells:
-        base = stock.get(cell.kind)
-        if cell.config is None or base is None:
+        bases = {base.engine: base for base in stock if base.kind == cell.kind}
+        # A baseline of the same report if there is one.
+        bases |= {b.engine: b for b in stock if b.kind == cell.kind and b.report == cell.report}
+        for base in bases.values() if cell.config else ():
+            write_result(cell, base, args)
+
+
+def write_result(cell: Cell, base: Cell, args: argparse.Namespace) -> None:
+    """One file: ``cell`` against ``base``."""
+    assert cell.config is not None
+    scenario = f"{cell.engine}-{cell.kind}".replace("_", "-")
+    if base.engine != STOCK:
+        scenario += f"-vs-{base.engine.removeprefix('stock_')}"
+    notes = [args.note] if args.note else []
+    if cell.report != base.report:
+        notes.append("Baseline and lighttransfer were measured in two runs, on machines of the same kind.")
+    config = {
+        key: cell.config[key]
+        for key in ("lazy_layers", "sink_tokens", "recent_tokens", "expected_tokens", "pools")
+    }
+    numbers = ("steady", "seconds", "requests", "output_tokens")
+    measured = {key: value for key, value in cell.task.items() if key not in numbers}
+    sent = {"requests": cell.task["requests"]} if "requests" in cell.task else {}
+    sent_base = {"requests": base.task["requests"]} if "requests" in base.task else {}
+    result = {
+        "scenario": scenario,
+        **_common(args),
+        "workload": {"model": "Mistral-7B shape, dummy weights, bfloat16, tp 1", **measured},
+        "baseline": {"engine": base.engine, **sent_base, **base.numbers()},
+        "lighttransfer": {"config": config, **sent, **cell.numbers()},
+        "ratio": ratios(base.numbers(), cell.numbers()),
+        "notes": notes,
+    }
+    _write(args, scenario, result)
+
+
+def write_parity(path: Path, args: argparse.Namespace) -> None:
+    """One file for each way of running the lazy layers whose stock counterpart the report has."""
+    found = json.loads(path.read_text()).get("parity", {})
+    kernels = found.get("ragged_prefill_kernels", {})
+    for label, (stock, what) in PARITY.items():
+        if label not in found or stock not in found:
             continue
-        scenario = f"{cell.engine}-{cell.kind}".replace("_", "-")
-        notes = [args.note] if args.note else []
-        if cell.report != base.report:
-            notes.append(
-                "Baseline and lighttransfer were measured in two runs, on machines of the same kind."
-            )
-        config = {
-            key: cell.config[key]
-            for key in ("lazy_layers", "sink_tokens", "recent_tokens", "expected_tokens", "pools")
-        }
-        measured = {key: value for key, value in cell.task.items() if key not in ("steady", "seconds")}
+        base, ours = ({key: found[name][key] for key in ("mean", "p99", "max")} for name in (stock, label))
+        ratio = {key: round(ours[key] / base[key], 4) for key in ("mean", "max")}
+        scenario = f"parity-{label}".replace("_", "-")
         result = {
             "scenario": scenario,
-            "hardware": args.hardware,
-            "versions": VERSIONS,
-            "commit": args.commit,
-            "seed": 0,
-            "workload": {"model": "Mistral-7B shape, dummy weights, bfloat16, tp 1", **measured},
-            "baseline": {"engine": base.engine, **base.numbers()},
-            "lighttransfer": {"config": config, **cell.numbers()},
-            "ratio": ratios(base.numbers(), cell.numbers()),
-            "notes": notes,
+            **_common(args),
+            "workload": {
+                "what": f"log-probabilities against the same model in float32: {what}",
+                "model": "seeded Llama, 6 layers, 3 of them lazy, 4 + 252, bfloat16",
+                "tokens": "11 prompts of 1 to 5000 tokens, 64 new tokens each",
+            },
+            "baseline": {"engine": stock, **base, "prefill_kernels": kernels.get(stock, [])},
+            "lighttransfer": {**ours, "prefill_kernels": kernels.get(label, [])},
+            "error_ratio": ratio,
+            "within": ratio["mean"] <= PARITY_BOUNDS["mean"] and ratio["max"] <= PARITY_BOUNDS["max"],
+            "notes": [],
         }
-        path = RESULTS / f"{args.date}-{args.gpu}-{scenario}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(path)
+        _write(args, scenario, result)
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    return {"hardware": args.hardware, "versions": VERSIONS, "commit": args.commit, "seed": 0}
+
+
+def _write(args: argparse.Namespace, scenario: str, result: dict[str, Any]) -> None:
+    path = RESULTS / f"{args.date}-{args.gpu}-{scenario}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
 
 
 def write_table() -> None:
@@ -110,11 +163,37 @@ def write_table() -> None:
         "| date, GPU, scenario | baseline | LightTransfer | ratio | notes |",
         "|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for stem, result in results.items():
+        if "ratio" not in result:
+            continue
         base, ours = (_short(result[side]) for side in ("baseline", "lighttransfer"))
         ratio = ", ".join(f"{value:.2f}x {key.replace('_', ' ')}" for key, value in result["ratio"].items())
-        rows.append(f"| {path.stem} | {base} | {ours} | {ratio} | {' '.join(result['notes'])} |")
+        rows.append(f"| {stem} | {base} | {ours} | {ratio} | {' '.join(result['notes'])} |")
+    rows += [
+        "",
+        "## Parity",
+        "",
+        "Mean (largest) absolute difference of log-probabilities from the same model in float32: of stock",
+        "SGLang in the same configuration from full attention, of LightTransfer from an explicit streaming",
+        f"mask. Its error may be {PARITY_BOUNDS['mean']} times the baseline's in the mean and "
+        f"{PARITY_BOUNDS['max']} times in the largest.",
+        "",
+        "| date, GPU, check | what | baseline | LightTransfer | ratio | within |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stem, result in results.items():
+        if "error_ratio" not in result:
+            continue
+        base, ours = (
+            f"{result[side]['mean']:.4f} ({result[side]['max']:.3f})"
+            for side in ("baseline", "lighttransfer")
+        )
+        ratio = f"{result['error_ratio']['mean']:.2f}x ({result['error_ratio']['max']:.2f}x)"
+        what = result["workload"]["what"].split(": ", 1)[1]
+        rows.append(
+            f"| {stem} | {what} | {base} | {ours} | {ratio} | {'yes' if result['within'] else 'no'} |"
+        )
     (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
 
 
@@ -134,6 +213,8 @@ def main() -> None:
     parser.add_argument("--note", default="")
     args = parser.parse_args()
     write_results([cell for report in args.reports for cell in read_cells(report)], args)
+    for report in args.reports:
+        write_parity(report, args)
     write_table()
 
 
