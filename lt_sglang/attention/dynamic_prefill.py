@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
     from lt_sglang.model_runner import LightTransferModelRunner
 
+# The two paged calls may find lists empty that were planned: FA2 allows that, FA3 does not.
 LAZY, FULL = 0, 1
 
 
@@ -121,13 +122,16 @@ class PrefillPlanner:
         if ragged:
             self._plan_ragged(extends)
             if any(prefixes):
-                calls["prefix"] = self._call(FULL, plans, given, [0] * len(plans), prefixes, EVERY)
+                calls["prefix"] = self._call(
+                    self._backend.prefix_wrapper, plans, given, [0] * len(plans), prefixes, EVERY
+                )
         else:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
             ends = [plan.end for plan in plans]
-            calls["full"] = self._call(FULL, plans, given, [0] * len(plans), ends, FULL_ONLY)
-            calls["lazy"] = self._call(LAZY, plans, given, firsts, ends, LAZY_ONLY, window_left=before)
+            paged = self._backend.prefill_wrappers_paged
+            calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
+            calls["lazy"] = self._call(paged[LAZY], plans, given, firsts, ends, LAZY_ONLY, window_left=before)
         return PrefillMetadata(
             plans=plans,
             requests=given,
@@ -194,7 +198,7 @@ class PrefillPlanner:
 
     def _call(
         self,
-        which_wrapper: int,
+        wrapper: Any,
         plans: list[Prefill],
         given: Requests,
         firsts: list[int],
@@ -218,7 +222,6 @@ class PrefillPlanner:
             state.layout,
             which,
         )
-        wrapper = self._backend.prefill_wrappers_paged[which_wrapper]
         window = {} if window_left is None else {"window_left": window_left}
         # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
         wrapper.begin_forward(

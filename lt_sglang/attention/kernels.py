@@ -180,6 +180,20 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_dim[None, :])
 
 
+def _unpacked_sinks(
+    keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, banks: Banks | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Banks | None]:
+    """The sinks alone, in ``dtype``: Triton reads fp8 e4m3 from sm89 on only, and they are few."""
+    at = rows.to(torch.int64)
+    if banks is not None:
+        start = banks.streaming_start + (banks.of.to(torch.int64) - banks.full_banks) * banks.streaming_rows
+        at = (at + start[:, None]).clamp(min=0)
+        banks = Banks(banks.of, banks.full_banks, 0, 0)
+    flat = at.flatten()
+    unpacked = [part.view(torch.uint8)[flat].view(part.dtype).to(dtype) for part in (keys, values)]
+    return unpacked[0], unpacked[1], torch.arange(len(flat), device=rows.device).view_as(at), banks
+
+
 @torch.no_grad()
 def merge_sinks(
     out: torch.Tensor,
@@ -202,7 +216,7 @@ def merge_sinks(
         out: [tokens, heads, dim], the window's attention output, unless ``window`` is that.
         lse: float32 [tokens, heads], its log-sum-exp to base 2 (FlashInfer's).
         query: [tokens, heads, dim], last dimension contiguous.
-        keys, values: [rows, kv heads, dim], a lazy layer's streaming buffers.
+        keys, values: [rows, kv heads, dim], a lazy layer's streaming buffers; in dynamic mode the arena.
         rows: int [bs, w_sink], from ``indices.sink_rows``.
         tiles: which queries belong to which request, from ``make_tiles``.
         scale: softmax scale; key_scale, value_scale: of an fp8 KV cache.
@@ -212,6 +226,8 @@ def merge_sinks(
     tokens, heads, dim = query.shape
     if tiles.number == 0 or tokens == 0:
         return
+    if keys.element_size() == 1:
+        keys, values, rows, banks = _unpacked_sinks(keys, values, rows, banks, query.dtype)
     _merge_sinks[(tiles.number, heads)](
         out,
         out if window is None else window,

@@ -371,13 +371,14 @@ def test_place(seed: int, ragged: bool) -> None:
         assert torch.equal(arena_k, want_k) and torch.equal(arena_v, want_v), layer
 
 
-def test_merge_sinks_leaves_full_requests_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     """With banks, only requests that are lazy in this layer get the windowed output and their sinks."""
     torch.manual_seed(2)
     prefixes, extends = [30, 0, 40], [5, 9, 6]
     of = torch.tensor([[0, KEEP + 1], [0, 1], [0, KEEP]], dtype=torch.int32)[:, 1]
     tokens, heads = sum(extends), 2
-    keys, values = torch.randn(LAYOUT.total_rows, 1, 16), torch.randn(LAYOUT.total_rows, 1, 16)
+    keys, values = (torch.randn(LAYOUT.total_rows, 1, 16).to(dtype) for _ in range(2))
     query, out, window = (torch.randn(tokens, heads, 16) for _ in range(3))
     lse = torch.randn(tokens, heads)
     rows = torch.randint(1, STREAMING, (3, SINK))
@@ -388,7 +389,7 @@ def test_merge_sinks_leaves_full_requests_alone() -> None:
     assert torch.equal(out[5:14], untouched[5:14])
     for index, where in ((0, range(0, 5)), (2, range(14, 20))):
         start = LAYOUT.bank_start(int(of[index]))
-        k, v = keys[start + rows[index], 0], values[start + rows[index], 0]
+        k, v = (part.float()[start + rows[index], 0] for part in (keys, values))
         for offset, token in enumerate(where):
             seen = prefixes[index] + offset - torch.arange(SINK) >= RECENT
             scores = torch.where(seen, query[token] @ k.T * 0.25, -torch.inf)

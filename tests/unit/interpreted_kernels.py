@@ -52,6 +52,7 @@ class Case:
     captured: bool = True
     key_scale: float = 1.0
     value_scale: float = 1.0
+    kv_dtype: torch.dtype | None = None
 
 
 CASES = {
@@ -70,6 +71,15 @@ CASES = {
     "half precision": Case(((30, 9),), sink=4, recent=8, dim=64, dtype=torch.float16),
     "sinks still in their slots": Case(((20, 30),), sink=4, recent=8, captured=False),
     "scaled KV": Case(((30, 9),), sink=4, recent=8, key_scale=0.5, value_scale=2.0),
+    "fp8 KV": Case(
+        ((30, 9), (12, 7)),
+        sink=4,
+        recent=8,
+        dtype=torch.float16,
+        key_scale=0.5,
+        value_scale=2.0,
+        kv_dtype=torch.float8_e4m3fn,
+    ),
 }
 
 
@@ -82,8 +92,8 @@ def test_merge_sinks_completes_streaming_attention(case: Case) -> None:
     if case.captured:
         _capture(batch)
     shape = (batch.buffer_rows, case.kv_heads, case.dim)
-    keys = torch.randn(shape, generator=generator).to(case.dtype)
-    values = torch.randn(shape, generator=generator).to(case.dtype)
+    keys = torch.randn(shape, generator=generator).to(case.kv_dtype or case.dtype)
+    values = torch.randn(shape, generator=generator).to(case.kv_dtype or case.dtype)
     tokens = sum(extend for _, extend in case.requests)
     query = torch.randn((tokens, case.heads, case.dim), generator=generator).to(case.dtype)
     scale = case.dim**-0.5
@@ -95,8 +105,8 @@ def test_merge_sinks_completes_streaming_attention(case: Case) -> None:
     token = 0
     for index, (prefix, extend) in enumerate(case.requests):
         rows = [_row(batch, index, position) for position in range(prefix + extend)]
-        key = (keys[rows].float() * case.key_scale).repeat_interleave(group, 1)
-        value = (values[rows].float() * case.value_scale).repeat_interleave(group, 1)
+        key = (keys.float()[rows] * case.key_scale).repeat_interleave(group, 1)
+        value = (values.float()[rows] * case.value_scale).repeat_interleave(group, 1)
         for position in range(prefix, prefix + extend):
             scores = torch.einsum("hd,khd->hk", query[token].float(), key) * scale
             window = list(range(max(0, position - case.recent + 1), position + 1))
