@@ -90,28 +90,21 @@ class DynamicReference:
 
     def scores(self, tokens: Sequence[int], end: int, queries: int = LAST_QUERIES) -> list[float]:
         """How lazy each layer is, by the last ``queries`` of the first ``end`` tokens; higher is lazier."""
-        queries = min(queries, end)
         cache = DynamicCache()
         with torch.inference_mode():
             if end > queries:
                 self._run(tokens[: end - queries], cache, "sdpa", logits_to_keep=1)
-            seen = self._run(
-                tokens[end - queries : end],
-                cache,
-                "eager",
-                logits_to_keep=1,
-                output_attentions=True,
-                output_hidden_states=True,
-            )
-            return [
-                self._score(
-                    seen.attentions[index][0].double(),
-                    cache.layers[index].values[0].double(),
-                    seen.hidden_states[index][0].double(),
-                    layer.self_attn.o_proj.weight.double(),
-                )
-                for index, layer in enumerate(self._layers)
-            ]
+            last = tokens[max(end - queries, 0) : end]
+            return self._scores(self._watch(last, cache), cache, end, queries)
+
+    def scores_by_end(
+        self, tokens: Sequence[int], ends: Sequence[int], queries: int = LAST_QUERIES
+    ) -> dict[int, list[float]]:
+        """``scores`` for each of ``ends``, in one run: prompts of some hundred tokens only."""
+        cache = DynamicCache()
+        with torch.inference_mode():
+            seen = self._watch(tokens[: max(ends)], cache)
+            return {end: self._scores(seen, cache, end, queries) for end in ends}
 
     def lazy_of(self, scores: Sequence[float]) -> tuple[int, ...]:
         """As layers come, the laziest of keep + 1 goes; among equals the one with the higher index."""
@@ -190,6 +183,27 @@ class DynamicReference:
                 result.wrong.append((len(prompt), position, margin))
 
     # ---- how
+
+    def _watch(self, tokens: Sequence[int], cache: DynamicCache) -> Any:
+        return self._run(
+            tokens, cache, "eager", logits_to_keep=1, output_attentions=True, output_hidden_states=True
+        )
+
+    def _scores(self, seen: Any, cache: DynamicCache, end: int, queries: int) -> list[float]:
+        scores = []
+        for index, layer in enumerate(self._layers):
+            weights, values = seen.attentions[index][0], cache.layers[index].values[0]
+            last = end - (values.shape[1] - weights.shape[1])  # rows of the queries seen
+            rows = slice(max(last - queries, 0), last)
+            scores.append(
+                self._score(
+                    weights[:, rows, :end].double(),
+                    values[:, :end].double(),
+                    seen.hidden_states[index][0, rows].double(),
+                    layer.self_attn.o_proj.weight.double(),
+                )
+            )
+        return scores
 
     def _run(self, tokens: Sequence[int], cache: DynamicCache, attention: str, **options: Any) -> Any:
         torch.set_num_threads(self.threads)

@@ -204,7 +204,7 @@ DYNAMIC_SERVERS = {
             partial(ensure_model, "qwen2_moe"),
             2,
             (0, 2, 3, 5),
-            "discarded-mass",
+            "residual-error",
             decide="first-chunk",
             flags=(*REUSE_FLAGS, *TINY_POOL),
             expected=640,

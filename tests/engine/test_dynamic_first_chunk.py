@@ -1,0 +1,123 @@
+"""Decisions at the end of the first chunk, and a thousand requests: nothing leaks, nothing goes wrong.
+
+Admission reckons with 16 new tokens a request and windows slide at every step (specs.RESTLESS), so decode
+runs out of memory and requests are retracted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from . import storm
+from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
+from .prompts import random_prompt
+from .reference import Comparison
+from .server import Reply, Server
+from .specs import CHUNK, DYNAMIC_SERVERS, FIRST_CHUNK
+from .test_dynamic import make_reference
+
+pytestmark = [pytest.mark.engine, pytest.mark.served_by(FIRST_CHUNK)]
+
+LAZY = DYNAMIC_SERVERS[FIRST_CHUNK]
+BLOCK = LAZY.sinks + LAZY.recent
+FIRST_QUERIES = 128
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def reference() -> DynamicReference:
+    """Made once."""
+    return make_reference(FIRST_CHUNK)
+
+
+def decided_at(reference: DynamicReference, prompt: Sequence[int], reply: Reply) -> tuple[int, int]:
+    """Where the chunk ended that decided, and by how many queries; (0, 0) if no end fits the scores told.
+
+    A chunk of a batch ends anywhere. Ends below a window and 128 queries wait for the next one.
+    """
+    told = reply.choice["laziness"]
+    if reference.same_scores(told, reference.scores(prompt, len(prompt))):
+        return len(prompt), LAST_QUERIES
+    ends = range(BLOCK + FIRST_QUERIES, min(BLOCK + FIRST_QUERIES - 1 + CHUNK, len(prompt) - 1) + 1)
+    scores = reference.scores_by_end(prompt, ends, FIRST_QUERIES) if ends else {}
+    fitting = [end for end in ends if reference.same_scores(told, scores[end])]
+    assert len(fitting) <= 1, f"scores of {fitting} cannot be told apart"
+    return (fitting[0], FIRST_QUERIES) if fitting else (0, 0)
+
+
+def check(
+    reference: DynamicReference, prompts: Sequence[Sequence[int]], replies: Sequence[Reply]
+) -> list[int]:
+    """Choices and outputs of requests without a cached prefix; where each was decided (0: by default)."""
+    choices, outputs, ends = Choices(), Comparison(0, 0, []), []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert reply.choice is not None and reply.cached == 0
+        lazy = reply.choice["lazy_layers"]
+        end = 0
+        if len(prompt) <= BLOCK:
+            assert (reply.choice["origin"], lazy) == ("default", list(LAZY.default))
+        else:
+            end, queries = decided_at(reference, prompt, reply)
+            assert end, f"prompt of {len(prompt)}: no chunk gives the scores {reply.choice['laziness']}"
+            reference.compare_choice(choices, prompt, reply.choice, end, queries)
+        ends.append(end)
+        reference.compare_output(outputs, prompt, reply.tokens, lazy, end)
+    choices.assert_equal()
+    outputs.assert_equal()
+    return ends
+
+
+def test_one_at_a_time(server: Server, reference: DynamicReference) -> None:
+    """From the second chunk on, lazy layers stream; a prompt of one chunk is decided at its end."""
+    rng = random.Random(1)
+    server.flush_cache()
+    lengths = [1, 63, 64, 65, 191, 192, 255, 256, 257, 258, 300, 512, 513, 900, 2000, 3000]
+    prompts = [random_prompt(length, rng) for length in lengths]
+    replies = [server.generate(prompt, NEW_TOKENS, ask=True) for prompt in prompts]
+    expected = [0 if length <= BLOCK else min(length, CHUNK) for length in lengths]
+    assert check(reference, prompts, replies) == expected
+
+    # The comparison can fail: decided at the prompt's end, or full attention to the end of the prompt.
+    for prompt, reply in zip(prompts[-3:], replies[-3:], strict=True):
+        control = Choices()
+        reference.compare_choice(control, prompt, reply.choice, len(prompt), LAST_QUERIES)
+        assert control.wrong
+        outputs = Comparison(0, 0, [])
+        reference.compare_output(outputs, prompt, reply.tokens, reply.choice["lazy_layers"], len(prompt))
+        assert outputs.wrong
+
+
+def test_batched(server: Server, reference: DynamicReference) -> None:
+    """Chunks end anywhere, some too early to decide; that place too is found again from the scores."""
+    rng = random.Random(2)
+    server.flush_cache()
+    retracted = server.log_text().count("Retract requests")
+    prompts = [random_prompt(length, rng) for length in (700, 90, 600, 130, 450, 300)]
+    replies = server.generate_all(prompts, 8, ask=True)
+    assert server.log_text().count("Retract requests") == retracted
+    ends = check(reference, prompts, replies)
+    assert any(end not in (CHUNK, len(prompt)) for end, prompt in zip(ends, prompts, strict=True)), ends
+
+
+def test_a_thousand_requests(server: Server, reference: DynamicReference) -> None:
+    """Shared beginnings, aborts, dropped streams and retraction; every layer set and slot comes back."""
+    marker = "Retract requests"
+    before = server.log_text().count(marker)
+    for seed in range(4):
+        jobs = storm.storm(count=250, longest=600, longest_output=60, seed=100 + seed)
+        outputs = storm.run(server, jobs, clients=32)
+        whole = [len(out) == job.new_tokens for job, out in zip(jobs, outputs, strict=True)]
+        cut = [job.abort or job.drop_after is not None for job in jobs]
+        assert all(done or early for done, early in zip(whole, cut, strict=True))
+    assert server.log_text().count(marker) > before, "nothing was retracted"
+    storm.assert_all_returned(server)
+    sets = server.lighttransfer()["layer_sets"]
+    assert sets["requests"] == sets["stored"] == 0, sets
+    assert min(sets["decided"], sets["inherited"], sets["short"], sets["private"]) > 0, sets
+
+    rng = random.Random(3)
+    prompts = [random_prompt(length, rng) for length in (40, 100, 400, 900)]
+    check(reference, prompts, [server.generate(prompt, NEW_TOKENS, ask=True) for prompt in prompts])
