@@ -23,7 +23,7 @@ ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
 PY = $(ENV_PATH)/bin/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve test test-unit test-contract test-engine test-gpu lint typecheck lock clean
+.PHONY: help env model serve test test-unit test-contract test-engine test-gpu manifest manifests lint typecheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,12 @@ test-engine: env ## real servers on the CPU
 
 test-gpu: env ## what needs a CUDA device
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m gpu tests
+
+manifest: ## print a Kubernetes manifest: make manifest MODEL=me/my-model TP=4 ARGS="--lazy-layers 8-23"
+	@$(PYTHON) k8s/render.py $(MODEL) $(if $(TP),--tp $(TP)) $(ARGS)
+
+manifests: ## write k8s/manifests again, after a change of the chart
+	@$(PYTHON) k8s/render.py --all
 
 lint: env ## ruff
 	@$(PY) -m ruff check .
