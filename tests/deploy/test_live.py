@@ -1,4 +1,4 @@
-"""A real engine, scraped by a real Prometheus: every panel shows something, and an alert fires."""
+"""A real engine in dynamic mode, scraped by a real Prometheus: every panel shows something, an alert fires."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from tests.engine.server import Server, ServerSpec
 from tests.engine.specs import RETRACT
 
 from .live import Prometheus, as_grafana
-from .test_engine_metrics import FLAGS, LAZY
+from .test_engine_metrics import FLAGS
 from .test_monitoring import PANELS, SGLANG
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+DYNAMIC = {"mode": "dynamic", "keep": 3, "sink_tokens": 4, "recent_tokens": 60, "expected_tokens": 700}
 
 
 def quick(rules: str) -> str:
@@ -29,7 +31,7 @@ def quick(rules: str) -> str:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # SGLang's own test switch makes it retract requests, whose count is not shown before there is one.
-    spec = ServerSpec("live", partial(ensure_model, "llama"), LAZY, FLAGS, env=RETRACT)
+    spec = ServerSpec("live", partial(ensure_model, "llama"), DYNAMIC, FLAGS, env=RETRACT)
     server = Server(spec, tmp_path_factory.mktemp("engine") / "log")
     server.launch()
     try:

@@ -54,6 +54,23 @@ def test_engine_deployment() -> None:
     assert found["spec"]["template"]["metadata"]["labels"]["lt-sglang/serves"] == "http"
 
 
+def test_engine_in_dynamic_mode() -> None:
+    dynamic = [
+        f"lightTransfer.{pair}"
+        for pair in ("mode=dynamic", "keep=40", "score=residual-error", "decide=prompt")
+    ]
+    given = flags(container(engine(*dynamic, "lightTransfer.stagingTokens=8192")))
+    wanted = {
+        "mode": "dynamic",
+        "keep": "40",
+        "score": "residual-error",
+        "decide": "prompt",
+        "staging-tokens": "8192",
+    }
+    assert {f"--lt-{name}": value for name, value in wanted.items()}.items() <= given.items()
+    assert "--lt-check-tables" not in given
+
+
 def test_engine_probes_leave_time() -> None:
     probes = container(engine("engine.startupMinutes=40"))
     startup, ready, live = (probes[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from k8s.render import render
-from lt_sglang.config import MODES
+from lt_sglang.config import DECIDE, MODES, SCORES
 from lt_sglang.errors import LightTransferError
 
 from .chart import CHART, MINIMAL
@@ -68,6 +68,7 @@ REFUSED_BY_ARITHMETIC = {
     ),
     "flag-twice": (("engine.extraArgs={--tp-size=2}",), "--tp-size has a value of its own"),
     "lt-flag": (("engine.extraArgs={--lt-mode=static}",), "--lt-mode has a value of its own"),
+    "dynamic-only": (("lightTransfer.checkTables=true",), "are for dynamic"),
     "use-ray": (("engine.extraArgs={--use-ray}",), "load no plug-in"),
 }
 
@@ -117,6 +118,8 @@ def test_schema_and_defaults_name_the_same_keys() -> None:
     assert found == described - optional
 
 
-def test_schema_knows_the_modes_that_exist() -> None:
-    modes = SCHEMA["properties"]["lightTransfer"]["properties"]["mode"]["enum"]
-    assert set(modes) <= set(MODES)
+def test_schema_knows_the_choices_that_exist() -> None:
+    known = SCHEMA["properties"]["lightTransfer"]["properties"]
+    assert set(known["mode"]["enum"]) == set(MODES)
+    assert set(known["score"]["enum"]) - {None} == set(SCORES)
+    assert set(known["decide"]["enum"]) - {None} == set(DECIDE)

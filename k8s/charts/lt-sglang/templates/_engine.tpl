@@ -16,7 +16,15 @@
 {{- if $t.lazyLayers }}
 - --lt-lazy-layers={{ $t.lazyLayers }}
 {{- end }}
-{{- range $flag, $value := dict "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "expected-tokens" $t.expectedTokens "expected-output-tokens" $t.expectedOutputTokens }}
+{{- range $flag, $value := dict "keep" $t.keep "score" $t.score "decide" $t.decide }}
+{{- if not (kindIs "invalid" $value) }}
+- --lt-{{ $flag }}={{ $value }}
+{{- end }}
+{{- end }}
+{{- if $t.checkTables }}
+- --lt-check-tables=on
+{{- end }}
+{{- range $flag, $value := dict "staging-tokens" $t.stagingTokens "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "expected-tokens" $t.expectedTokens "expected-output-tokens" $t.expectedOutputTokens }}
 {{- if not (kindIs "invalid" $value) }}
 - --lt-{{ $flag }}={{ int $value }}
 {{- end }}
