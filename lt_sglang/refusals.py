@@ -21,7 +21,7 @@ class Refusal:
 
 
 def _set(value: Any) -> bool:
-    return value not in (None, False, "", 0)
+    return value not in (None, False, "", 0, [], {})
 
 
 def _above_one(value: Any) -> bool:
@@ -84,6 +84,23 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+DYNAMIC_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--enable-memory-saver",
+        "enable_memory_saver",
+        _set,
+        "its KV memory is one piece and is not given back",
+    ),
+    Refusal("--enable-lora", "enable_lora", _set, "adapters were not tested with it"),
+    Refusal("--lora-paths", "lora_paths", _set, "adapters were not tested with it"),
+)
+
+
+def check_dynamic_args(args: Any) -> None:
+    """Raise LightTransferError for the first flag of ``args`` that dynamic mode does not work with."""
+    _refuse(args, DYNAMIC_REFUSALS, "in dynamic mode")
+
+
 def check_server_args(args: Any) -> None:
     """Raise LightTransferError for the first flag of ``args`` that cannot be served with lazy layers."""
     for role in ("prefill_attention_backend", "decode_attention_backend"):
@@ -95,8 +112,12 @@ def check_server_args(args: Any) -> None:
         raise LightTransferError(
             f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases"
         )
-    for refusal in REFUSALS:
+    _refuse(args, REFUSALS, "with lazy layers")
+
+
+def _refuse(args: Any, refusals: tuple[Refusal, ...], where: str) -> None:
+    for refusal in refusals:
         value = getattr(args, refusal.field)
         if refusal.refused(value):
             shown = "" if value is True else f" {value}"
-            raise LightTransferError(f"{refusal.flag}{shown}: not supported with lazy layers: {refusal.why}")
+            raise LightTransferError(f"{refusal.flag}{shown}: not supported {where}: {refusal.why}")

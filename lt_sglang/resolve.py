@@ -17,7 +17,7 @@ from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_known
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
-from lt_sglang.refusals import check_server_args
+from lt_sglang.refusals import check_dynamic_args, check_server_args
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     config = load_config(overrides, model.to_dict(), args.model_path)
     num_layers = model.get_text_config().num_hidden_layers
     config = config.settle(num_layers)
+    if config.dynamic:
+        check_dynamic_args(args)
     overrides.update(model_overrides(config, num_layers))
     declare_resolution(
         server_args, _SOURCE, json_model_override_args=json.dumps(overrides), radix_cache_backend=BACKEND

@@ -16,7 +16,7 @@ from lt_sglang.cli.serve import DEMO_ARGS, NO_HTTP, Machine, plan_launch
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.names import BACKEND
-from lt_sglang.refusals import REFUSALS, Refusal, check_server_args
+from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_no_flag_of_sglangs_looks_like_an_abbreviation_of_one_we_read(
         flags.SglangArgs([option, "1"])
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+@pytest.mark.parametrize("refusal", (*REFUSALS, *DYNAMIC_REFUSALS), ids=lambda refusal: refusal.field)
 def test_refused_fields_and_flags_exist(
     refusal: Refusal, parser: argparse.ArgumentParser, defaults: dict[str, Any]
 ) -> None:

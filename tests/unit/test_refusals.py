@@ -9,7 +9,13 @@ import pytest
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import BACKEND
-from lt_sglang.refusals import REFUSALS, Refusal, check_server_args
+from lt_sglang.refusals import (
+    DYNAMIC_REFUSALS,
+    REFUSALS,
+    Refusal,
+    check_dynamic_args,
+    check_server_args,
+)
 
 # A value for each field that a user could give and that must be refused.
 BAD: dict[str, Any] = {
@@ -22,6 +28,7 @@ BAD: dict[str, Any] = {
     "kv_cache_dtype": "fp4_e2m1",
     "radix_cache_backend": "cpp",
     "dllm_algorithm": "LowConfidence",
+    "lora_paths": ["adapter"],
 }
 
 
@@ -60,6 +67,18 @@ def test_each_is_refused_by_name(refusal: Refusal) -> None:
     assert "\n" not in message
     # A switch has no value worth repeating.
     assert (f"{refusal.flag} {value}" in message) == (value is not True)
+
+
+@pytest.mark.parametrize("refusal", DYNAMIC_REFUSALS, ids=lambda refusal: refusal.field)
+def test_dynamic_mode_refuses_more(refusal: Refusal) -> None:
+    fine = {other.field: None for other in DYNAMIC_REFUSALS}
+    check_dynamic_args(good_args(**fine))
+    args = good_args(**{**fine, refusal.field: BAD.get(refusal.field, True)})
+    check_server_args(args)
+    with pytest.raises(LightTransferError) as caught:
+        check_dynamic_args(args)
+    assert str(caught.value).startswith(refusal.flag)
+    assert "not supported in dynamic mode" in str(caught.value)
 
 
 def test_flags_and_fields_are_unique_and_match() -> None:
