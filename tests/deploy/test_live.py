@@ -1,4 +1,4 @@
-"""A real engine in dynamic mode, scraped by a real Prometheus: every panel shows something, an alert fires."""
+"""A real engine in dynamic mode and a real Prometheus: every panel shows something, and an alert fires."""
 
 from __future__ import annotations
 
