@@ -35,9 +35,10 @@ def _greedy(new_tokens: int) -> dict[str, Any]:
 
 
 def _score(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = {"custom_params": {"lighttransfer": True}} if task.get("decisions") else {}
     outs = engine.generate(
         input_ids=task["prompts"],
-        sampling_params=_greedy(task["new_tokens"]),
+        sampling_params=_greedy(task["new_tokens"]) | asked,
         return_logprob=True,
         logprob_start_len=0,
     )
@@ -50,6 +51,7 @@ def _score(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
                 "input_logprobs": [item[0] for item in meta["input_token_logprobs"][1:]],
                 "output_logprobs": [item[0] for item in meta["output_token_logprobs"]],
                 "cached_tokens": meta["cached_tokens"],
+                "decision": (meta.get("lighttransfer") or [None])[0],
             }
         )
     return scored

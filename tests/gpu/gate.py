@@ -6,6 +6,8 @@ holds no GPU memory. Set in the environment of the job:
     LT_GATE         a file; the scheduler goes on once it exists
     LT_WATCH=1      print which kernels FlashInfer's ragged prefill (full layers) planned with
     LT_FORCE_FA2=1  and let it choose FA2, as it does on an A100, also where FA3 exists
+    LT_SHUFFLE_LAYERS=1  dynamic mode: compute each score, then add noise to it, so that every request's
+                    layers differ (dummy weights would choose the same ones for all)
 """
 
 from __future__ import annotations
@@ -26,7 +28,25 @@ def scheduler(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.05)
     if os.environ.get("LT_WATCH"):
         watch_ragged(force_fa2=bool(os.environ.get("LT_FORCE_FA2")))
+    if os.environ.get("LT_SHUFFLE_LAYERS"):
+        shuffle_layers()
     return run_scheduler_process(*args, **kwargs)
+
+
+def shuffle_layers() -> None:
+    """Add noise to every score of dynamic mode, after it was computed."""
+    import torch
+
+    from lt_sglang.selection.base import Score
+
+    laziness = Score.laziness
+
+    @functools.wraps(laziness)
+    def noisy(self: Any, evidence: Any) -> torch.Tensor:
+        score = laziness(self, evidence)
+        return score + 100 * torch.rand_like(score)
+
+    Score.laziness = noisy  # type: ignore[method-assign]
 
 
 def watch_ragged(force_fa2: bool) -> None:
