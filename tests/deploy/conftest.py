@@ -44,3 +44,9 @@ def prometheus() -> Path:
 def gateway_path() -> Path:
     """What PYTHONPATH holds for SGLang's model gateway."""
     return _tool("gateway")
+
+
+@pytest.fixture(scope="session")
+def checkov_path() -> Path:
+    """What PYTHONPATH holds for checkov."""
+    return _tool("checkov")

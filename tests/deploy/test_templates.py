@@ -241,6 +241,10 @@ def test_networkpolicy() -> None:
     }
     group = one(template(*LWS), "NetworkPolicy", ENGINE)["spec"]
     assert len(group["ingress"]) == len(group["egress"]) == 2, "nodes of one engine reach one another"
+    download = one(template(), "NetworkPolicy", "lt-sglang-models")["spec"]
+    assert "ingress" not in download and download["egress"][1] == {
+        "ports": [{"port": 443, "protocol": "TCP"}]
+    }
     assert "NetworkPolicy" not in kinds(template("networkPolicy.enabled=false"))
 
 
