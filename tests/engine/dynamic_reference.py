@@ -9,6 +9,7 @@ those layers. Everything is teacher-forced: the greedy choice at every position 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ class DynamicReference:
         self._relative = score in ("residual-error", "squeeze")
         self._lazy: frozenset[int] = frozenset()
         self._mask: torch.Tensor | None = None
+        self._kept: tuple[list[int], DynamicCache] = ([], DynamicCache())
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
@@ -95,7 +97,9 @@ class DynamicReference:
             if end > queries:
                 self._run(tokens[: end - queries], cache, "sdpa", logits_to_keep=1)
             last = tokens[max(end - queries, 0) : end]
-            return self._scores(self._watch(last, cache), cache, end, queries)
+            scores = self._scores(self._watch(last, cache), cache, end, queries)
+        self._kept = (list(tokens[:end]), cache)
+        return scores
 
     def scores_by_end(
         self, tokens: Sequence[int], ends: Sequence[int], queries: int = LAST_QUERIES
@@ -154,10 +158,8 @@ class DynamicReference:
         """
         tokens = [*prompt, *output]
         start = min(full_rows, len(prompt) - 1)
-        cache = DynamicCache()
         with torch.inference_mode():
-            if start:
-                self._run(tokens[:start], cache, "sdpa", logits_to_keep=1)
+            cache = self._full(tokens, start)
             mask = streaming_rows(start, len(tokens), full_rows, self.sink_tokens, self.recent_tokens)
             self._lazy, self._mask = frozenset(lazy), mask
             keep = len(output) + 1
@@ -183,6 +185,18 @@ class DynamicReference:
                 result.wrong.append((len(prompt), position, margin))
 
     # ---- how
+
+    def _full(self, tokens: Sequence[int], count: int) -> DynamicCache:
+        """K and V of the first ``count`` tokens under full attention; kept from the last ``scores``."""
+        known, kept = self._kept
+        if count <= len(known) and known[:count] == list(tokens[:count]):
+            cache = copy.deepcopy(kept)
+            cache.crop(count)
+            return cache
+        cache = DynamicCache()
+        if count:
+            self._run(tokens[:count], cache, "sdpa", logits_to_keep=1)
+        return cache
 
     def _watch(self, tokens: Sequence[int], cache: DynamicCache) -> Any:
         return self._run(

@@ -217,7 +217,7 @@ DYNAMIC_SERVERS = {
             SMOLLM2_ODD,
             "residual-error",
             recent=252,
-            flags=SMOLLM2_FLAGS,
+            flags=(*SMOLLM2_FLAGS, "--chunked-prefill-size", "512"),
             tp=2,
             expected=2000,
             env=OWN_NCCL_HOOK,

@@ -78,6 +78,18 @@ def test_only_the_first_to_be_decided_is_found() -> None:
     assert sets.check_integrity() == []
 
 
+def test_a_stored_set_forgets_who_used_it() -> None:
+    """It may live as long as the server."""
+    sets = store()
+    decided(sets, "a", "a")
+    entry = sets.of("a")
+    assert entry is not None
+    sets.inherit("b", entry)
+    for name in "ab":
+        sets.release(name, None)
+    assert not entry.users and not entry.heirs and entry.stored
+
+
 def test_a_set_that_is_not_stored_is_free_once_released() -> None:
     sets = store(capacity=2)
     for number in range(5):

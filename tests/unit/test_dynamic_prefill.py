@@ -114,6 +114,8 @@ def test_staging_memory_bounds_the_wait(staging: int, decided_at: int) -> None:
         assert plan.kind == (Kind.DECIDE if plan.end == decided_at else expected)
         if plan.kind == Kind.STAGE:
             assert plan.end <= staging
+        if plan.kind == Kind.DECIDE:
+            assert plan.last_queries == 32
     assert prefills.staged is None
 
 
@@ -235,9 +237,10 @@ def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
 
 def test_a_short_prompt_may_reuse_anything_of_the_default_set() -> None:
     prefills = tracker()
-    prompt = array("q", tokens(60))
-    prefills.inherit("a", 60, prefills.block(prompt, None, None))
-    assert prefills.sets.of("a") is prefills.sets.default
+    for length in (2, 60, BLOCK):
+        prompt = array("q", tokens(length))
+        prefills.inherit(f"r{length}", length, prefills.block(prompt, None, None))
+        assert prefills.sets.of(f"r{length}") is prefills.sets.default
 
 
 def test_a_miss_forgets_a_set_whose_prefix_left_the_cache() -> None:

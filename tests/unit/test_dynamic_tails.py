@@ -54,7 +54,7 @@ def test_a_new_request_does_not_see_the_one_before() -> None:
     old, new = whole(20, 1, True), whole(3, 2, True)
     tails.keep(0, old, first=True)
     tails.keep(0, new, first=True)
-    assert_same(tails.join(0, part(whole(9, 3, True), 0, 0), 3), new)
+    assert_same(tails.join(0, part(whole(9, 3, True), 0, 0), 8), new)
 
 
 def test_what_is_kept_is_a_copy() -> None:
@@ -72,7 +72,8 @@ def test_what_is_kept_is_a_copy() -> None:
 def test_a_long_last_chunk_needs_no_tail() -> None:
     tails = Tails(4)
     source = whole(10, 1, False)
-    assert_same(tails.join(7, source, 4), part(source, 6, 10))
+    for length in (4, 5, 10):
+        assert_same(tails.join(7, part(source, 0, length), 4), part(source, length - 4, length))
     tails.keep(7, source, first=True)
     tails.clear()
     with pytest.raises(KeyError):
