@@ -220,8 +220,8 @@ def speed_steps() -> dict[str, list[Step]]:
         {"kind": "prefill", "prompt_tokens": 4096, "repeats": 5},
         {"kind": "prefill", "prompt_tokens": 32768, "repeats": 2},
     ]
-    # The two last fit whatever the split is, so that both modes decode the same batch.
-    cells = [cell(16384, 50), cell(8192, 60), cell(32768, 20)]
+    # The two last fit whatever the split is: both modes decode the same batch.
+    cells = [cell(16384, 48), cell(8192, 32), cell(32768, 12)]
     model = mistral(Path("/tmp/lt-mistral"))
 
     def step(name: str, tasks: list[dict[str, Any]], limit_s: float, **options: Any) -> Step:
