@@ -73,6 +73,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "lazy layers split the KV of a request by its length",
     ),
     Refusal("--radix-cache-backend", "radix_cache_backend", _set, "lazy layers bring their own"),
+    Refusal(
+        "--use-ray", "use_ray", _set, "its scheduler actors load no plug-ins; deploy/ray serves under Ray"
+    ),
     Refusal("--page-size", "page_size", _above_one, "windows move token by token; use 1"),
     Refusal(
         "--kv-cache-dtype",
