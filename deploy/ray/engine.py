@@ -143,8 +143,8 @@ class Engine:
 class OtherNode:
     """The ranks of an engine on a node that is not its first."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self._child = Child(arguments, choose_port(30000, visible_gpus()), serves=False)
+    def __init__(self, arguments: list[str], port_base: int) -> None:
+        self._child = Child(arguments, choose_port(port_base, visible_gpus()), serves=False)
 
     def check(self) -> None:
         """Raise if its process has ended."""
@@ -177,7 +177,8 @@ def start_other_nodes(settings: Settings, arguments: list[str]) -> list[Any]:
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
         options = {"num_cpus": settings.cpus, "num_gpus": settings.node_gpus if settings.gpu else 0}
         actor = ray.remote(OtherNode).options(scheduling_strategy=place, **options)
-        actors.append(actor.remote([*arguments, *node_arguments(settings, rank, address)]))
+        ranks = [*arguments, *node_arguments(settings, rank, address)]
+        actors.append(actor.remote(ranks, settings.port_base))
     return actors
 
 
