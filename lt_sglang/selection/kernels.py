@@ -17,11 +17,20 @@ from lt_sglang.selection.evidence import Evidence
 from lt_sglang.selection.reference import LOG2E
 
 TILE_ROWS = 64  # what one warp group multiplies at a time on Hopper
-TILE_BYTES = 16384  # of keys, and of values; two stages of both fit the 100 KB of an sm86
-TILE_KEYS = 64
-ROW_ELEMENTS = 2048
+TILE_KEYS = 128
+TILE_BYTES = 32768  # of keys, and of values: both, or two stages of half of both, fit the 100 KB of an sm86
 PROGRAMS = 256  # about two for each multiprocessor of an H100
+WARP_ELEMENTS = 2048  # float32 that a warp keeps in registers while it adds up splits
 MINUS_ZERO = tl.constexpr(-(1 << 31))  # the bits of -0.0 as an int32; Triton would make a literal -0.0 a 0.0
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The next power of two; Triton's own takes 5 us a call."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -132,16 +141,17 @@ def attend(evidence: Evidence, with_values: bool) -> Splits:
     _, heads, dim = evidence.query.shape
     kv_heads = evidence.keys.shape[1]
     group = heads // kv_heads
-    block_dim = max(16, triton.next_power_of_2(dim))
+    block_dim = max(16, _power_of_2(dim))
     half = evidence.query.element_size() == 2  # float32 takes twice the shared memory, and more registers
-    block_m = min(TILE_ROWS if half else TILE_ROWS // 2, max(16, triton.next_power_of_2(group * queries)))
-    block_n = min(TILE_KEYS, max(16, TILE_BYTES // (block_dim * evidence.query.element_size())))
-    tiles = requests * triton.cdiv(queries * group, block_m)
-    blocks = triton.cdiv(keys, block_n)
+    block_m = min(TILE_ROWS if half else TILE_ROWS // 2, max(16, _power_of_2(group * queries)))
+    block_n = min(TILE_KEYS, max(32, TILE_BYTES // (block_dim * evidence.query.element_size())))
+    tiles = requests * _cdiv(queries * group, block_m)
+    if not PROGRAMS <= 2 * tiles * kv_heads * _cdiv(keys, block_n) <= 2 * PROGRAMS:
+        # Too few programs: smaller splits. Too many: each loops over smaller blocks, and loads one ahead.
+        block_n //= 2
     # A power of two, so that few forms of the kernel are compiled.
-    wanted = triton.cdiv(PROGRAMS, tiles * kv_heads)
-    span = block_n * triton.next_power_of_2(triton.cdiv(blocks, wanted))
-    number = triton.cdiv(keys, span)
+    span = block_n * _power_of_2(_cdiv(_cdiv(keys, block_n), _cdiv(PROGRAMS, tiles * kv_heads)))
+    number = _cdiv(keys, span)
     device = evidence.query.device
     shape = (requests, number, queries, heads)
     lse = torch.empty(shape, dtype=torch.float32, device=device)
@@ -231,7 +241,7 @@ def _reduce_masses(  # type: ignore[no-untyped-def]
 
 def _reduced_masses(evidence: Evidence, splits: Splits, maximum: bool) -> torch.Tensor:
     requests, number, queries, heads = splits.lse.shape
-    padded = triton.next_power_of_2(number)
+    padded = _power_of_2(number)
     out = torch.empty(requests, dtype=torch.float32, device=evidence.query.device)
     _reduce_masses[(requests,)](
         out,
@@ -329,8 +339,8 @@ def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor
     rows = torch.empty((requests * queries, heads * dim), dtype=attention.dtype, device=attention.device)
     laziness = torch.empty(requests, dtype=torch.float32, device=attention.device)
     number = 0 if splits is None else splits.lse.shape[1]
-    padded = triton.next_power_of_2(number) if number else 0
-    block_dim = triton.next_power_of_2(dim)
+    padded = _power_of_2(number) if number else 0
+    block_dim = _power_of_2(dim)
     _output_rows[(requests * queries, heads)](
         rows,
         laziness.view(torch.int32),
@@ -347,7 +357,7 @@ def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor
         DIM=dim,
         BLOCK_DIM=block_dim,
         SPLITS=padded,
-        num_warps=max(1, min(8, padded * block_dim // ROW_ELEMENTS)),
+        num_warps=max(1, min(8, padded * block_dim // WARP_ELEMENTS)),
     )
     return rows, laziness
 
@@ -403,7 +413,7 @@ def _compare(evidence: Evidence, projected: torch.Tensor, out: torch.Tensor, cos
     assert evidence.hidden is not None
     requests, queries = evidence.query_rows.shape
     hidden = evidence.hidden.shape[1]
-    block = min(4096, triton.next_power_of_2(hidden))
+    block = min(4096, _power_of_2(hidden))
     _compare_rows[(requests * queries,)](
         out,
         projected,
@@ -413,7 +423,7 @@ def _compare(evidence: Evidence, projected: torch.Tensor, out: torch.Tensor, cos
         evidence.hidden.stride(0),
         queries,
         hidden,
-        BLOCK_W=triton.next_power_of_2(queries),
+        BLOCK_W=_power_of_2(queries),
         BLOCK=block,
         COSINE=cosine,
         num_warps=max(1, min(8, block // 512)),

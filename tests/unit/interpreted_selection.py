@@ -63,11 +63,11 @@ def test_fused_equals_explicit_attention(name: str) -> None:
 
 @pytest.mark.parametrize("programs", [1, 8, 32, 4096])
 def test_the_number_of_splits_does_not_matter(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one program that loops over all keys to one a block."""
+    """From one program that loops over all keys to one for each block."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     evidence = build(Case((last(600, 3), last(40, 2)), recent=500)).evidence
     number = kernels.attend(evidence, with_values=True).lse.shape[1]
-    assert number == {1: 1, 8: 2, 32: 8, 4096: 8}[programs]
+    assert number == {1: 1, 8: 2, 32: 4, 4096: 8}[programs]
     for name in SCORES:
         score = get_score(name)
         torch.testing.assert_close(score.fused(evidence), score.reference(evidence), atol=1e-5, rtol=1e-5)
