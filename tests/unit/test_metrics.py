@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import prometheus_client
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.metrics.catalog import CATALOG, Kind, Scope
 from lt_sglang.metrics.publisher import INTERVAL_SECONDS, Publisher, Ticker, samples
-from lt_sglang.metrics.state import EngineState, Pool
+from lt_sglang.metrics.state import EngineState, Pool, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 FROZEN = Path(__file__).with_name("metrics.json")
@@ -95,6 +96,27 @@ def test_no_lazy_layer_saves_nothing() -> None:
     stock = state(config=LightTransferConfig(()), pools={"full": Pool(1000, 500, 0, 0)}, layer_requests={})
     assert value(published(stock), "lt_kv_saved_bytes", state="used") == 0
     assert value(published(stock), "lt_layers", kind="lazy") == 0
+
+
+def scheduler_of(**runner: object) -> SimpleNamespace:
+    """What read_state looks at of a scheduler without lazy layers."""
+    stats = SimpleNamespace(full_capacity=1000, full_num_used=40, full_evictable_size=60)
+    return SimpleNamespace(
+        tp_worker=SimpleNamespace(
+            model_runner=SimpleNamespace(model_config=SimpleNamespace(num_hidden_layers=4), **runner)
+        ),
+        pool_stats_observer=SimpleNamespace(get_pool_stats=lambda: stats),
+    )
+
+
+def test_a_stock_engine_has_no_state() -> None:
+    assert read_state(scheduler_of()) is None
+
+
+def test_an_engine_without_lazy_layers_has_one_pool() -> None:
+    found = read_state(scheduler_of(lt_config=LightTransferConfig(()), sink_store=None))
+    assert found is not None and found.pools == {"full": Pool(1000, 40, 60, 0)}
+    assert value(published(found), "lt_layers", kind="full") == 4
 
 
 def test_totals_become_counters() -> None:
