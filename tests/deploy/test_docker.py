@@ -96,6 +96,15 @@ def test_kernels_are_those_of_this_flashinfer(tmp_path: Path) -> None:
     assert any("use_swa_True" in name for name in prefill) and any(name.endswith("sm90") for name in prefill)
 
 
+def test_kernels_are_looked_for_where_they_were_compiled() -> None:
+    """FlashInfer's folder is named after the list; without it in the engine, every pod compiles them again."""
+    lists = {
+        stage: re.findall(r'FLASHINFER_CUDA_ARCH_LIST=("[^"]+")', STAGES[stage])
+        for stage in ("build", "engine")
+    }
+    assert lists["build"] == lists["engine"] == ['"8.0 9.0a"']
+
+
 def test_compose_is_valid() -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
