@@ -97,7 +97,7 @@ def test_kernels_are_those_of_this_flashinfer(tmp_path: Path) -> None:
 
 
 def test_kernels_are_looked_for_where_they_were_compiled() -> None:
-    """FlashInfer's folder is named after the list; without it in the engine, every pod compiles them again."""
+    """FlashInfer's folder is named after the list; without it, every pod compiles them again."""
     lists = {
         stage: re.findall(r'FLASHINFER_CUDA_ARCH_LIST=("[^"]+")', STAGES[stage])
         for stage in ("build", "engine")
