@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lt_sglang.selection.attend_kernel import attend
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import attend, largest_discarded_mass
+from lt_sglang.selection.mass_kernel import largest_discarded_mass
 from lt_sglang.selection.reference import masses, present
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lt_sglang.selection.attend_kernel import attend
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import attend, negative_ratio, output_rows
 from lt_sglang.selection.reference import gather, present, projected, streaming_attention
+from lt_sglang.selection.row_kernels import negative_ratio, output_rows
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -6,8 +6,8 @@ import torch
 
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.kernels import mean_cosine, output_rows
 from lt_sglang.selection.reference import gather, present, projected
+from lt_sglang.selection.row_kernels import mean_cosine, output_rows
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -19,12 +19,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lt_sglang.selection import kernels
+from lt_sglang.selection.attend_kernel import attend
 from lt_sglang.selection.evidence import Evidence
 from lt_sglang.selection.factory import SCORES, get_score
+from lt_sglang.selection.mass_kernel import mean_mass
+from lt_sglang.selection.row_kernels import mean_cosine, negative_ratio, output_rows
 
 LAYERS = 32
 REPLAYS = 30
@@ -178,17 +181,17 @@ def host_us(layers: list[Evidence], work: Callable[[int, Evidence], object]) -> 
 def time_shape(shape: Shape) -> dict[str, float]:
     """Microseconds a layer of each kernel, of the projection, and of each score."""
     layers = [make(shape, seed) for seed in range(LAYERS)]
-    splits = [kernels.attend(layer, with_values=True) for layer in layers]
-    rows = [kernels.output_rows(layer, part) for layer, part in zip(layers, splits, strict=True)]
+    splits = [attend(layer, with_values=True) for layer in layers]
+    rows = [output_rows(layer, part) for layer, part in zip(layers, splits, strict=True)]
     projected = [layer.project(part[0]) for layer, part in zip(layers, rows, strict=True)]  # type: ignore[misc]
     work: dict[str, Callable[[int, Evidence], object]] = {
-        "attend, scores only": lambda i, e: kernels.attend(e, with_values=False),
-        "attend": lambda i, e: kernels.attend(e, with_values=True),
-        "mean_mass": lambda i, e: kernels.mean_mass(e, splits[i]),
-        "output_rows": lambda i, e: kernels.output_rows(e, splits[i]),
+        "attend, scores only": lambda i, e: attend(e, with_values=False),
+        "attend": lambda i, e: attend(e, with_values=True),
+        "mean_mass": lambda i, e: mean_mass(e, splits[i]),
+        "output_rows": lambda i, e: output_rows(e, splits[i]),
         "projection": lambda i, e: e.project(rows[i][0]),  # type: ignore[misc]
-        "negative_ratio": lambda i, e: kernels.negative_ratio(e, projected[i], rows[i][1]),
-        "mean_cosine": lambda i, e: kernels.mean_cosine(e, projected[i]),
+        "negative_ratio": lambda i, e: negative_ratio(e, projected[i], rows[i][1]),
+        "mean_cosine": lambda i, e: mean_cosine(e, projected[i]),
     }
     scores = {name: get_score(name) for name in SCORES}
     work |= {name: lambda i, e, score=score: score.fused(e) for name, score in scores.items()}
@@ -219,9 +222,9 @@ def check_shape(shape: Shape) -> dict[str, float]:
 
 def main(out: Path) -> int:
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {kernels.triton.__version__}")
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
     report: dict[str, object] = {"device": device, "torch": torch.__version__}
-    report["triton"] = kernels.triton.__version__
+    report["triton"] = triton.__version__
     results = []
     failed = False
     for shape in SHAPES:

@@ -1,4 +1,4 @@
-"""lt_sglang.selection.kernels under Triton's interpreter, against plain torch; run by test_selection.py."""
+"""lt_sglang.selection's kernels under Triton's interpreter, against plain torch; run by test_selection.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lt_sglang.selection import kernels
+from lt_sglang.selection import attend_kernel
 from lt_sglang.selection.factory import SCORES, get_score
 from lt_sglang.selection.reference import streaming_attention
+from lt_sglang.selection.row_kernels import output_rows
 from tests.unit.interpreted_selection_cases import Case, build, last, on_all_ranks, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # of nothing seen
@@ -38,7 +39,7 @@ CASES = {
 
 
 def test_kernels_are_interpreted_here() -> None:
-    assert type(kernels._attend).__name__ == "InterpretedFunction", (
+    assert type(attend_kernel._attend).__name__ == "InterpretedFunction", (
         "run this file through tests/unit/test_selection.py, which sets TRITON_INTERPRET"
     )
 
@@ -64,9 +65,9 @@ def test_fused_equals_explicit_attention(name: str) -> None:
 @pytest.mark.parametrize("programs", [1, 8, 32, 4096])
 def test_the_number_of_splits_does_not_matter(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one program that loops over all keys to one for each block."""
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(attend_kernel, "PROGRAMS", programs)
     evidence = build(Case((last(600, 3), last(40, 2)), recent=500)).evidence
-    number = kernels.attend(evidence, with_values=True).lse.shape[1]
+    number = attend_kernel.attend(evidence, with_values=True).lse.shape[1]
     assert number == {1: 1, 8: 2, 32: 4, 4096: 8}[programs]
     for name in SCORES:
         score = get_score(name)
@@ -75,7 +76,7 @@ def test_the_number_of_splits_does_not_matter(programs: int, monkeypatch: pytest
 
 def test_splits_hold_streaming_attention() -> None:
     evidence = build(Case((last(200, 5),), recent=150)).evidence
-    splits = kernels.attend(evidence, with_values=True)
+    splits = attend_kernel.attend(evidence, with_values=True)
     assert splits.lse.shape[1] > 1
     weight = torch.softmax(splits.lse * 0.6931471805599453, 1)
     assert splits.output is not None
@@ -87,8 +88,8 @@ def test_a_query_that_sees_no_selected_key() -> None:
     """Its mass is 0 and its streaming output zeros, as of an empty cache; nothing becomes NaN."""
     built = build(Case(((64, (3, 63)),), sink=0))
     evidence = built.evidence
-    splits = kernels.attend(evidence, with_values=True)
-    error = kernels.output_rows(evidence, splits)[0].unflatten(1, (evidence.query.shape[1], -1))
+    splits = attend_kernel.attend(evidence, with_values=True)
+    error = output_rows(evidence, splits)[0].unflatten(1, (evidence.query.shape[1], -1))
     column = int((evidence.query_positions[0] == 3).nonzero())
     row = int(evidence.query_rows[0, column])
     torch.testing.assert_close(error[column], evidence.attention[row])
