@@ -27,7 +27,6 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
-from lt_sglang.attention.flashinfer_backend import full_prefill_wrapper
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.dynamic import kernels
@@ -79,7 +78,6 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=True
             )
         ]
-        self.prefix_wrapper = full_prefill_wrapper(self)
         self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self)
         self.prefill_planner = PrefillPlanner(model_runner, self)
         self.decider = Decider(self.state)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
     from lt_sglang.model_runner import LightTransferModelRunner
 
-# The two paged calls may find lists empty that were planned: FA2 allows that, FA3 does not.
+# FA2 reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
 LAZY, FULL = 0, 1
 
 
@@ -119,17 +119,15 @@ class PrefillPlanner:
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
         calls: dict[str, PagedCall] = {}
+        paged = self._backend.prefill_wrappers_paged
         if ragged:
             self._plan_ragged(extends)
             if any(prefixes):
-                calls["prefix"] = self._call(
-                    self._backend.prefix_wrapper, plans, given, [0] * len(plans), prefixes, EVERY
-                )
+                calls["prefix"] = self._call(paged[FULL], plans, given, [0] * len(plans), prefixes, EVERY)
         else:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
             ends = [plan.end for plan in plans]
-            paged = self._backend.prefill_wrappers_paged
             calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
             calls["lazy"] = self._call(paged[LAZY], plans, given, firsts, ends, LAZY_ONLY, window_left=before)
         return PrefillMetadata(

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.utils import is_sm90a_supported
 from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
     FlashInferIndicesUpdaterDecode,
@@ -63,7 +61,6 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if self.is_dllm_model or self.enable_mis:
             raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
-        self.prefill_wrappers_paged[FULL] = full_prefill_wrapper(self)
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
         self.indices_updater_prefill = LazyPrefillUpdater(model_runner, self)
 
@@ -125,12 +122,6 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             layer.v_scale_float or 1.0,
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
-
-
-def full_prefill_wrapper(backend: FlashInferAttnBackend) -> Any:
-    """Paged prefill of full layers over cached tokens: FA3 on Hopper, where stock SGLang uses FA2."""
-    name = "auto" if is_sm90a_supported(backend.workspace_buffer.device) else backend.prefill_backend
-    return BatchPrefillWithPagedKVCacheWrapper(backend.workspace_buffer, "NHD", backend=name)
 
 
 class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):

@@ -200,7 +200,6 @@ class World:
         backend.workspace_buffer = torch.empty(1)
         backend.prefill_wrapper_ragged = Ragged()
         backend.prefill_wrappers_paged = [Paged(), Paged()]
-        backend.prefix_wrapper = Paged()
         backend.indices_updater_prefill = SimpleNamespace(
             num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
         )
