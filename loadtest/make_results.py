@@ -4,7 +4,8 @@
         --hardware "NVIDIA H100 80GB HBM3" --commit SHA [--note TEXT]
 
 A result file compares one cell of a lighttransfer engine with the same cell of a stock engine, or the errors
-of log-probabilities of the two (parity). The stock engine runs on SGLang's flashinfer backend unless the
+of log-probabilities of the two (parity), or gives the time that tests/gpu/identify.py measured for each score
+of dynamic mode (pass its JSON like a report). The stock engine runs on SGLang's flashinfer backend unless the
 file's name says otherwise; where the two come from different reports, its notes say so. README.md is made
 from all result files in the folder, never from the reports.
 """
@@ -146,6 +147,33 @@ def write_parity(path: Path, args: argparse.Namespace) -> None:
         _write(args, scenario, result)
 
 
+def write_identify(path: Path, args: argparse.Namespace) -> None:
+    """One file with every shape that tests/gpu/identify.py timed; does nothing for other reports."""
+    given = json.loads(path.read_text())
+    timed = [one for one in given.get("results", []) if one["us_per_layer"]]
+    if not timed:
+        return
+    shapes = {one["shape"]["name"]: one["us_per_layer"] for one in timed}
+    reference = "reference of lighttransfer"
+    result = {
+        "scenario": "identify",
+        **_common(args),
+        "versions": {"torch": given["torch"], "triton": given["triton"]},
+        "workload": {
+            "what": "GPU time of scoring one layer, microseconds; median of CUDA graph replays, cold caches",
+            "shapes": [one["shape"] for one in timed],
+        },
+        "baseline": {
+            "engine": "plain torch, lighttransfer",
+            "us": {n: t[reference] for n, t in shapes.items()},
+        },
+        "lighttransfer": {"us": shapes},
+        "largest_relative_error": {one["shape"]["name"]: one["error"] for one in given["results"]},
+        "notes": [args.note] if args.note else [],
+    }
+    _write(args, "identify", result)
+
+
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     return {"hardware": args.hardware, "versions": VERSIONS, "commit": args.commit, "seed": 0}
 
@@ -194,7 +222,27 @@ def write_table() -> None:
         rows.append(
             f"| {stem} | {what} | {base} | {ours} | {ratio} | {'yes' if result['within'] else 'no'} |"
         )
+    rows += _identify_rows(results)
     (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
+
+
+def _identify_rows(results: dict[str, Any]) -> list[str]:
+    scores = ("lighttransfer", "residual-error", "discarded-mass", "squeeze")
+    rows = [
+        "",
+        "## Identification",
+        "",
+        "GPU microseconds of scoring one layer in dynamic mode, kernels and projections included.",
+        "",
+        f"| date, GPU, shape | {' | '.join(scores)} | lighttransfer in plain torch |",
+        "|---|" + "---|" * (len(scores) + 1),
+    ]
+    for stem, result in results.items():
+        if result["scenario"] == "identify":
+            for name, times in result["lighttransfer"]["us"].items():
+                shown = " | ".join(f"{times[score]:.1f}" for score in scores)
+                rows.append(f"| {stem}, {name} | {shown} | {result['baseline']['us'][name]:.1f} |")
+    return rows
 
 
 def _short(side: dict[str, Any]) -> str:
@@ -215,6 +263,7 @@ def main() -> None:
     write_results([cell for report in args.reports for cell in read_cells(report)], args)
     for report in args.reports:
         write_parity(report, args)
+        write_identify(report, args)
     write_table()
 
 
