@@ -325,7 +325,7 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
     assert meta.ragged and meta.prefix is None
     world.slide(a, 1, copy=False)  # reserved: written when it is decided
-    # The end of a staged prompt is shorter than the queries that are scored; the next one is staged beside it.
+    # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
     meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
     assert meta.ragged and meta.prefix is not None
     world.slide(b, 2, copy=True)
@@ -349,3 +349,34 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     for _ in range(3):
         world.decode([short, e, a])
     assert len({tuple(row) for row in world.cuda_state.sets.bank_of.tolist()}) > 3, "sets differ"
+
+
+def test_a_prefill_holds_p_full_layers_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows written, counted: P full layers and what has a streaming slot; never a full layer more.
+
+    The layer that contends is the batch's own K and V. Only a staged prompt waits in rows of its own.
+    """
+    world = World(4, "lighttransfer", monkeypatch)
+    arena = world.cuda_state.arena
+    for tensor in (arena.keys, arena.values, world.torch_state.arena.keys, world.torch_state.arena.values):
+        tensor.fill_(7.0)
+
+    def written() -> dict[str, int]:
+        rows = (arena.keys != 7.0).flatten(1).any(1)
+        edges = (0, LAYOUT.streaming_start, LAYOUT.staging_start, LAYOUT.scratch_start, LAYOUT.total_rows)
+        names = ("full", "streaming", "staging", "scratch")
+        return {name: int(rows[a:b].sum()) for name, a, b in zip(names, edges, edges[1:], strict=False)}
+
+    request = Request(1, 3)
+    # SGLang has let the window slide over all but the last tokens and the sinks.
+    tokens, held = 60, SINK + RECENT
+    world.grow(request, tokens)
+    slots = world.tables.req_to_token[request.row, :tokens].long()
+    world.tables.full_to_streaming[slots[SINK : tokens - RECENT]] = 0
+    request.tokens = 0
+    monkeypatch.setattr(world, "grow", lambda request, extend: setattr(request, "tokens", extend))
+    for state in (world.torch_state, world.cuda_state):
+        state.sets.set_of[request.row] = request.layer_set
+    world.prefill([(Kind.DECIDE, request, tokens, 6)])
+    lazy = LAYERS - KEEP
+    assert written() == {"full": KEEP * tokens, "streaming": lazy * held, "staging": 0, "scratch": 0}
