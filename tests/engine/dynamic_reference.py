@@ -189,9 +189,10 @@ class DynamicReference:
     def _full(self, tokens: Sequence[int], count: int) -> DynamicCache:
         """K and V of the first ``count`` tokens under full attention; kept from the last ``scores``."""
         known, kept = self._kept
-        if count <= len(known) and known[:count] == list(tokens[:count]):
+        if 0 < count <= len(known) and known[:count] == list(tokens[:count]):
             cache = copy.deepcopy(kept)
             cache.crop(count)
+            assert cache.get_seq_length() == count
             return cache
         cache = DynamicCache()
         if count:
