@@ -131,8 +131,24 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randrange(50, 300))] for _ in range(count)]
 
 
+def urls() -> list[str]:
+    """Where the engines listen, past Ray."""
+    ports = [
+        arg.partition("=")[2]
+        for process in engine_processes()
+        for arg in process.cmdline()
+        if arg.startswith("--port=")
+    ]
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
 def healthy(client: Client, engines: int) -> bool:
-    return len(engine_processes()) == engines and client.whole([5, 6, 7]).status_code == 200
+    """Whether so many engines take requests, and the front too."""
+    try:
+        ready = [requests.get(f"{url}/ready", timeout=5).status_code == 200 for url in urls()]
+    except requests.RequestException:
+        return False
+    return len(ready) == engines and all(ready) and client.whole([5, 6, 7]).status_code == 200
 
 
 def wait_until(what: Any, seconds: float) -> None:
@@ -164,6 +180,24 @@ def test_stream_comes_in_pieces(client: Client) -> None:
         assert seen.wait(60)
         assert not running.done()
         assert running.result().finished
+
+
+def aborted() -> float:
+    """Requests that engines gave up, over all of them."""
+    lines = [line for url in urls() for line in requests.get(f"{url}/metrics", timeout=10).text.splitlines()]
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("sglang:num_aborted_requests_total{")
+    )
+
+
+def test_a_client_that_leaves_frees_its_slots(client: Client) -> None:
+    """Through front and replica down to the engine, long before its 1500 tokens are done."""
+    before = aborted()
+    body = client.body([5, 6, 7], 1500, True)
+    with requests.post(f"{client.url}/generate", json=body, stream=True, timeout=60) as answer:
+        assert answer.status_code == 200
+        assert next(answer.iter_lines(chunk_size=1)).startswith(b"data: ")
+    wait_until(lambda: aborted() == before + 1, 12)
 
 
 def test_a_killed_engine_loses_no_request_that_had_not_started(client: Client) -> None:
