@@ -23,7 +23,7 @@ ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
 PY = $(ENV_PATH)/bin/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve test test-unit test-contract test-engine test-gpu manifest manifests lint typecheck lock clean
+.PHONY: help env model serve test test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,8 +41,8 @@ model: env ## convert the demo model, once, and print its folder
 serve: env ## serve MODEL; without one, and without a GPU, the demo model with half its layers lazy
 	@exec $(PY) -m lt_sglang serve $(if $(MODEL),--model-path $(MODEL)) $(if $(TP),--tp-size $(TP)) $(ARGS)
 
-test: lint typecheck ## everything that needs no GPU
-	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu' \
+test: lint typecheck ## everything that needs no GPU and less than a minute
+	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu and not slow' \
 	    $(wildcard tests/unit tests/contract tests/loadtest tests/deploy tests/engine)
 
 test-unit: env ## fast tests; no server
@@ -53,6 +53,9 @@ test-contract: env ## the hooks against the pinned SGLang
 
 test-engine: env ## real servers on the CPU
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu' tests/engine
+
+test-slow: env ## what takes minutes each: gateway, Ray, a live Prometheus, metrics of tp 2, checkov
+	@$(RUN) -m pytest $(PYTEST_FLAGS) -m slow tests
 
 test-gpu: env ## what needs a CUDA device
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m gpu tests
