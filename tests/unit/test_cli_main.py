@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> str:
         ["frobnicate"],
         ["serve", "--lt-nonsense", "1"],
         ["serve", "m", "--lt-lazy-layers", "5-"],
-        ["serve", "m", "--lt-mode", "dynamic"],
+        ["serve", "m", "--lt-mode", "lazy"],
         ["serve", "m", "--attention-backend", "flashinfer"],
         ["serve", "m", "--json-model-override-args", "{"],
         ["serve", "m", "--lt-config", "/none/such.json"],
