@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.layers.attention.flashinfer_backend import (
     DecodeMetadata,
     FlashInferAttnBackend,
     FlashInferIndicesUpdaterDecode,
-    _safe_merge_state,
 )
 
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
@@ -265,7 +265,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             k_scale=layer.k_scale_float,
             v_scale=layer.v_scale_float,
         )
-        merged: tuple[torch.Tensor, torch.Tensor] = _safe_merge_state(out, lse, prefix_out, prefix_lse)
+        merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, prefix_out, prefix_lse)
         return merged
 
     def _paged(

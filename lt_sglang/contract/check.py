@@ -26,6 +26,7 @@ SUBCLASS_MODULES = (
     "lt_sglang.attention.torch_backend",
     "lt_sglang.attention.dynamic_torch",
     "lt_sglang.attention.flashinfer_backend",
+    "lt_sglang.attention.dynamic_flashinfer",
 )
 
 _PREFIXES: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}

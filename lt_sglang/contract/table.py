@@ -18,12 +18,24 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (
         "self, model_runner, skip_prefill=, kv_indptr_buf=, kv_last_page_len_buf=, init_new_workspace="
     ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._create_decode_wrappers": (
+        "self, bs, num_tokens"
+    ),
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._get_wrapper_idx": "self, layer",
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend": (
         "self, q, k, v, layer, forward_batch, save_kv_cache="
     ),
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_cuda_graph_state": (
         "self, max_bs, max_num_tokens, kv_indices_buf="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata": (
+        "self, forward_batch"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata_out_graph": (
+        "self, forward_batch, in_capture="
     ),
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.__init__": (
         "self, model_runner, attn_backend"

@@ -79,10 +79,10 @@ def faults(item: Object, version: str) -> list[str]:
     Skips the test at a custom resource if there are no CustomResourceDefinitions here.
     """
     key = (item["apiVersion"], item["kind"])
-    if key in CUSTOM and not CRDS.is_dir():
-        pytest.skip(f"no CustomResourceDefinitions in {CRDS}; set LT_CRDS to a folder that has them")
-    crd = _crd_schemas().get(key)
-    if crd is not None:
+    if key in CUSTOM:
+        if not CRDS.is_dir():
+            pytest.skip(f"no CustomResourceDefinitions in {CRDS}; set LT_CRDS to a folder that has them")
+        crd = _crd_schemas()[key]
         errors = jsonschema.Draft202012Validator(crd).iter_errors(item)
         return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
     try:

@@ -147,7 +147,7 @@ class World:
     """Slots and tables that both backends share, and one of each backend."""
 
     def __init__(self, seed: int, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dynamic_flashinfer, "_safe_merge_state", merge)
+        monkeypatch.setattr(dynamic_flashinfer.stock, "_safe_merge_state", merge)
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.full = iter(rng.sample(range(1, FULL + 1), FULL))
