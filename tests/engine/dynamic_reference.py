@@ -191,7 +191,8 @@ class DynamicReference:
         known, kept = self._kept
         if 0 < count <= len(known) and known[:count] == list(tokens[:count]):
             cache = copy.deepcopy(kept)
-            cache.crop(count)
+            if count < len(known):
+                cache.crop(count - len(known))
             assert cache.get_seq_length() == count
             return cache
         cache = DynamicCache()
