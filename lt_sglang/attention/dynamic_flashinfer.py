@@ -14,6 +14,7 @@ Source: sglang/srt/layers/attention/flashinfer_backend.py.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from lt_sglang.model_runner import LightTransferModelRunner
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass
 class DecodeStep:
     """What the layers of one decode step share.
@@ -68,6 +72,10 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             raise LightTransferError(
                 "attention backend: dynamic mode serves text models with hybrid KV pools"
             )
+        logger.warning(
+            "Dynamic mode on a GPU is experimental: its outputs there have not been held against a reference "
+            "yet (tests/gpu/dynamic.py does it)"
+        )
         assert model_runner.dynamic is not None
         self.runner = model_runner
         self.state = model_runner.dynamic
