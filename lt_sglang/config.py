@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
+from lt_sglang.selection.choices import CHOICES, choose
 
 MODES = ("static", "dynamic")
 SCORES = ("lighttransfer", "residual-error", "discarded-mass", "squeeze")
-CHOICES = ("all", "ends", "random", "pyramid")  # do not look at the prompt; served as static lists
 DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1
@@ -164,6 +164,15 @@ class LightTransferConfig:
         staging = self.staging_tokens or self.expected_tokens or DEFAULT_EXPECTED_TOKENS
         return min(staging, context_tokens)
 
+    def undecided_rows(self, context_tokens: int, batch_tokens: int) -> int:
+        """Rows, of one layer's K and V, set aside for prompts that are not decided yet; 0 in static mode.
+
+        The staged prefix in every layer that may become lazy, and one layer's ``batch_tokens`` new ones.
+        """
+        if not self.dynamic:
+            return 0
+        return len(self.lazy_layers) * self.stage_limit(context_tokens) + batch_tokens
+
     def settle(self, num_layers: int) -> LightTransferConfig:
         """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
 
@@ -174,8 +183,6 @@ class LightTransferConfig:
         if not self.dynamic:
             self.check_model(num_layers)
             return self
-        from lt_sglang.selection.choices import choose
-
         keep = self.keep if isinstance(self.keep, int) else round(self.keep * num_layers)
         if self.score == "all":
             keep = 0

@@ -51,7 +51,7 @@ class LightTransferModelRunner(ModelRunner):
     def load_model(self) -> None:
         """Load the weights, then give every lazy layer its window; raises LightTransferError."""
         super().load_model()
-        layers = {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
+        layers = self._attention_layers()
         self.lt_config.check_model(len(layers))
         _check_layers(layers)
         if not self.lt_config.lazy_layers:
@@ -65,6 +65,9 @@ class LightTransferModelRunner(ModelRunner):
             return  # no layer has a window of its own; the backend knows who is lazy where
         for layer_id in self.lt_config.lazy_layers:
             layers[layer_id].sliding_window_size = self.lt_config.recent_tokens - 1
+
+    def _attention_layers(self) -> dict[int, RadixAttention]:
+        return {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
 
     def init_kv_cache_configurator(self, draft_parallel_layout: Any = None) -> None:
         """Build the configurator that splits the KV memory for the requests served."""
@@ -100,7 +103,7 @@ class LightTransferModelRunner(ModelRunner):
             raise LightTransferError(
                 "KV pools: SGLang did not build its pools from the banks of dynamic mode"
             )
-        layers = {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
+        layers = self._attention_layers()
         shapes = {(m.tp_q_head_num, m.tp_k_head_num, m.qk_head_dim) for m in layers.values()}
         if len(shapes) != 1:
             raise LightTransferError(

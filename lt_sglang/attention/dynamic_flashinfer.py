@@ -28,6 +28,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
+from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, is_replanned, plan_decode
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.dynamic import kernels
@@ -46,21 +47,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecodeStep:
-    """What the layers of one decode step share.
+    """What the layers of one decode step share. write: int32 [L, bs or more], where new K and V go."""
 
-    rows: int32, every layer's lists. pointers: int32 [L * bs + 1]. write: int32 [L, bs or more].
-    """
-
-    rows: torch.Tensor
-    pointers: torch.Tensor
+    lists: LayerLists
     write: torch.Tensor
-    requests: int
-
-    def indptr(self, layer: int) -> torch.Tensor:
-        """int32 [bs + 1] of ``layer``."""
-        return self.pointers[layer * self.requests : (layer + 1) * self.requests + 1]
 
 
 class DynamicFlashInferBackend(FlashInferAttnBackend):
@@ -164,19 +156,20 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             assert self.graph_rows is not None
             assert self._graph_pointers is not None and self._graph_write is not None
             pointers = self._graph_pointers[: layers * requests + 1]
-            self.step = DecodeStep(self.graph_rows, pointers, self._graph_write, requests)
+            self.step = DecodeStep(LayerLists(self.graph_rows, pointers, requests), self._graph_write)
             return self.step
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=self.workspace_buffer.device)
 
         rows = empty(max(self.list_size(lengths), 1))
-        self.step = DecodeStep(rows, empty(layers * requests + 1), empty(layers, requests), requests)
+        lists = LayerLists(rows, empty(layers * requests + 1), requests)
+        self.step = DecodeStep(lists, empty(layers, requests))
         return self.step
 
     def _find_write_rows(self, forward_batch: ForwardBatch, streaming_slots: torch.Tensor) -> None:
         assert self.step is not None
-        requests = self.step.requests
+        requests = self.step.lists.requests
         kernels.write_rows(
             self.step.write,
             self.state.sets.bank_of,
@@ -201,12 +194,10 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         assert step is not None and isinstance(metadata, DecodeMetadata)
         arena = self.state.arena
         new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)
-        kernels.store_rows(
-            arena.keys, arena.values, step.write[layer.layer_id, : step.requests], new_k, new_v
-        )
+        where = step.write[layer.layer_id, : step.lists.requests]
+        kernels.store_rows(arena.keys, arena.values, where, new_k, new_v)
         wrapper = metadata.decode_wrappers[0]
-        wrapper._paged_kv_indptr_buf = step.indptr(layer.layer_id)
-        wrapper._paged_kv_indices_buf = step.rows
+        step.lists.use(wrapper, layer.layer_id)
         out = wrapper.forward(
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
             self._kv_cache,
@@ -398,10 +389,10 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             return
         lengths = seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:requests]
         state, windows = self.attn_backend.state, self.runner.windows()
-        step = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled)
+        lists = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled).lists
         sets = state.sets
         kernels.decode_pointers(
-            step.pointers,
+            lists.pointers,
             sets.bank_of,
             sets.set_of,
             req_pool_indices,
@@ -410,8 +401,8 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             windows,
         )
         kernels.decode_lists(
-            step.rows,
-            step.pointers,
+            lists.rows,
+            lists.pointers,
             sets.bank_of,
             sets.set_of,
             req_pool_indices,
@@ -421,41 +412,20 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             windows,
             state.layout,
         )
-        indptr_host = torch.zeros(requests + 1, dtype=torch.int32)
-        torch.cumsum(lengths, 0, out=indptr_host[1:])
-        begin = wrapper.begin_forward
-        # SGLang swaps begin_forward for fast_decode_plan after the first plan of a captured graph.
-        if hasattr(begin, "func"):
-            begin(
-                indptr_host,
-                step.rows,
-                self.kv_last_page_len[:requests],
-                self.num_qo_heads,
-                self.num_kv_heads,
-                self.head_dim,
-                1,
-                data_type=self.data_type,
-                q_data_type=self.q_data_type,
-                non_blocking=True,
-                fixed_split_size=fixed_split_size,
-                disable_split_kv=bool(disable_split_kv),
-                global_override_indptr_cpu=indptr_host,
-            )
-            return
-        # A first plan copies what it is given into its buffers: its own, so that nothing of ours moves.
-        if wrapper.is_cuda_graph_enabled:
-            wrapper._paged_kv_indptr_buf = self.kv_indptr[0][: requests + 1]
-        begin(
+        indptr_host = host_indptr(lengths)
+        rows, last_page_len = lists.rows, self.kv_last_page_len[:requests]
+        if not is_replanned(wrapper):
+            # A first plan copies what it is given into its buffers: its own, so that nothing of ours moves.
+            rows, last_page_len = rows[:1], torch.ones(requests, dtype=torch.int32)
+            if wrapper.is_cuda_graph_enabled:
+                wrapper._paged_kv_indptr_buf = self.kv_indptr[0][: requests + 1]
+        plan_decode(
+            self,
+            wrapper,
             indptr_host,
-            step.rows[:1],
-            torch.ones(requests, dtype=torch.int32),
-            self.num_qo_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            1,
-            data_type=self.data_type,
-            q_data_type=self.q_data_type,
-            non_blocking=True,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=bool(disable_split_kv),
+            rows,
+            last_page_len,
+            indptr_host,
+            fixed_split_size,
+            disable_split_kv,
         )

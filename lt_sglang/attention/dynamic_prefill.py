@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lt_sglang.attention.indices import sink_rows
+from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, plan_prefill
+from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
 from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
 from lt_sglang.dynamic.prefill import Kind, Prefill
@@ -36,21 +37,16 @@ LAZY, FULL = 0, 1
 
 @dataclass(frozen=True)
 class PagedCall:
-    """One planned paged call; every layer has lists of its own. pointers: int32 [L * bs + 1]."""
+    """One planned paged call; every layer has lists of its own."""
 
     wrapper: Any
-    rows: torch.Tensor
-    pointers: torch.Tensor
-    requests: int
+    lists: LayerLists
 
     def run(
         self, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, heads, dim] and float32 [tokens, heads], base 2."""
-        self.wrapper._paged_kv_indptr_buf = self.pointers[
-            layer * self.requests : (layer + 1) * self.requests + 1
-        ]
-        self.wrapper._paged_kv_indices_buf = self.rows
+        self.lists.use(self.wrapper, layer)
         out: tuple[torch.Tensor, torch.Tensor] = self.wrapper.forward_return_lse(query, kv_cache, **options)
         return out
 
@@ -118,6 +114,7 @@ class PrefillPlanner:
         extends = [plan.extend for plan in plans]
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
+        windowed = [not ragged and not late for late in undecided]
         calls: dict[str, PagedCall] = {}
         paged = self._backend.prefill_wrappers_paged
         if ragged:
@@ -141,7 +138,7 @@ class PrefillPlanner:
             popped=torch.empty(max(len(plans), 1), dtype=torch.int32, device=device),
             banks=banks,
             sink_rows=sink_rows(rows, tables, windows),
-            lazy_tiles=_decided_tiles(prefixes, extends, undecided, windows, device, ragged),
+            lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=windowed),
             **calls,
         )
 
@@ -165,18 +162,16 @@ class PrefillPlanner:
             deciding += plan.kind == Kind.DECIDE
         table = torch.tensor(facts, dtype=torch.int32).t().contiguous().to(device, non_blocking=True)
         ends = torch.tensor([plan.end for plan in plans], dtype=torch.int64).to(device, non_blocking=True)
-        owner = torch.repeat_interleave(torch.arange(len(plans), device=device), ends, output_size=offset)
-        position = torch.arange(offset, device=device) - table[4].to(torch.int64)[owner]
-        # A copy: the scheduler may write the next batch's slots while this one runs.
-        full = tables.req_to_token[rows.to(torch.int64)[owner], position]
-        streaming = tables.full_to_streaming[full.to(torch.int64)].to(torch.int32)
+        rows = rows.to(torch.int64)
+        # Copies: the scheduler may write the next batch's slots while this one runs.
+        full, streaming = span_slots(rows, torch.zeros_like(ends), ends, offset, tables)
         return Requests(
             kind=table[0],
             layer_set=table[1],
             prefix=table[2],
             token=table[3],
             offset=table[4],
-            sink_set=tables.row_of[rows.to(torch.int64)],
+            sink_set=tables.row_of[rows],
             deciding=table[5],
             full=full,
             streaming=streaming,
@@ -184,7 +179,7 @@ class PrefillPlanner:
 
     def _plan_ragged(self, extends: list[int]) -> None:
         updater = self._backend.indices_updater_prefill
-        indptr = _indptr(extends)
+        indptr = host_indptr(extends)
         self._backend.prefill_wrapper_ragged.begin_forward(
             indptr,
             indptr,
@@ -202,7 +197,7 @@ class PrefillPlanner:
         firsts: list[int],
         ends: list[int],
         which: int,
-        window_left: int | None = None,
+        window_left: int = -1,
     ) -> PagedCall:
         state, updater = self._backend.state, self._backend.indices_updater_prefill
         lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
@@ -220,37 +215,8 @@ class PrefillPlanner:
             state.layout,
             which,
         )
-        window = {} if window_left is None else {"window_left": window_left}
-        # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
-        wrapper.begin_forward(
-            _indptr([plan.extend for plan in plans]),
-            _indptr(lengths),
-            rows[:1],
-            torch.ones(len(plans), dtype=torch.int32),
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
-            1,
-            causal=which != EVERY,
-            q_data_type=updater.q_data_type,
-            kv_data_type=updater.data_type,
-            non_blocking=True,
-            **window,
+        extends = [plan.extend for plan in plans]
+        plan_prefill(
+            updater, wrapper, extends, lengths, rows[:1], causal=which != EVERY, window_left=window_left
         )
-        return PagedCall(wrapper, rows, pointers, len(plans))
-
-
-def _decided_tiles(
-    prefixes: list[int], extends: list[int], undecided: list[bool], windows: Any, device: Any, ragged: bool
-) -> SinkTiles:
-    """Tiles of every query of the decided requests; none if there is no windowed call."""
-    if ragged:
-        return SinkTiles([], device)
-    runs = make_sink_tiles(prefixes, extends, windows, "cpu", every=True).runs
-    return SinkTiles([run for run in runs if not undecided[run[0]]], device)
-
-
-def _indptr(lengths: list[int]) -> torch.Tensor:
-    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    indptr[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return indptr
+        return PagedCall(wrapper, LayerLists(rows, pointers, len(plans)))

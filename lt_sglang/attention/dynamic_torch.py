@@ -11,24 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from lt_sglang.attention.indices import (
-    decode_rows_reference,
-    lazy_lengths,
-    sink_rows,
-)
-from lt_sglang.attention.torch_backend import QUERY_BLOCK, attend, block_keys
+from lt_sglang.attention.indices import sink_rows
+from lt_sglang.attention.torch_backend import QUERY_BLOCK, attend, attend_streaming, decode_row_lists
 from lt_sglang.dynamic.decide import NOBODY, queue_step
 from lt_sglang.dynamic.evidence import selected_positions, single_evidence
 from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.dynamic.tails import LastQueries
+from lt_sglang.selection.reference import LOG2E
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from lt_sglang.model_runner import LightTransferModelRunner
-
-LOG2E = 1.4426950408889634
 
 
 class DynamicTorchBackend(TorchNativeAttnBackend):
@@ -62,9 +57,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         sets = self._state.sets
         self._banks = sets.bank_of[sets.set_of[rows].to(torch.int64)].tolist()
         if forward_batch.forward_mode.is_decode():
-            packed = decode_rows_reference(rows, forward_batch.seq_lens, tables, windows)
-            sizes = lazy_lengths(forward_batch.seq_lens, windows).tolist()
-            self._lazy = list(packed.to(torch.int64).split(sizes))
+            self._lazy = decode_row_lists(rows, forward_batch.seq_lens, tables, windows)
             return
         self._sinks = sink_rows(rows, tables, windows)
         self._prefills = self._runner.prefill_plans(forward_batch)
@@ -121,7 +114,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             else:
                 out[new] = self._undecided(index, prefill, query[new], k[new], v[new], layer, here)
         if layer.layer_id == self._state.layout.layers - 1:
-            self._finish()
+            self._state.finish(self._prefills)
         return out.view(q.shape[0], -1)
 
     def _decided(
@@ -141,17 +134,12 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             keys, values = self._load(start + self._full[index], query.dtype)
             return _causal(query, keys, values, prefill.prefix, layer)
         self._store(start + self._streaming[index][prefill.prefix :], k, v)
-        windows = self._runner.windows()
-        out = torch.empty_like(query)
-        for offset in range(0, len(query), QUERY_BLOCK):
-            count = min(QUERY_BLOCK, len(query) - offset)
-            block = slice(offset, offset + count)
-            rows, mask = block_keys(
-                self._streaming[index], prefill.prefix + offset, count, self._sinks[index], windows
-            )
-            keys, values = self._load(start + rows, query.dtype)
-            out[block] = attend(query[block], keys, values, mask, layer)
-        return out
+
+        def load(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._load(start + rows, query.dtype)
+
+        slots, sinks, windows = self._streaming[index], self._sinks[index], self._runner.windows()
+        return attend_streaming(query, prefill.prefix, slots, sinks, windows, load, layer)
 
     def _undecided(
         self,
@@ -225,13 +213,6 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         self._store(start + self._sinks[index][:sinks], cut_k[:sinks], cut_v[:sinks])
         if popped != number:
             self._store(layout.bank_start(bank) + full, keys, values)
-
-    def _finish(self) -> None:
-        deciding = [p.layer_set for p in self._prefills if p.kind == Kind.DECIDE]
-        if deciding and self._state.config.check_tables:
-            self._state.check_tables(torch.tensor(deciding))
-        if deciding and not any(p.kind == Kind.STAGE for p in self._prefills):
-            self._state.tails.clear()
 
     def _rounded(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.to(self._state.kv_dtype).to(dtype)

@@ -23,6 +23,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill
 from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_rows
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
 from lt_sglang.errors import LightTransferError
@@ -165,8 +166,7 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         wrapper = decode_wrappers[LAZY]
         batch = len(seq_lens)
         lengths_host = lazy_lengths(seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:batch], windows)
-        indptr_host = torch.zeros(batch + 1, dtype=torch.int32)
-        torch.cumsum(lengths_host, 0, out=indptr_host[1:])
+        indptr_host = host_indptr(lengths_host)
         indptr = self.kv_indptr[LAZY][: batch + 1]
         torch.cumsum(lazy_lengths(seq_lens, windows), 0, out=indptr[1:])
         if wrapper.is_cuda_graph_enabled:
@@ -174,23 +174,15 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         else:
             rows = torch.empty(int(indptr_host[-1]), dtype=torch.int32, device=seq_lens.device)
         decode_rows(rows, indptr, req_pool_indices, seq_lens, self.runner.streaming_tables(), windows)
-        begin = wrapper.begin_forward
-        # SGLang swaps begin_forward for fast_decode_plan after the first plan of a captured graph.
-        fast = {"global_override_indptr_cpu": indptr_host} if hasattr(begin, "func") else {}
-        begin(
+        plan_decode(
+            self,
+            wrapper,
             indptr,
             rows,
             self.kv_last_page_len[:batch],
-            self.num_qo_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            1,
-            data_type=self.data_type,
-            q_data_type=self.q_data_type,
-            non_blocking=True,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=bool(disable_split_kv),
-            **fast,
+            indptr_host,
+            fixed_split_size,
+            disable_split_kv,
         )
 
 
@@ -261,30 +253,9 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
         spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
         first = prefix_lens.clamp(min=before).to(torch.int64) - before
         rows = span_rows(requests, first, seq_lens.to(torch.int64) - first, sum(spans), tables)
-        # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
-        wrapper.begin_forward(
-            _indptr(extends),
-            _indptr(spans),
-            rows,
-            torch.ones(len(spans), dtype=torch.int32),
-            self.num_qo_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            1,
-            causal=True,
-            window_left=before,
-            q_data_type=self.q_data_type,
-            kv_data_type=self.data_type,
-            non_blocking=True,
-        )
+        plan_prefill(self, wrapper, extends, spans, rows, causal=True, window_left=before)
         self.attn_backend.lazy_prefill = LazyPrefill(
             rows=sink_rows(requests, tables, windows),
             tiles=make_tiles(prefixes, extends, windows, requests.device),
             windows=windows,
         )
-
-
-def _indptr(lengths: list[int]) -> torch.Tensor:
-    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    indptr[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return indptr

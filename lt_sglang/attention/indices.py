@@ -68,23 +68,30 @@ def sink_rows(rows: torch.Tensor, tables: StreamingTables, windows: Windows) -> 
     return torch.where(sets >= 0, stored, slots)
 
 
-def span_rows(
+def span_slots(
     rows: torch.Tensor, first: torch.Tensor, counts: torch.Tensor, total: int, tables: StreamingTables
-) -> torch.Tensor:
-    """Streaming slots of positions first[b] .. first[b] + counts[b] - 1 of each request, packed.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of positions first[b] .. first[b] + counts[b] - 1 of each request, packed.
 
     Args:
         rows, first, counts: int64 [bs] on the device.
         total: sum of counts, known on the host, so that nothing waits for the device.
 
     Returns:
-        int32 [total].
+        Full and streaming slots, int32 [total] each; copies.
     """
     request = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts, output_size=total)
     start = torch.cumsum(counts, 0) - counts
     position = torch.arange(total, device=rows.device) - start[request] + first[request]
-    full = tables.req_to_token[rows[request], position].to(torch.int64)
-    return tables.full_to_streaming[full].to(torch.int32)
+    full = tables.req_to_token[rows[request], position]
+    return full, tables.full_to_streaming[full.to(torch.int64)].to(torch.int32)
+
+
+def span_rows(
+    rows: torch.Tensor, first: torch.Tensor, counts: torch.Tensor, total: int, tables: StreamingTables
+) -> torch.Tensor:
+    """The streaming slots of ``span_slots``; int32 [total]."""
+    return span_slots(rows, first, counts, total, tables)[1]
 
 
 def decode_rows_reference(

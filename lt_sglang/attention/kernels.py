@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.indices import StreamingTables, Windows
-
-LOG2E = 1.4426950408889634
+from lt_sglang.selection.reference import LOG2E
 
 
 @triton.jit
@@ -274,7 +274,6 @@ class SinkTiles:
     """
 
     def __init__(self, runs: list[tuple[int, int, int, int]], device: torch.device | str) -> None:
-        self.runs = runs
         self.number = len(runs)
         table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4).t().contiguous()
         table = table.to(device, non_blocking=True)
@@ -286,17 +285,20 @@ def make_tiles(
     extend_lens: list[int],
     windows: Windows,
     device: torch.device | str,
-    every: bool = False,
+    every: Sequence[bool] | None = None,
 ) -> SinkTiles:
     """Tiles of every query at position >= w_recent; the others see all sinks inside their window.
 
-    every: tiles of all queries, whether they see sinks or not.
+    every: instead, by request, whether to take all of its queries, sinks or not, or none.
     """
     runs: list[tuple[int, int, int, int]] = []
     token = 0
     for request, (prefix, extend) in enumerate(zip(prefix_lens, extend_lens, strict=True)):
-        skip = 0 if every else min(max(windows.recent_tokens - prefix, 0), extend)
+        if every is None:
+            skip = min(max(windows.recent_tokens - prefix, 0), extend)
+        else:
+            skip = 0 if every[request] else extend
         for offset in range(skip, extend, TILE_QUERIES):
             runs.append((request, token + offset, prefix + offset, min(TILE_QUERIES, extend - offset)))
         token += extend
-    return SinkTiles(runs if windows.sink_tokens or every else [], device)
+    return SinkTiles(runs if windows.sink_tokens or every is not None else [], device)

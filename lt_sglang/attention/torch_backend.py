@@ -5,6 +5,7 @@ Full layers run SGLang's own torch_native code, untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
 from lt_sglang.attention.indices import (
+    StreamingTables,
     Windows,
     decode_rows_reference,
     lazy_lengths,
@@ -48,9 +50,7 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         tables, windows = self._runner.streaming_tables(), self._runner.windows()
         rows = forward_batch.req_pool_indices
         if forward_batch.forward_mode.is_decode():
-            packed = decode_rows_reference(rows, forward_batch.seq_lens, tables, windows)
-            lengths = lazy_lengths(forward_batch.seq_lens, windows).tolist()
-            self._decode_rows = list(packed.to(torch.int64).split(lengths))
+            self._decode_rows = decode_row_lists(rows, forward_batch.seq_lens, tables, windows)
         else:
             self._sink_rows = sink_rows(rows, tables, windows)
 
@@ -72,16 +72,18 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         out = torch.empty_like(query)
         tables, windows = self._runner.streaming_tables(), self._runner.windows()
         assert self._sink_rows is not None
+
+        def load(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return keys[rows], values[rows]
+
         start = 0
         for index, row in enumerate(forward_batch.req_pool_indices.tolist()):
             prefix = int(forward_batch.extend_prefix_lens[index])
             length = int(forward_batch.extend_seq_lens[index])
             slots = tables.full_to_streaming[tables.req_to_token[row, : prefix + length].to(torch.int64)]
-            for offset in range(0, length, QUERY_BLOCK):
-                count = min(QUERY_BLOCK, length - offset)
-                block = slice(start + offset, start + offset + count)
-                selected, mask = block_keys(slots, prefix + offset, count, self._sink_rows[index], windows)
-                out[block] = attend(query[block], keys[selected], values[selected], mask, layer)
+            new = slice(start, start + length)
+            sinks = self._sink_rows[index]
+            out[new] = attend_streaming(query[new], prefix, slots, sinks, windows, load, layer)
             start += length
         return out.view(q.shape[0], -1)
 
@@ -114,6 +116,37 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         return keys, values
+
+
+def decode_row_lists(
+    requests: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
+) -> list[torch.Tensor]:
+    """By request of a decode, the rows a lazy layer reads; int64."""
+    packed = decode_rows_reference(requests, seq_lens, tables, windows)
+    return list(packed.to(torch.int64).split(lazy_lengths(seq_lens, windows).tolist()))
+
+
+def attend_streaming(
+    query: torch.Tensor,
+    position: int,
+    slots: torch.Tensor,
+    sinks: torch.Tensor,
+    windows: Windows,
+    load: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    layer: RadixAttention,
+) -> torch.Tensor:
+    """Streaming attention of a request's queries from ``position`` on; [queries, heads, dim].
+
+    slots, sinks: as for ``block_keys``. load: K and V, [n, kv heads, dim], of int64 [n] rows.
+    """
+    out = torch.empty_like(query)
+    for offset in range(0, len(query), QUERY_BLOCK):
+        count = min(QUERY_BLOCK, len(query) - offset)
+        block = slice(offset, offset + count)
+        rows, mask = block_keys(slots, position + offset, count, sinks, windows)
+        keys, values = load(rows)
+        out[block] = attend(query[block], keys, values, mask, layer)
+    return out
 
 
 def block_keys(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.config import (
-    CHOICES,
     CONFIG_KEY,
     DECIDE,
     DYNAMIC_FIELDS,
@@ -20,6 +19,7 @@ from lt_sglang.config import (
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_known
+from lt_sglang.selection.choices import CHOICES
 
 HALF = "half"
 

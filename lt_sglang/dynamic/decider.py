@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lt_sglang.dynamic import kernels
-from lt_sglang.dynamic.evidence import selected_positions, single_evidence
+from lt_sglang.dynamic.evidence import layer_evidence, selected_positions, single_evidence
 from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.dynamic.state import DynamicState
 from lt_sglang.dynamic.tails import LastQueries
@@ -80,37 +80,32 @@ class Decider:
         if not self._staged and not self._deciding:
             return
         assert lse is not None
-        state, number = self._state, layer.layer_id
-        hidden = state.hidden(forward_batch, len(query))
+        batch = LastQueries(query, attention, lse, self._state.hidden(forward_batch, len(query)))
         if self._deciding:
-            self._decide(prefill, layer, query, attention, lse, k, v, hidden)
+            self._decide(prefill, layer, batch, k, v)
         for plan, token in self._staged:  # after the one whose own earlier queries are kept there
-            chunk = _chunk(query, attention, lse, hidden, token, plan.extend, state.tails.count)
-            state.tails.keep(number, chunk, first=plan.prefix == 0)
+            chunk = batch.part(token, plan.extend)
+            self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
 
     def _decide(
         self,
         prefill: PrefillMetadata,
         layer: RadixAttention,
-        query: torch.Tensor,
-        attention: torch.Tensor,
-        lse: torch.Tensor,
+        batch: LastQueries,
         k: torch.Tensor,
         v: torch.Tensor,
-        hidden: torch.Tensor | None,
     ) -> None:
         state, number = self._state, layer.layer_id
-        score = torch.empty(self._deciding, dtype=torch.float32, device=query.device)
+        score = torch.empty(self._deciding, dtype=torch.float32, device=k.device)
         if self._together is not None:
-            evidence = self._together.evidence(layer, query, attention, lse, k, v, hidden)
+            evidence = self._together.evidence(layer, batch, k, v)
             found = state.score.laziness(evidence)
             if self._alone:
                 score[self._together.where] = found
             else:
                 score = found
         for index, plan, gathered in self._alone:
-            chunk = _chunk(query, attention, lse, hidden, gathered.token, plan.extend, plan.last_queries)
-            last = state.tails.join(number, chunk, plan.last_queries)
+            last = state.tails.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
             keys, values = gathered.selected(number, k, v)
             evidence = single_evidence(
                 state, plan, number, last, keys, values, gathered.positions, layer.scaling
@@ -126,14 +121,8 @@ class Decider:
             state.keep,
         )
         if number == state.layout.layers - 1:
-            self._finish()
-
-    def _finish(self) -> None:
-        if self._state.config.check_tables:
-            self._state.check_tables(self._sets.to(torch.int64))
-        if self._alone and not self._staged:
-            self._state.tails.clear()
-        self._together, self._alone = None, []
+            state.finish(prefill.plans)
+            self._together, self._alone = None, []
 
 
 class _Together:
@@ -163,37 +152,14 @@ class _Together:
             )
         columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*table, strict=True)]
         moved = [column.to(device, non_blocking=True) for column in columns]
-        self._query_rows, self._query_positions, self._key_rows, self._key_positions = moved
+        self._queries_at, self._keys_at = (moved[0], moved[1]), (moved[2], moved[3])
         self.where = torch.tensor(where, dtype=torch.int64).to(device, non_blocking=True)
 
     def evidence(
-        self,
-        layer: RadixAttention,
-        query: torch.Tensor,
-        attention: torch.Tensor,
-        lse: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        hidden: torch.Tensor | None,
+        self, layer: RadixAttention, batch: LastQueries, k: torch.Tensor, v: torch.Tensor
     ) -> Evidence:
-        ranks = self._state.ranks
-        return Evidence(
-            query=query,
-            attention=attention,
-            lse=lse,
-            keys=k,
-            values=v,
-            query_rows=self._query_rows,
-            query_positions=self._query_positions,
-            key_rows=self._key_rows,
-            key_positions=self._key_positions,
-            scale=layer.scaling,
-            heads=ranks.heads,
-            total_heads=ranks.total_heads,
-            hidden=hidden,
-            project=self._state.projections.get(layer.layer_id),
-            reduce=ranks.reduce,
-            reduce_max=ranks.reduce_max,
+        return layer_evidence(
+            self._state, layer.layer_id, batch, k, v, self._queries_at, self._keys_at, layer.scaling
         )
 
 
@@ -231,17 +197,3 @@ class _Gathered:
         old_k = arena.keys[rows].view(kv_dtype).to(k.dtype)
         old_v = arena.values[rows].view(kv_dtype).to(v.dtype)
         return torch.cat([old_k, k[self._after]]), torch.cat([old_v, v[self._after]])
-
-
-def _chunk(
-    query: torch.Tensor,
-    attention: torch.Tensor,
-    lse: torch.Tensor,
-    hidden: torch.Tensor | None,
-    token: int,
-    extend: int,
-    count: int,
-) -> LastQueries:
-    """The last queries of one request of the batch, as views."""
-    last = slice(token + max(extend - count, 0), token + extend)
-    return LastQueries(query[last], attention[last], lse[last], None if hidden is None else hidden[last])

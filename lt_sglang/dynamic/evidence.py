@@ -16,6 +16,40 @@ def selected_positions(end: int, sink: int, recent: int) -> list[int]:
     return [*range(min(sink, first)), *range(first, end)]
 
 
+def layer_evidence(
+    state: DynamicState,
+    layer: int,
+    batch: LastQueries,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries_at: tuple[torch.Tensor, torch.Tensor],
+    keys_at: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+) -> Evidence:
+    """The evidence of one layer on this rank.
+
+    queries_at, keys_at: rows and positions, as ``Evidence`` has them.
+    """
+    return Evidence(
+        query=batch.query,
+        attention=batch.attention,
+        lse=batch.lse,
+        keys=keys,
+        values=values,
+        query_rows=queries_at[0],
+        query_positions=queries_at[1],
+        key_rows=keys_at[0],
+        key_positions=keys_at[1],
+        scale=scale,
+        heads=state.ranks.heads,
+        total_heads=state.ranks.total_heads,
+        hidden=batch.hidden,
+        project=state.projections.get(layer),
+        reduce=state.ranks.reduce,
+        reduce_max=state.ranks.reduce_max,
+    )
+
+
 def single_evidence(
     state: DynamicState,
     prefill: Prefill,
@@ -34,21 +68,13 @@ def single_evidence(
     count = len(last.query)
     rows = torch.arange(count, dtype=torch.int32, device=device)[None]
     key_rows = torch.arange(len(keys), dtype=torch.int32, device=device)[None]
-    return Evidence(
-        query=last.query,
-        attention=last.attention,
-        lse=last.lse,
-        keys=keys,
-        values=values,
-        query_rows=rows,
-        query_positions=rows + (prefill.end - count),
-        key_rows=key_rows,
-        key_positions=positions.to(torch.int32)[None],
-        scale=scale,
-        heads=state.ranks.heads,
-        total_heads=state.ranks.total_heads,
-        hidden=last.hidden,
-        project=state.projections.get(layer),
-        reduce=state.ranks.reduce,
-        reduce_max=state.ranks.reduce_max,
+    return layer_evidence(
+        state,
+        layer,
+        last,
+        keys,
+        values,
+        (rows, rows + (prefill.end - count)),
+        (key_rows, positions.to(torch.int32)[None]),
+        scale,
     )

@@ -17,11 +17,20 @@ from lt_sglang.dynamic.layout import BankLayout
 
 
 @triton.jit
-def _bank_start(  # type: ignore[no-untyped-def]
-    bank, FULL_BANKS: tl.constexpr, full_rows, streaming_start, streaming_rows
+def streaming_bank_start(  # type: ignore[no-untyped-def]
+    bank, FULL_BANKS: tl.constexpr, streaming_start, streaming_rows
 ):
-    lazy = streaming_start + (bank - FULL_BANKS) * streaming_rows
-    return tl.where(bank < FULL_BANKS, bank * full_rows, lazy)
+    """As ``BankLayout.bank_start`` of a streaming bank."""
+    return streaming_start + (bank - FULL_BANKS) * streaming_rows
+
+
+@triton.jit
+def bank_row(  # type: ignore[no-untyped-def]
+    bank, full, streaming, FULL_BANKS: tl.constexpr, full_rows, streaming_start, streaming_rows
+):
+    """The row of a position in ``bank``, given its slots in full and in streaming banks."""
+    lazy = streaming_bank_start(bank, FULL_BANKS, streaming_start, streaming_rows) + streaming
+    return tl.where(bank < FULL_BANKS, bank * full_rows + full, lazy)
 
 
 @triton.jit(do_not_specialize=["requests"])
@@ -139,7 +148,7 @@ def _decode_lists(  # type: ignore[no-untyped-def]
             bank = tl.load(banks + layer)
             if bank >= FULL_BANKS:
                 start = tl.load(pointer_ptr + layer * requests + request).to(tl.int64)
-                base = streaming_start + (bank - FULL_BANKS) * streaming_rows
+                base = streaming_bank_start(bank, FULL_BANKS, streaming_start, streaming_rows)
                 tl.store(out_ptr + start + item, slot + base, mask=valid)
 
 
@@ -210,14 +219,13 @@ def _write_rows(  # type: ignore[no-untyped-def]
     layer = tl.program_id(0)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = item < requests
-    row = tl.load(rows_ptr + item, mask=valid, other=0).to(tl.int64)
-    table = tl.load(set_of_ptr + row, mask=valid, other=0).to(tl.int64) * LAYERS
+    request_row = tl.load(rows_ptr + item, mask=valid, other=0).to(tl.int64)
+    table = tl.load(set_of_ptr + request_row, mask=valid, other=0).to(tl.int64) * LAYERS
     bank = tl.load(bank_of_ptr + table + layer, mask=valid, other=0)
     full = tl.load(full_ptr + item, mask=valid, other=0).to(tl.int32)
     streaming = tl.load(streaming_ptr + item, mask=valid, other=0).to(tl.int32)
-    start = _bank_start(bank, FULL_BANKS, full_rows, streaming_start, streaming_rows)
-    slot = tl.where(bank < FULL_BANKS, full, streaming)
-    tl.store(out_ptr + layer * out_stride + item, start + slot, mask=valid)
+    row = bank_row(bank, full, streaming, FULL_BANKS, full_rows, streaming_start, streaming_rows)
+    tl.store(out_ptr + layer * out_stride + item, row, mask=valid)
 
 
 def write_rows(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lt_sglang.dynamic.mirror import HostMirror
+from lt_sglang.memory.row_table import set_rows
 
 DEFAULT_SET = 0
 UNDECIDED = -1
@@ -182,17 +183,12 @@ class LayerSetStore:
 
     def flush(self) -> None:
         """Do the queued device work on the current stream, before the forward that needs it."""
-        device = self.set_of.device
         if self._counted:
-            done = torch.tensor(self._counted, dtype=torch.int64).to(device, non_blocking=True)
+            done = torch.tensor(self._counted, dtype=torch.int64).to(self.set_of.device, non_blocking=True)
             self._counted.clear()
             self.lazy_counts += (self.bank_of[done] >= self.keep).sum(0)
-        if not self._pending:
-            return
-        rows = torch.tensor(list(self._pending), dtype=torch.int64).to(device, non_blocking=True)
-        sets = torch.tensor(list(self._pending.values()), dtype=torch.int32).to(device, non_blocking=True)
+        set_rows(self.set_of, self._pending)
         self._pending.clear()
-        self.set_of.index_copy_(0, rows, sets)
 
     @property
     def stored(self) -> int:

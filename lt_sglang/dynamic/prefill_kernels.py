@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.indices import Windows
+from lt_sglang.dynamic.kernels import bank_row, streaming_bank_start
 from lt_sglang.dynamic.layout import BankLayout
 
 DECIDED: tl.constexpr = tl.constexpr(0)
@@ -177,8 +178,7 @@ def _extend_lists(  # type: ignore[no-untyped-def]
         bank = layer
         if kind == DECIDED:
             bank = tl.load(banks + layer)
-        lazy_row = streaming_start + (bank - FULL_BANKS) * streaming_rows + streaming
-        row = tl.where(bank < FULL_BANKS, bank * full_rows + full, lazy_row)
+        row = bank_row(bank, full, streaming, FULL_BANKS, full_rows, streaming_start, streaming_rows)
         if (kind != DECIDED) & (layer >= FULL_BANKS):
             staged = staging_start + (layer - FULL_BANKS) * staging_rows + position
             row = tl.where(position < prefix, staged, waiting)
@@ -302,8 +302,8 @@ def _place(  # type: ignore[no-untyped-def]
     if kind == DECIDED:
         if BEFORE:
             bank = tl.load(bank_of_ptr + tl.load(layer_set_ptr + request).to(tl.int64) * LAYERS + layer)
-            lazy_row = streaming_start + (bank - FULL_BANKS) * streaming_rows + streaming
-            row = tl.where(bank < FULL_BANKS, bank * full_rows + full, lazy_row).to(tl.int64)
+            row = bank_row(bank, full, streaming, FULL_BANKS, full_rows, streaming_start, streaming_rows)
+            row = row.to(tl.int64)
             tl.store(keys_ptr + row[:, None] * WIDTH + width[None, :], k, mask=mask)
             tl.store(values_ptr + row[:, None] * WIDTH + width[None, :], v, mask=mask)
     elif layer < FULL_BANKS:
@@ -333,7 +333,7 @@ def _place(  # type: ignore[no-untyped-def]
                 cut_k = tl.where(popped == layer, whole_k, tl.load(keys_ptr + at_full, mask=moved, other=0))
                 cut_v = tl.where(popped == layer, whole_v, tl.load(values_ptr + at_full, mask=moved, other=0))
                 # The popped layer takes the streaming bank that has this layer's number.
-                start = streaming_start + (layer - FULL_BANKS) * streaming_rows
+                start = streaming_bank_start(layer, FULL_BANKS, streaming_start, streaming_rows)
                 held = mask & (streaming != 0)[:, None]
                 at_held = (start + streaming).to(tl.int64)[:, None] * WIDTH + width[None, :]
                 tl.store(keys_ptr + at_held, cut_k, mask=held)

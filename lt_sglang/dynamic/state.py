@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransf
 from lt_sglang.dynamic.arena import Arena
 from lt_sglang.dynamic.layer_sets import LayerSetStore
 from lt_sglang.dynamic.layout import BankLayout
+from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.dynamic.tails import Tails
 from lt_sglang.errors import LightTransferError
 from lt_sglang.selection.base import Score
@@ -88,12 +89,20 @@ class DynamicState:
             )
         return residual[:tokens]
 
-    def check_tables(self, sets: torch.Tensor) -> None:
+    def finish(self, plans: Sequence[Prefill]) -> None:
+        """After a prefill's last layer: check the tables if asked, free the last queries if used."""
+        deciding = [plan for plan in plans if plan.kind == Kind.DECIDE]
+        if deciding and self.config.check_tables:
+            self._check_tables([plan.layer_set for plan in deciding])
+        if any(plan.prefix for plan in deciding) and not any(plan.kind == Kind.STAGE for plan in plans):
+            self.tails.clear()
+
+    def _check_tables(self, sets: list[int]) -> None:
         """Raise if the tensor-parallel ranks decided differently; a collective, and a wait for the device.
 
-        sets: int64 [D], the same on every rank (host state).
+        sets: the same on every rank (host state).
         """
-        table = self.sets.bank_of[sets].float()
+        table = self.sets.bank_of[torch.tensor(sets, device=self.sets.bank_of.device)].float()
         low, high = self.ranks.reduce_min(table.clone()), self.ranks.reduce_max(table.clone())
         if not torch.equal(low, high):
             layer = int((low != high).any(0).nonzero()[0])

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class LastQueries:
-    """The last queries of one request in one layer.
+    """The last queries of one request, or all queries of a batch, in one layer.
 
     query, attention: [W, heads, dim]. lse: float32 [W, heads], base 2. hidden: [W, hidden] or None.
     """
@@ -22,6 +22,12 @@ class LastQueries:
     attention: torch.Tensor
     lse: torch.Tensor
     hidden: torch.Tensor | None
+
+    def part(self, token: int, count: int) -> LastQueries:
+        """``count`` of them from ``token`` on, as views."""
+        some = slice(token, token + count)
+        hidden = None if self.hidden is None else self.hidden[some]
+        return LastQueries(self.query[some], self.attention[some], self.lse[some], hidden)
 
     def then(self, later: LastQueries) -> LastQueries:
         """These, followed by ``later`` ones."""
@@ -36,12 +42,7 @@ class LastQueries:
     def last(self, count: int) -> LastQueries:
         """The last ``count`` of them, as views."""
         start = max(len(self.query) - count, 0)
-        return LastQueries(
-            self.query[start:],
-            self.attention[start:],
-            self.lse[start:],
-            None if self.hidden is None else self.hidden[start:],
-        )
+        return self.part(start, len(self.query) - start)
 
     def copy(self) -> LastQueries:
         """With memory of its own."""

@@ -58,9 +58,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         chunk = min(self._batch_tokens(), model.context_len)
         expected = self.lt_config.expected_tokens or min(model.context_len, DEFAULT_EXPECTED_TOKENS)
         streaming_layers = len(self.layer_info.swa_attention_layer_ids)
-        staging = 0
-        if self.lt_config.dynamic:
-            staging = streaming_layers * self.lt_config.stage_limit(model.context_len) + self._batch_tokens()
+        undecided = self.lt_config.undecided_rows(model.context_len, self._batch_tokens())
         return SplitInput(
             full_bytes=len(self.layer_info.full_attention_layer_ids) * token_layer,
             streaming_bytes=streaming_layers * token_layer,
@@ -71,7 +69,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
             context_tokens=model.context_len,
             expected_output_tokens=self.lt_config.expected_output_tokens,
             eviction_interval=max(1, envs.SGLANG_SWA_EVICTION_INTERVAL.get()),
-            staging_bytes=staging * token_layer,
+            staging_bytes=undecided * token_layer,
         )
 
     def _batch_tokens(self) -> int:
@@ -147,13 +145,13 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         return pool
 
     def _layout(self, full_tokens: int, streaming_tokens: int, sink_rows: int) -> BankLayout:
-        given, page = self.split_input(), self.pool_page_size
+        page = self.pool_page_size
         return BankLayout(
             full_banks=len(self.layer_info.full_attention_layer_ids),
             streaming_banks=len(self.layer_info.swa_attention_layer_ids),
             full_rows=full_tokens + page,
             streaming_rows=streaming_tokens + sink_rows + page,
-            staging_rows=self.lt_config.stage_limit(given.context_tokens),
+            staging_rows=self.lt_config.stage_limit(self.model_config.context_len),
             scratch_rows=self._batch_tokens(),
             sink_base=streaming_tokens + page,
         )

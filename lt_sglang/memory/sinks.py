@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lt_sglang.memory.row_table import set_rows
+
 NO_SET = -1
 
 SinkKey = tuple[Hashable, ...]
@@ -172,10 +174,7 @@ class SinkStore:
                 if row is not None:
                     rows[row] = index
             self._pending_rows.clear()
-            if rows:
-                where = torch.tensor(list(rows), dtype=torch.int64).to(self.device, non_blocking=True)
-                what = torch.tensor(list(rows.values()), dtype=torch.int32).to(self.device, non_blocking=True)
-                self.row_of.index_copy_(0, where, what)
+            set_rows(self.row_of, rows)
 
     @property
     def used(self) -> int:

@@ -124,12 +124,9 @@ def _split(deployment: Deployment, input_tokens: int, output_tokens: int, budget
         slots = budget // (shape.layers * token_layer)
         return PoolSplit(slots, 0, 0, slots / tokens, tokens, 0)
     context = shape.max_tokens or max(tokens, deployment.chunk_tokens)
-    staging = 0
-    if config.dynamic:
-        served = replace(config, expected_tokens=config.expected_tokens or tokens)
-        staging = lazy * served.stage_limit(context) + deployment.chunk_tokens
+    served = replace(config, expected_tokens=config.expected_tokens or tokens) if config.dynamic else config
     given = SplitInput(
-        staging_bytes=staging * token_layer,
+        staging_bytes=served.undecided_rows(context, deployment.chunk_tokens) * token_layer,
         full_bytes=(shape.layers - lazy) * token_layer,
         streaming_bytes=lazy * token_layer,
         retained_tokens=config.retained_tokens,

@@ -1,6 +1,6 @@
 """The scores by which a request's lazy layers are found while its prompt is prefilled. Imports no sglang.
 
-The names below are loaded at their first use: ``choices`` and ``queue`` need no torch.
+The names below are loaded at their first use: ``choices`` needs no torch.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from ..lazy_queue import popped_layers
 from .reference import TIE_MARGIN, Comparison
 
 LAST_QUERIES = 32
@@ -112,12 +113,7 @@ class DynamicReference:
 
     def lazy_of(self, scores: Sequence[float]) -> tuple[int, ...]:
         """As layers come, the laziest of keep + 1 goes; among equals the one with the higher index."""
-        full: list[int] = []
-        for layer in range(len(scores)):
-            full.append(layer)
-            if len(full) > self.keep:
-                full.remove(max(full, key=lambda i: (scores[i], i)))
-        return tuple(layer for layer in range(len(scores)) if layer not in full)
+        return tuple(sorted(popped_layers(scores, self.keep)))
 
     def compare_choice(
         self, result: Choices, prompt: Sequence[int], chosen: dict[str, Any], end: int, queries: int

@@ -11,7 +11,6 @@ weights, every request's layers drawn at random (the scores run, then noise is a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from tests.gpu.run import (
     Step,
     cell,
     engine_args,
+    hybrid,
     lazy_step,
     mistral,
     run_cells,
     stock_step,
 )
+from tests.lazy_queue import popped_layers
 
 KEEP = 3
 LAST = 32
@@ -40,19 +41,7 @@ LAST = 32
 
 def dynamic(keep: int, sink: int, recent: int, expected: int, output: int, **options: Any) -> dict[str, Any]:
     """Engine arguments that switch dynamic mode on."""
-    config = {
-        "mode": "dynamic",
-        "keep": keep,
-        "sink_tokens": sink,
-        "recent_tokens": recent,
-        "expected_tokens": expected,
-        "expected_output_tokens": output,
-        **options,
-    }
-    return {
-        "attention_backend": "lighttransfer",
-        "json_model_override_args": json.dumps({"lighttransfer": config}),
-    }
+    return hybrid(sink, recent, expected, output, mode="dynamic", keep=keep, **options)
 
 
 class Reference:
@@ -106,16 +95,6 @@ class Reference:
         return logits.gather(1, ids[0, 1:, None])[:, 0].cpu()
 
 
-def queue(ratios: list[float], keep: int) -> list[int]:
-    """The lazy layers: while more than ``keep`` contend, the laziest goes."""
-    kept: list[int] = []
-    for layer in range(len(ratios)):
-        kept.append(layer)
-        if len(kept) > keep:
-            kept.remove(max(kept, key=lambda one: (ratios[one], one)))
-    return [layer for layer in range(len(ratios)) if layer not in kept]
-
-
 def judge(scored: list[dict[str, Any]], reference: Reference, control: bool = False) -> dict[str, Any]:
     """Errors of log-probabilities, and how the choices compare. control: the other layers are lazy."""
     differences, equal, excused, wrong, score_error = [], 0, 0, [], 0.0
@@ -126,7 +105,7 @@ def judge(scored: list[dict[str, Any]], reference: Reference, control: bool = Fa
             ratios = reference.score(prompt, len(prompt))
             errors = [abs(a - b) for a, b in zip(ratios, decision["laziness"], strict=True)]
             score_error = max(score_error, *errors)
-            expected = queue(ratios, KEEP)
+            expected = sorted(popped_layers(ratios, KEEP))
             if expected == lazy:
                 equal += 1
             else:

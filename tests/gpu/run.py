@@ -63,12 +63,17 @@ def engine_args(model: Path, **extra: Any) -> dict[str, Any]:
 
 def lazy(layers: str, sink: int, recent: int, expected: int, output: int) -> dict[str, Any]:
     """Engine arguments that switch lazy layers on."""
+    return hybrid(sink, recent, expected, output, lazy_layers=layers)
+
+
+def hybrid(sink: int, recent: int, expected: int, output: int, **options: Any) -> dict[str, Any]:
+    """Engine arguments of either mode; ``options`` are keys of the configuration."""
     config = {
-        "lazy_layers": layers,
         "sink_tokens": sink,
         "recent_tokens": recent,
         "expected_tokens": expected,
         "expected_output_tokens": output,
+        **options,
     }
     return {
         "attention_backend": "lighttransfer",

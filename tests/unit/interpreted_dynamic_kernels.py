@@ -382,7 +382,7 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     query, out, window = (torch.randn(tokens, heads, 16) for _ in range(3))
     lse = torch.randn(tokens, heads)
     rows = torch.randint(1, STREAMING, (3, SINK))
-    tiles = make_tiles(prefixes, extends, WINDOWS, "cpu", every=True)
+    tiles = make_tiles(prefixes, extends, WINDOWS, "cpu", every=[True] * 3)
     untouched = out.clone()
     banks = Banks(of, KEEP, LAYOUT.streaming_start, LAYOUT.streaming_rows)
     merge_sinks(out, lse, query, keys, values, rows, tiles, WINDOWS, 0.25, window=window, banks=banks)

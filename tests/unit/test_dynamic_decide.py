@@ -10,21 +10,9 @@ import torch
 from lt_sglang.dynamic.decide import NOBODY, queue_step
 from lt_sglang.dynamic.layer_sets import UNDECIDED
 
+from ..lazy_queue import popped_layers
+
 SHAPES = [(2, 1), (6, 3), (6, 1), (6, 5), (7, 4), (30, 15), (32, 24)]
-
-
-def lazy_by_definition(laziness: list[float], keep: int) -> list[int]:
-    """Layer after layer enters; as soon as one too many contends, the laziest goes, the higher of equals."""
-    contending: list[int] = []
-    lazy = []
-    for layer in range(len(laziness)):
-        contending.append(layer)
-        if len(contending) > keep:
-            worst = max(laziness[i] for i in contending)
-            popped = max(i for i in contending if laziness[i] == worst)
-            contending.remove(popped)
-            lazy.append(popped)
-    return lazy
 
 
 def draw(rng: random.Random, layers: int) -> list[float]:
@@ -45,7 +33,7 @@ def test_pops_what_the_definition_pops_for_every_request_of_a_batch(layers: int,
         laziness = torch.tensor(scores, dtype=torch.float32)
         popped = [queue_step(bank_of, laziness, sets, layer, keep).tolist() for layer in range(layers)]
         for column, row in enumerate(sets.tolist()):
-            expected = lazy_by_definition(scores[row], keep)
+            expected = popped_layers(scores[row], keep)
             assert [step[column] for step in popped] == [NOBODY] * keep + expected
             lazy = {layer for layer in range(layers) if bank_of[row, layer] >= keep}
             assert lazy == set(expected)

@@ -1,9 +1,10 @@
-"""The max-priority queue of LightTransfer-Test (arXiv 2410.13846), on the host: what a device must equal."""
+"""The max-priority queue of LightTransfer-Test (arXiv 2410.13846): what lt_sglang's must equal."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 
 
 class LazyQueue:
@@ -35,3 +36,10 @@ class LazyQueue:
     def full_layers(self) -> tuple[int, ...]:
         """The layers held now, in ascending order."""
         return tuple(sorted(-layer for _, layer in self._heap))
+
+
+def popped_layers(laziness: Sequence[float], keep: int) -> list[int]:
+    """The lazy layers in the order in which they are popped, if layers 0, 1, ... are pushed one by one."""
+    queue = LazyQueue(keep)
+    popped = [queue.push(layer, value) for layer, value in enumerate(laziness)]
+    return [layer for layer in popped if layer is not None]

@@ -1,0 +1,99 @@
+"""The two ways in which FlashInfer's wrappers are planned here; both modes use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerLists:
+    """Rows that every layer of every request reads, in one buffer.
+
+    rows: int32. pointers: int32 [L * requests + 1], where each layer's list of each request begins.
+    """
+
+    rows: torch.Tensor
+    pointers: torch.Tensor
+    requests: int
+
+    def use(self, wrapper: Any, layer: int) -> None:
+        """Let the next run of a planned FA2 ``wrapper`` read the lists of ``layer``.
+
+        They may be empty where they were planned, and in tensor-core decode shorter.
+        """
+        first = layer * self.requests
+        wrapper._paged_kv_indptr_buf = self.pointers[first : first + self.requests + 1]
+        wrapper._paged_kv_indices_buf = self.rows
+
+
+def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
+    """int32 [n + 1] on the host: 0 and the running sums of ``lengths``."""
+    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.as_tensor(lengths, dtype=torch.int32), 0, out=indptr[1:])
+    return indptr
+
+
+def plan_decode(
+    updater: Any,
+    wrapper: Any,
+    indptr: torch.Tensor,
+    rows: torch.Tensor,
+    last_page_len: torch.Tensor,
+    indptr_host: torch.Tensor,
+    fixed_split_size: int | None,
+    disable_split_kv: bool | None,
+) -> None:
+    """Plan a decode wrapper with the shapes of ``updater`` (SGLang's indices updater)."""
+    fast = {"global_override_indptr_cpu": indptr_host} if is_replanned(wrapper) else {}
+    wrapper.begin_forward(
+        indptr,
+        rows,
+        last_page_len,
+        updater.num_qo_heads,
+        updater.num_kv_heads,
+        updater.head_dim,
+        1,
+        data_type=updater.data_type,
+        q_data_type=updater.q_data_type,
+        non_blocking=True,
+        fixed_split_size=fixed_split_size,
+        disable_split_kv=bool(disable_split_kv),
+        **fast,
+    )
+
+
+def is_replanned(wrapper: Any) -> bool:
+    """Whether SGLang has swapped begin_forward for fast_decode_plan: after a graph's first plan."""
+    return hasattr(wrapper.begin_forward, "func")
+
+
+def plan_prefill(
+    updater: Any,
+    wrapper: Any,
+    extends: list[int],
+    spans: list[int],
+    rows: torch.Tensor,
+    *,
+    causal: bool,
+    window_left: int = -1,
+) -> None:
+    """Plan a paged prefill wrapper: ``extends`` queries over ``spans`` keys, request by request."""
+    # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
+    wrapper.begin_forward(
+        host_indptr(extends),
+        host_indptr(spans),
+        rows,
+        torch.ones(len(spans), dtype=torch.int32),
+        updater.num_qo_heads,
+        updater.num_kv_heads,
+        updater.head_dim,
+        1,
+        causal=causal,
+        window_left=window_left,
+        q_data_type=updater.q_data_type,
+        kv_data_type=updater.data_type,
+        non_blocking=True,
+    )
