@@ -28,7 +28,13 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
-from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, is_replanned, plan_decode
+from lt_sglang.attention.flashinfer_plans import (
+    LayerLists,
+    host_indptr,
+    is_replanned,
+    plan_decode,
+    prefix_wrapper,
+)
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.dynamic import kernels
@@ -78,6 +84,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=True
             )
         ]
+        self.prefix_wrapper = prefix_wrapper(self.workspace_buffer)
         self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self)
         self.prefill_planner = PrefillPlanner(model_runner, self)
         self.decider = Decider(self.state)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, plan_prefill
+from lt_sglang.attention.flashinfer_plans import EqualLists, LayerLists, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
 from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
     from lt_sglang.model_runner import LightTransferModelRunner
 
-# FA2 reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
+# FA2, which reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
 LAZY, FULL = 0, 1
 
 
@@ -40,7 +40,7 @@ class PagedCall:
     """One planned paged call; every layer has lists of its own."""
 
     wrapper: Any
-    lists: LayerLists
+    lists: EqualLists | LayerLists
 
     def run(
         self, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
@@ -118,9 +118,12 @@ class PrefillPlanner:
         calls: dict[str, PagedCall] = {}
         paged = self._backend.prefill_wrappers_paged
         if ragged:
-            self._plan_ragged(extends)
+            updater = self._backend.indices_updater_prefill
+            plan_ragged(updater, self._backend.prefill_wrapper_ragged, extends)
             if any(prefixes):
-                calls["prefix"] = self._call(paged[FULL], plans, given, [0] * len(plans), prefixes, EVERY)
+                calls["prefix"] = self._call(
+                    self._backend.prefix_wrapper, plans, given, [0] * len(plans), prefixes, EVERY
+                )
         else:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
@@ -177,18 +180,6 @@ class PrefillPlanner:
             streaming=streaming,
         )
 
-    def _plan_ragged(self, extends: list[int]) -> None:
-        updater = self._backend.indices_updater_prefill
-        indptr = host_indptr(extends)
-        self._backend.prefill_wrapper_ragged.begin_forward(
-            indptr,
-            indptr,
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
-            q_data_type=updater.q_data_type,
-        )
-
     def _call(
         self,
         wrapper: Any,
@@ -219,4 +210,6 @@ class PrefillPlanner:
         plan_prefill(
             updater, wrapper, extends, lengths, rows[:1], causal=which != EVERY, window_left=window_left
         )
+        if which == EVERY:
+            return PagedCall(wrapper, EqualLists(rows.view(state.layout.layers, -1)))
         return PagedCall(wrapper, LayerLists(rows, pointers, len(plans)))

@@ -1,4 +1,4 @@
-"""The two ways in which FlashInfer's wrappers are planned here; both modes use them."""
+"""How FlashInfer's wrappers are planned here; both modes use it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+
+@dataclass(frozen=True)
+class EqualLists:
+    """Lists that are as long in every layer as planned. rows: int32 [L, sum of lengths]."""
+
+    rows: torch.Tensor
+
+    def use(self, wrapper: Any, layer: int) -> None:
+        """Let the next run of a planned ``wrapper`` read the lists of ``layer``; they begin where planned."""
+        wrapper._paged_kv_indices_buf = self.rows[layer]
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,14 @@ class LayerLists:
         first = layer * self.requests
         wrapper._paged_kv_indptr_buf = self.pointers[first : first + self.requests + 1]
         wrapper._paged_kv_indices_buf = self.rows
+
+
+def prefix_wrapper(workspace: torch.Tensor) -> Any:
+    """Paged prefill whose lists are exactly as planned: FA3 on Hopper, where stock SGLang uses FA2, else FA2.
+
+    FA3 keeps the beginnings and lengths of lists that it was planned with (PrefillSM90Plan, scheduler.cuh).
+    """
+    return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto")
 
 
 def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
@@ -68,6 +88,20 @@ def plan_decode(
 def is_replanned(wrapper: Any) -> bool:
     """Whether SGLang has swapped begin_forward for fast_decode_plan: after a graph's first plan."""
     return hasattr(wrapper.begin_forward, "func")
+
+
+def plan_ragged(updater: Any, wrapper: Any, extends: list[int]) -> None:
+    """Plan the ragged wrapper for causal attention among ``extends`` new tokens, request by request."""
+    indptr = host_indptr(extends)
+    wrapper.begin_forward(
+        indptr,
+        indptr,
+        updater.num_qo_heads,
+        updater.num_kv_heads,
+        updater.head_dim,
+        causal=True,
+        q_data_type=updater.q_data_type,
+    )
 
 
 def plan_prefill(

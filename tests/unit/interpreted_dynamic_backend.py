@@ -94,6 +94,14 @@ class Paged:
         return out, lse
 
 
+class PlannedPaged(Paged):
+    """The same on FA3, which also takes from the plan where each list begins."""
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *rest: Any, **options: Any) -> None:
+        super().begin_forward(qo_indptr, kv_indptr, *rest, **options)
+        self._paged_kv_indptr_buf = kv_indptr
+
+
 class Ragged:
     """BatchPrefillWithRaggedKVCacheWrapper."""
 
@@ -200,6 +208,7 @@ class World:
         backend.workspace_buffer = torch.empty(1)
         backend.prefill_wrapper_ragged = Ragged()
         backend.prefill_wrappers_paged = [Paged(), Paged()]
+        backend.prefix_wrapper = PlannedPaged()
         backend.indices_updater_prefill = SimpleNamespace(
             num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
         )
