@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lt_sglang.attention.flashinfer_plans import EqualLists, LayerLists, plan_prefill, plan_ragged
+from lt_sglang.attention.flashinfer_plans import LayerLists, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
 from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
@@ -40,7 +40,7 @@ class PagedCall:
     """One planned paged call; every layer has lists of its own."""
 
     wrapper: Any
-    lists: EqualLists | LayerLists
+    lists: LayerLists
 
     def run(
         self, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
@@ -55,8 +55,9 @@ class PagedCall:
 class PrefillMetadata:
     """What the layers of one prefill share.
 
-    ragged: new tokens are attended ragged, cached ones by ``prefix`` (None: there are none). Else ``full``
-    and ``lazy`` are the two paged calls. undecided: some request is staged or decided in this prefill.
+    ragged: new tokens are attended ragged, cached ones at ``prefix_rows``, int32 [L, cached tokens], None if
+    there are none. Else ``full`` and ``lazy`` are the two paged calls. undecided: some request is staged or
+    decided in this prefill.
     new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
     stage_tiles: of the staged request, whose rows another one may still be read from until then.
     banks: int32 [bs, L], of the decided requests. sink_rows: int [bs, w_sink], within a streaming bank.
@@ -73,7 +74,7 @@ class PrefillMetadata:
     banks: torch.Tensor
     sink_rows: torch.Tensor
     lazy_tiles: SinkTiles
-    prefix: PagedCall | None = None
+    prefix_rows: torch.Tensor | None = None
     full: PagedCall | None = None
     lazy: PagedCall | None = None
 
@@ -115,15 +116,16 @@ class PrefillPlanner:
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
         windowed = [not ragged and not late for late in undecided]
+        prefix_rows = None
         calls: dict[str, PagedCall] = {}
         paged = self._backend.prefill_wrappers_paged
         if ragged:
             updater = self._backend.indices_updater_prefill
             plan_ragged(updater, self._backend.prefill_wrapper_ragged, extends)
             if any(prefixes):
-                calls["prefix"] = self._call(
-                    self._backend.prefix_wrapper, plans, given, [0] * len(plans), prefixes, EVERY
-                )
+                self._backend.prefix.plan(updater, extends, prefixes)
+                rows_of_all = self._lists(plans, given, [0] * len(plans), prefixes, EVERY).rows
+                prefix_rows = rows_of_all.view(state.layout.layers, -1)
         else:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
@@ -142,6 +144,7 @@ class PrefillPlanner:
             banks=banks,
             sink_rows=sink_rows(rows, tables, windows),
             lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=windowed),
+            prefix_rows=prefix_rows,
             **calls,
         )
 
@@ -180,19 +183,11 @@ class PrefillPlanner:
             streaming=streaming,
         )
 
-    def _call(
-        self,
-        wrapper: Any,
-        plans: list[Prefill],
-        given: Requests,
-        firsts: list[int],
-        ends: list[int],
-        which: int,
-        window_left: int = -1,
-    ) -> PagedCall:
-        state, updater = self._backend.state, self._backend.indices_updater_prefill
+    def _lists(
+        self, plans: list[Prefill], given: Requests, firsts: list[int], ends: list[int], which: int
+    ) -> LayerLists:
+        state, device = self._backend.state, given.kind.device
         lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
-        device = given.kind.device
         counts = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
         pointers = list_pointers(state.sets.bank_of, given, counts, state.keep, which)
         rows = extend_lists(
@@ -206,10 +201,21 @@ class PrefillPlanner:
             state.layout,
             which,
         )
+        return LayerLists(rows, pointers, len(plans))
+
+    def _call(
+        self,
+        wrapper: Any,
+        plans: list[Prefill],
+        given: Requests,
+        firsts: list[int],
+        ends: list[int],
+        which: int,
+        window_left: int = -1,
+    ) -> PagedCall:
+        lists = self._lists(plans, given, firsts, ends, which)
         extends = [plan.extend for plan in plans]
-        plan_prefill(
-            updater, wrapper, extends, lengths, rows[:1], causal=which != EVERY, window_left=window_left
-        )
-        if which == EVERY:
-            return PagedCall(wrapper, EqualLists(rows.view(state.layout.layers, -1)))
-        return PagedCall(wrapper, LayerLists(rows, pointers, len(plans)))
+        lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
+        updater = self._backend.indices_updater_prefill
+        plan_prefill(updater, wrapper, extends, lengths, lists.rows[:1], causal=True, window_left=window_left)
+        return PagedCall(wrapper, lists)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
     FlashInferIndicesUpdaterDecode,
@@ -23,15 +24,10 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from lt_sglang.attention.flashinfer_plans import (
-    host_indptr,
-    plan_decode,
-    plan_prefill,
-    plan_ragged,
-    prefix_wrapper,
-)
+from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
+from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.errors import LightTransferError
 
 if TYPE_CHECKING:
@@ -68,7 +64,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if self.is_dllm_model or self.enable_mis:
             raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
-        self.prefill_wrappers_paged[FULL] = prefix_wrapper(self.workspace_buffer)
+        self.prefix = PrefixAttention(self.workspace_buffer)
+        self.prefix_rows: torch.Tensor | None = None
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
         self.indices_updater_prefill = LazyPrefillUpdater(model_runner, self)
 
@@ -97,6 +94,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
     ) -> torch.Tensor:
         """[tokens, heads * dim] of the batch's new tokens."""
         if layer.layer_id not in self.lazy_layers:
+            if self.lazy_layers and self.prefix_rows is not None:
+                return self._over_prefix(q, k, v, layer, forward_batch, self.prefix_rows, save_kv_cache)
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         given = self.lazy_prefill
         assert given is not None
@@ -129,6 +128,35 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             layer.k_scale_float or 1.0,
             layer.v_scale_float or 1.0,
         )
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _over_prefix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        rows: torch.Tensor,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        """A full layer: new tokens among themselves, then over the cached ones at ``rows``."""
+        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        out, lse = self.prefill_wrapper_ragged.forward_return_lse(
+            query,
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.head_dim),
+            causal=True,
+            sm_scale=layer.scaling,
+            logits_soft_cap=layer.logit_cap,
+        )
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        out, _ = stock._safe_merge_state(out, lse, *self.prefix.run(query, keys, values, rows, layer))
+        if save_kv_cache:
+            where = KVWriteLoc.for_layer(
+                forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc
+            )
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 
@@ -235,12 +263,16 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
             first, end = first.to(torch.int64), end.to(torch.int64)
             return span_slots(req_pool_indices, first, end - first, total, tables)
 
-        if use_ragged:
+        self.attn_backend.prefix_rows = None
+        if not use_ragged:
+            rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
+            plan_prefill(self, prefill_wrappers[FULL], extends, lengths, rows, causal=True)
+        else:
             plan_ragged(self, self.prefill_wrapper_ragged, extends)
-        spans, end = (prefixes, prefix_lens) if use_ragged else (lengths, seq_lens)
-        if any(spans):
-            rows, _ = slots(torch.zeros_like(end), end, sum(spans))
-            plan_prefill(self, prefill_wrappers[FULL], extends, spans, rows, causal=not use_ragged)
+            if any(prefixes):
+                self.attn_backend.prefix.plan(self, extends, prefixes)
+                rows, _ = slots(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
+                self.attn_backend.prefix_rows = rows
 
         windows = self.runner.windows()
         before = windows.recent_tokens - 1

@@ -6,18 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-
-@dataclass(frozen=True)
-class EqualLists:
-    """Lists that are as long in every layer as planned. rows: int32 [L, sum of lengths]."""
-
-    rows: torch.Tensor
-
-    def use(self, wrapper: Any, layer: int) -> None:
-        """Let the next run of a planned ``wrapper`` read the lists of ``layer``; they begin where planned."""
-        wrapper._paged_kv_indices_buf = self.rows[layer]
 
 
 @dataclass(frozen=True)
@@ -39,14 +27,6 @@ class LayerLists:
         first = layer * self.requests
         wrapper._paged_kv_indptr_buf = self.pointers[first : first + self.requests + 1]
         wrapper._paged_kv_indices_buf = self.rows
-
-
-def prefix_wrapper(workspace: torch.Tensor) -> Any:
-    """Paged prefill whose lists are exactly as planned: FA3 on Hopper, where stock SGLang uses FA2, else FA2.
-
-    FA3 keeps the beginnings and lengths of lists that it was planned with (PrefillSM90Plan, scheduler.cuh).
-    """
-    return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto")
 
 
 def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
@@ -115,12 +95,13 @@ def plan_prefill(
     window_left: int = -1,
 ) -> None:
     """Plan a paged prefill wrapper: ``extends`` queries over ``spans`` keys, request by request."""
-    # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
+    # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits. The length of the
+    # last page tells an empty list from one of a single row (get_seq_lens).
     wrapper.begin_forward(
         host_indptr(extends),
         host_indptr(spans),
         rows,
-        torch.ones(len(spans), dtype=torch.int32),
+        torch.tensor([min(span, 1) for span in spans], dtype=torch.int32),
         updater.num_qo_heads,
         updater.num_kv_heads,
         updater.head_dim,
