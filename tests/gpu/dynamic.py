@@ -225,7 +225,7 @@ def speed_steps() -> dict[str, list[Step]]:
 
     # Under tensor parallelism: QwQ-32B's shape.
     few = {**quick, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 72, 8)]}
-    lengths = [cell(16384, 40), cell(8192, 16), cell(32768, 8)]
+    lengths = [cell(16384, 34), cell(8192, 16), cell(32768, 8)]
     checked = {"score": "lighttransfer", "check_tables": True}
     return {
         "speed": [step("dynamic_16k", [*prefill, *cells, *profiles], 240, score="lighttransfer")],

@@ -1,7 +1,7 @@
 """Everything this project claims about a GPU, in one command.
 
     python tests/gpu/run.py OUT_FOLDER [--only parity,steady,...] [--budget-s 540]
-    python tests/gpu/run.py OUT_FOLDER --only parity,tp --tp 2     (CUDA_VISIBLE_DEVICES chooses the GPUs)
+    python tests/gpu/run.py OUT_FOLDER --only tp --tp 2     (CUDA_VISIBLE_DEVICES chooses the GPUs)
 
 Each step is one engine process with a time limit; a step that would not fit what is left of the budget is
 skipped and said so. A table comes last. Files in OUT_FOLDER: report.json, and per step its log.
@@ -400,14 +400,16 @@ def run_long(run: Run) -> None:
 
 
 def run_tp(run: Run) -> None:
-    """QwQ-32B's shape under tensor parallelism, its own 32 lazy layers and windows, against stock at 16K."""
+    """Parity, then QwQ-32B's shape, its own 32 lazy layers and windows, against stock at 16K."""
+    run_parity(run, together=True)
+    run.save()
     quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 72, 8)]}
     quick["shape"] = QWQ_32B
     run_cells(
         run,
         [
-            stock_step("flashinfer", [cell(16384, 22)], 200, **quick),
-            lazy_step(16384, "half", [cell(16384, 40)], 200, **quick),
+            stock_step("flashinfer", [cell(16384, 20)], 200, **quick),
+            lazy_step(16384, "half", [cell(16384, 34)], 200, **quick),
         ],
     )
 
