@@ -427,6 +427,11 @@ def run_70b(run: Run) -> None:
     )
 
 
+def run_graph(run: Run) -> None:
+    """Parity of two engines, to be quick: stock, and lazy layers under CUDA graphs."""
+    run_parity(run, ("stock", "graph"), together=True)
+
+
 def run_fp8(run: Run) -> None:
     """Parity with an fp8 KV cache; FlashInfer compiles two kernels for it (minutes on a new machine)."""
     run_parity(run, FP8, together=True, limit_s=400)
@@ -449,6 +454,7 @@ STEPS = {
     "long": run_long,
     "tp": run_tp,
     "70b": run_70b,
+    "graph": run_graph,
 }
 
 
