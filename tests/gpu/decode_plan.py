@@ -2,7 +2,7 @@
 
     python tests/gpu/decode_plan.py OUT.json
 
-One layer of 32 query and 8 KV heads of 128, bfloat16, rows in random order. ``host``: FlashInfer's plan of the
+One layer of 32 query and 8 KV heads of 128, bfloat16, rows in random order. ``host``: FlashInfer plans the
 very lists. ``longest``: its plan of lists as long as the longest, all that the host can do in dynamic mode.
 ``device``: ours, by chunks a place. Microseconds: the median over replays of a CUDA graph of RUNS runs.
 Outputs are held to the host plan's. Exits with 1 if one is off.
