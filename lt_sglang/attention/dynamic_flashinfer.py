@@ -14,7 +14,6 @@ Source: sglang/srt/layers/attention/flashinfer_backend.py.
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 
     from lt_sglang.attention.dynamic_prefill import PrefillMetadata
     from lt_sglang.model_runner import LightTransferModelRunner
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,10 +81,6 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             raise LightTransferError(
                 "attention backend: dynamic mode serves text models with hybrid KV pools"
             )
-        logger.warning(
-            "Dynamic mode on a GPU is experimental: its outputs there have not been held against a reference "
-            "yet (tests/gpu/dynamic.py does it)"
-        )
         assert model_runner.dynamic is not None
         self.runner = model_runner
         self.state = model_runner.dynamic

@@ -77,10 +77,12 @@ class Decider:
         forward_batch: Any,
     ) -> None:
         """Score one layer and pop what its queues have no room for; writes ``prefill.popped``."""
+        # Asked for always: a model that does not show it is found out by the warm-up request at start.
+        hidden = self._state.hidden(forward_batch, len(query))
         if not self._staged and not self._deciding:
             return
         assert lse is not None
-        batch = LastQueries(query, attention, lse, self._state.hidden(forward_batch, len(query)))
+        batch = LastQueries(query, attention, lse, hidden)
         if self._deciding:
             self._decide(prefill, layer, batch, k, v)
         for plan, token in self._staged:  # after the one whose own earlier queries are kept there
