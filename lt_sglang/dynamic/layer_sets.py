@@ -77,6 +77,8 @@ class LayerSetStore:
         stats: counters.
         lazy_counts: int64 [L], finished requests in which each layer was lazy, up to the last flush.
         finished: its values on the host.
+        laziness_sums: float64 [L + 1], of finished requests with decided layers the sums of their scores, and
+            their number. scored: its values on the host.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class LayerSetStore:
         self._of_request: dict[str, LayerSet] = {}
         self.lazy_counts = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self.finished = HostMirror(self.lazy_counts)
+        self.laziness_sums = torch.zeros(num_layers + 1, dtype=torch.float64, device=device)
+        self.scored = HostMirror(self.laziness_sums)
         self._pending: dict[int, int] = {}
         self._counted: list[int] = []
         self._next_uid = 1
@@ -187,6 +191,9 @@ class LayerSetStore:
             done = torch.tensor(self._counted, dtype=torch.int64).to(self.set_of.device, non_blocking=True)
             self._counted.clear()
             self.lazy_counts += (self.bank_of[done] >= self.keep).sum(0)
+            decided = (done != DEFAULT_SET).to(torch.float64)
+            self.laziness_sums[:-1] += decided @ self.laziness[done].to(torch.float64)
+            self.laziness_sums[-1] += decided.sum()
         set_rows(self.set_of, self._pending)
         self._pending.clear()
 

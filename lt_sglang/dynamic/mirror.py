@@ -12,9 +12,9 @@ class HostMirror:
         self._tensor = tensor
         self._event: torch.cuda.Event | None = None
         self._host = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._values: list[int] = self._host.tolist()
+        self._values: list[float] = self._host.tolist()
 
-    def read(self) -> list[int]:
+    def read(self) -> list[float]:
         """What the copy that the last call began has brought; begins the next one."""
         if not self._tensor.is_cuda:
             return self._tensor.tolist()  # type: ignore[no-any-return]

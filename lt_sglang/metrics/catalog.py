@@ -133,6 +133,21 @@ LAYER_SETS = Metric(
     "decided ones whose set nobody inherits, another request having begun alike first. evicted: stored sets "
     "given up.",
 )
+SCORED_REQUESTS = Metric(
+    "lt_scored_requests_total",
+    Kind.COUNTER,
+    Scope.ENGINE,
+    (),
+    "Dynamic mode: requests finished whose lazy layers had been found in a prompt, their own or that of the "
+    "cached prefix they inherited.",
+)
+LAYER_LAZINESS = Metric(
+    "lt_layer_laziness_sum",
+    Kind.GAUGE,
+    Scope.ENGINE,
+    ("layer",),
+    "Dynamic mode: sum of the layer's score (--lt-score; higher is lazier) over lt_scored_requests_total.",
+)
 
 CATALOG: tuple[Metric, ...] = (
     BUILD_INFO,
@@ -150,4 +165,6 @@ CATALOG: tuple[Metric, ...] = (
     SINK_REQUESTS,
     SINK_SETS,
     LAYER_SETS,
+    SCORED_REQUESTS,
+    LAYER_LAZINESS,
 )

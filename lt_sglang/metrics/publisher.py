@@ -48,6 +48,10 @@ def samples(state: EngineState) -> Iterator[Sample]:
         yield catalog.SINK_SETS, (event,), count
     for event, count in state.layer_set_events.items():
         yield catalog.LAYER_SETS, (event,), count
+    if state.laziness:
+        yield catalog.SCORED_REQUESTS, (), state.scored_requests
+    for layer, total in enumerate(state.laziness):
+        yield catalog.LAYER_LAZINESS, (str(layer),), total
 
 
 class Publisher:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ class EngineState:
     """One reading. Counters are totals since the start.
 
     pools: by name. extra_token_bytes: KV bytes of one token in the lazy layers, if they kept it.
-    requests: finished requests with lazy layers. layer_requests: of them, by lazy layer.
+    requests: finished requests with lazy layers. layer_requests: of them, by lazy layer. scored_requests: of
+    them, in dynamic mode, those with layers found in a prompt. laziness: by layer, the sum of their scores.
     """
 
     config: LightTransferConfig
@@ -43,6 +44,8 @@ class EngineState:
     sink_requests: int = 0
     sink_events: Mapping[str, int] = field(default_factory=dict)
     layer_set_events: Mapping[str, int] = field(default_factory=dict)
+    scored_requests: int = 0
+    laziness: Sequence[float] = ()
 
     def kv_bytes(self, state: str) -> int:
         """Bytes held by slots that are ``used`` or ``cached``."""
@@ -75,8 +78,12 @@ def read_state(scheduler: Any) -> EngineState | None:
     requests = scheduler.tree_cache.finished_requests
     layer_requests = dict.fromkeys(config.lazy_layers, requests)
     layer_sets = None if runner.dynamic is None else runner.dynamic.sets
+    laziness: list[float] = []
+    scored = 0
     if layer_sets is not None:
-        layer_requests = dict(enumerate(layer_sets.finished.read()))
+        layer_requests = {layer: int(count) for layer, count in enumerate(layer_sets.finished.read())}
+        *laziness, count = layer_sets.scored.read()
+        scored = int(count)
     return EngineState(
         config=config,
         num_layers=num_layers,
@@ -97,4 +104,6 @@ def read_state(scheduler: Any) -> EngineState | None:
         sink_requests=sinks.requests,
         sink_events=vars(sinks.stats),
         layer_set_events={} if layer_sets is None else vars(layer_sets.stats),
+        scored_requests=scored,
+        laziness=laziness,
     )

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from lt_sglang.dynamic.layer_sets import DEFAULT_SET, UNDECIDED, BlockKey, LayerSetStore, banks
 
@@ -184,6 +185,26 @@ def test_rows_are_written_at_the_flush() -> None:
     sets.release("b", 5)
     sets.flush()
     assert sets.set_of.tolist() == [DEFAULT_SET] * ROWS
+
+
+def test_finished_requests_are_counted_with_their_scores() -> None:
+    """By lazy layer, and their scores where a prompt decided; a default list has none."""
+    sets = store()
+    decided(sets, "a", "block")
+    entry = sets.of("a")
+    assert entry is not None
+    sets.bank_of[entry.index] = torch.tensor([0, 1, 2, 3, 4, 5])
+    sets.laziness[entry.index] = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0, 0.25])
+    sets.inherit("b", entry)
+    sets.use_default("c")
+    for request in "abc":
+        sets.count(request)
+    assert sets.finished.read() == [0] * LAYERS, "not before the flush"
+    sets.flush()
+    assert sets.finished.read() == [1, 0, 0, 2, 3, 3]
+    assert sets.scored.read() == [1.0, -2.0, 0.0, 4.0, 2.0, 0.5, 2.0]
+    sets.flush()
+    assert sets.scored.read()[-1] == 2
 
 
 def test_releasing_twice_or_an_unknown_request_does_nothing() -> None:

@@ -38,6 +38,8 @@ def state(**changes: object) -> EngineState:
         "sink_requests": 2,
         "sink_events": {"captured": 3, "shared": 2, "evicted": 0, "refused": 1},
         "layer_set_events": {"decided": 4, "inherited": 3},
+        "scored_requests": 6,
+        "laziness": [-0.5, 1.5, 0.0, 3.0],
     }
     return EngineState(**{**given, **changes})  # type: ignore[arg-type]
 
