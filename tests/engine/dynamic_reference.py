@@ -75,9 +75,10 @@ class DynamicReference:
             "lighttransfer": self._lighttransfer,
             "discarded-mass": self._discarded_mass,
             "residual-error": self._residual_error,
+            "error-mass": self._error_mass,
             "squeeze": self._squeeze,
         }[score]
-        self._relative = score in ("residual-error", "squeeze")
+        self._relative = score in ("residual-error", "error-mass", "squeeze")
         self._lazy: frozenset[int] = frozenset()
         self._mask: torch.Tensor | None = None
         self._kept: tuple[list[int], DynamicCache] = ([], DynamicCache())
@@ -253,6 +254,9 @@ class DynamicReference:
         streaming = streaming / streaming.sum(2, keepdim=True)
         error = _heads(weights - streaming, values) @ w_o.T
         return -float((error.norm(dim=1) / x.norm(dim=1)).max())
+
+    def _error_mass(self, weights: torch.Tensor, *others: torch.Tensor) -> float:
+        return -self._residual_error(weights, *others) * self._discarded_mass(weights)
 
     def _squeeze(
         self, weights: torch.Tensor, values: torch.Tensor, x: torch.Tensor, w_o: torch.Tensor
