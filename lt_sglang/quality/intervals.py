@@ -72,8 +72,8 @@ def sign_test(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Two-sided p-value of McNemar's exact test: are the trials lost and those won equally many?"""
     _, lost, won, _ = _table(first, second)
     trials, fewer = lost + won, min(lost, won)
-    tail = sum(math.comb(trials, k) for k in range(fewer + 1)) / 2**trials
-    return min(1.0, 2 * tail)
+    tail = sum(math.comb(trials, k) for k in range(fewer + 1))
+    return min(1.0, 2.0 * tail / 2.0**trials)
 
 
 def trials_needed(first: Sequence[bool], second: Sequence[bool], margin: float) -> int:
@@ -85,7 +85,7 @@ def trials_needed(first: Sequence[bool], second: Sequence[bool], margin: float) 
     trials = len(first)
     differ = max(lost + won, 0.5) / trials
     variance = max(differ - ((won - lost) / trials) ** 2, 0.0)
-    return math.ceil(Z**2 * variance / margin**2) if variance else math.ceil(Z**2 * differ / margin**2)
+    return math.ceil(Z**2 * (variance or differ) / margin**2)
 
 
 def verdict(difference: Interval, margin: float = DEFAULT_MARGIN) -> str:
