@@ -125,7 +125,12 @@ class Journal:
         if not path.exists():
             path.write_text(json.dumps(asdict(setting)) + "\n", encoding="utf-8")
             return
-        first, *lines = path.read_text(encoding="utf-8").splitlines() or ["{}"]
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            # A run was cut off within this line.
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text, encoding="utf-8")
+        first, *lines = text.splitlines() or ["{}"]
         known = json.loads(first)
         for name, value in asdict(setting).items():
             if known.get(name) != value:
@@ -134,10 +139,7 @@ class Journal:
                     "give another --out"
                 )
         for line in lines:
-            try:
-                sample = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a run was cut off in
+            sample = json.loads(line)
             scores = sample["laziness"]
             self.laziness[sample["number"]] = None if scores is None else tuple(scores)
 

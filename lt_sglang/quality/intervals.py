@@ -44,7 +44,9 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     product = (both + lost) * (won + neither) * (both + won) * (lost + neither)
     phi = 0.0
     if product:
-        phi = (both * neither - lost * won) / math.sqrt(product)
+        # Newcombe's continuity correction: a small positive correlation counts as none.
+        excess = both * neither - lost * won
+        phi = (max(excess - trials / 2, 0.0) if excess > 0 else excess) / math.sqrt(product)
     difference = p2 - p1
     down = (p2 - two.low) ** 2 - 2 * phi * (p2 - two.low) * (one.high - p1) + (one.high - p1) ** 2
     up = (two.high - p2) ** 2 - 2 * phi * (two.high - p2) * (p1 - one.low) + (p1 - one.low) ** 2

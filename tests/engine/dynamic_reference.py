@@ -148,7 +148,15 @@ class DynamicReference:
     def margins(
         self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
     ) -> list[float]:
-        """By how much the greedy choice beats each output token, given those before; 0 where it is it.
+        """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
+        logits = self.logits(prompt, output, lazy, full_rows)
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+    def logits(
+        self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
+    ) -> torch.Tensor:
+        """float32 [len(output), vocabulary]: what each output token was chosen from, given those before.
 
         Queries at positions below ``full_rows`` see everything before them in every layer, the others only
         sink + recent keys in the layers of ``lazy``.
@@ -162,8 +170,7 @@ class DynamicReference:
             keep = len(output) + 1
             logits = self._run(tokens[start:], cache, "sdpa", logits_to_keep=keep).logits[0, :-1]
             self._lazy, self._mask = frozenset(), None
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return logits
 
     def compare_output(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lt_sglang.errors import LightTransferError
@@ -17,13 +18,25 @@ from lt_sglang.quality.tasks.haystack import NOISE, Prose, split_sentences
 
 NEW_TOKENS = 128
 DEPTHS = 40
+LINE_WORDS = 16
 ADJECTIVES = (
-    *("ancient", "bitter", "calm", "clever", "crimson", "distant", "eager", "faint", "gentle", "golden"),
-    *("hollow", "humble", "icy", "jolly", "keen", "lively", "mellow", "narrow", "odd", "pale"),
+    *("ancient", "bitter", "calm", "clever", "crimson", "distant", "eager", "faint", "gentle"),
+    *("golden", "hollow", "humble", "icy", "jolly", "keen", "lively", "mellow", "narrow", "odd"),
+    *("pale", "quick", "quiet", "rapid", "rusty", "salty", "sharp", "shiny", "silent", "silver"),
+    *("simple", "sleepy", "slim", "smooth", "soft", "solid", "sour", "spare", "steep", "stern"),
+    *("strict", "sturdy", "sudden", "sunny", "sweet", "swift", "tall", "tender", "thick", "tidy"),
+    *("tiny", "tough", "vague", "vast", "vivid", "warm", "weary", "wide", "wild", "windy", "wise"),
+    *("witty", "young", "zesty"),
 )
 NOUNS = (
-    *("anchor", "basket", "candle", "desert", "engine", "feather", "glacier", "hammer", "island", "jacket"),
-    *("kettle", "lantern", "mirror", "needle", "orchard", "pepper", "quarry", "ribbon", "saddle", "tunnel"),
+    *("anchor", "basket", "candle", "desert", "engine", "feather", "glacier", "hammer", "island"),
+    *("jacket", "kettle", "lantern", "mirror", "needle", "orchard", "pepper", "quarry", "ribbon"),
+    *("saddle", "tunnel", "valley", "wagon", "window", "barrel", "bridge", "button", "canyon"),
+    *("carpet", "castle", "cellar", "circle", "cotton", "cradle", "curtain", "dagger", "drawer"),
+    *("fabric", "forest", "fountain", "garage", "garden", "harbor", "helmet", "kitchen", "ladder"),
+    *("laundry", "magnet", "meadow", "medal", "metal", "mountain", "napkin", "oven", "paddle"),
+    *("parcel", "pencil", "pillow", "pocket", "quilt", "rocket", "shelter", "spoon", "stable"),
+    *("ticket"),
 )
 
 
@@ -72,7 +85,8 @@ class NiahTask:
     def _item(self, tokenizer: Tokenizer, number: int) -> Item:
         shape = SHAPES[self.name]
         rng = rng_of(self.seed, self.name, self.tokens, number)
-        keys = [_draw(rng, shape.keys) for _ in range(max(shape.num_keys, shape.num_queries))]
+        names = _distinct(rng, shape.keys)
+        keys = [next(names) for _ in range(max(shape.num_keys, shape.num_queries))]
         values = [[_draw(rng, shape.values) for _ in range(shape.num_values)] for _ in keys]
         needles = [
             _needle(shape, key, value) for key, some in zip(keys, values, strict=True) for value in some
@@ -84,7 +98,8 @@ class NiahTask:
         room = self.tokens - len(tokenizer.prefix) - len(head) - len(tail)
         if room < sum(len(tokenizer.encode(f" {needle}")) for needle in needles):
             raise LightTransferError(f"lengths: {self.tokens} tokens are too few for {self.name}")
-        context = self._context(tokenizer, shape, needles, room, rng)
+        straw = self._straw(tokenizer, shape, names, rng)
+        context = self._context(tokenizer, needles, straw, room, rng)
         return Item(
             task=self.name,
             prompt=(*tokenizer.prefix, *head, *context, *tail),
@@ -95,15 +110,20 @@ class NiahTask:
         )
 
     def _context(
-        self, tokenizer: Tokenizer, shape: Shape, needles: list[str], room: int, rng: random.Random
+        self,
+        tokenizer: Tokenizer,
+        needles: list[str],
+        straw: Iterator[str],
+        room: int,
+        rng: random.Random,
     ) -> list[int]:
-        """Needles at random ones of RULER's 40 depths, between sentences."""
+        """Needles at random ones of RULER's 40 depths, between lines of straw."""
         depths = sorted(rng.sample(range(DEPTHS), min(len(needles), DEPTHS)))
         hidden = [tokenizer.encode(f" {needle}") for needle in needles]
         space = room - sum(map(len, hidden))
-        straw = [tokenizer.encode(f" {line}") for line in self._straw(tokenizer, shape, space, rng)]
         lines: list[list[int]] = []
-        for line in straw:
+        for text in straw:
+            line = tokenizer.encode(f" {text}")
             if len(line) > space:
                 break
             lines.append(line)
@@ -112,21 +132,37 @@ class NiahTask:
             lines.insert(round(len(lines) * depth / (DEPTHS - 1)), needle)
         return [token for line in lines for token in line]
 
-    def _straw(self, tokenizer: Tokenizer, shape: Shape, tokens: int, rng: random.Random) -> list[str]:
-        """Lines of at least ``tokens`` tokens."""
-        if shape.haystack == "noise":
-            return [NOISE] * (tokens // len(tokenizer.encode(f" {NOISE}")) + 1)
-        if shape.haystack == "essay":
-            if self.prose is None:
-                raise LightTransferError(f"--text: {self.name} needs running text")
-            return split_sentences(tokenizer.decode(self.prose.passage(tokens, rng)))
-        lines: list[str] = []
-        left = tokens
-        while left > 0:
-            line = _needle(shape, _draw(rng, shape.keys), _draw(rng, shape.values))
-            left -= len(tokenizer.encode(f" {line}"))
-            lines.append(line)
-        return lines
+    def _straw(
+        self, tokenizer: Tokenizer, shape: Shape, names: Iterator[str], rng: random.Random
+    ) -> Iterator[str]:
+        """Lines without end; an essay begins anew, somewhere else, where it ends."""
+        while shape.haystack == "noise":
+            yield NOISE
+        while shape.haystack == "needle":
+            yield _needle(shape, next(names), _draw(rng, shape.values))
+        if self.prose is None:
+            raise LightTransferError(f"--text: {self.name} needs running text")
+        while True:
+            text = tokenizer.decode(self.prose.passage(min(len(self.prose.ids), self.tokens), rng))
+            for line in split_sentences(text):
+                words = line.split()
+                # What is no sentence (a table, a listing) comes in pieces.
+                for start in range(0, len(words), LINE_WORDS):
+                    yield " ".join(words[start : start + LINE_WORDS])
+
+
+def _distinct(rng: random.Random, kind: str) -> Iterator[str]:
+    """Keys, none twice: a key of two needles would have two answers. Raises LightTransferError at the end."""
+    pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    rng.shuffle(pairs)
+    seen: set[str] = set()
+    while True:
+        if kind == "words" and not pairs:
+            raise LightTransferError("lengths: too many needles, there are no more words for their keys")
+        key = pairs.pop() if kind == "words" else _draw(rng, kind)
+        if key not in seen:
+            seen.add(key)
+            yield key
 
 
 def _draw(rng: random.Random, kind: str) -> str:
