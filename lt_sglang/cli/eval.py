@@ -41,15 +41,29 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(own)
     if args.plots:
         require_matplotlib()  # before hours of measuring
-    tokenizer = HfTokenizer(args.tokenizer or args.model_path or "")
+    check(args)
+    tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     questions = build_questions(args, tokenizer)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = [outcome for outcome in measure(args, shared, questions, tokenizer, folder)]
+    outcomes = measure(args, shared, questions, tokenizer, folder)
     rows = compare(questions, outcomes, args.margin)
     write(args, questions, outcomes, rows, folder)
     print(table(rows))
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise LightTransferError if the engines cannot be told apart, or there is no model to ask."""
+    flag, texts = ("--endpoint", args.endpoint) if args.endpoint else ("--engine", args.engine)
+    names = [_pair(text)[0] if args.endpoint else text.partition("=")[0] for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise LightTransferError(f"{flag} {name}: named twice")
+    if args.engine and args.tokenizer and not args.model_path:
+        raise LightTransferError("--model-path: missing; it is what --engine starts")
+    if not (args.tokenizer or args.model_path):
+        raise LightTransferError("--tokenizer: missing; the model's folder or hub name (or --model-path)")
 
 
 def build_questions(args: argparse.Namespace, tokenizer: HfTokenizer) -> Questions:
