@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lt_sglang.cli.serve import plan_launch
 from lt_sglang.cli.server import is_ready
+from lt_sglang.cli.sglang_args import TP_SIZE, SglangArgs
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
 from lt_sglang.quality.endpoint import Endpoint
@@ -29,7 +30,7 @@ class EngineSpec:
     """An engine to start.
 
     name: of its row and its log. lt: its ``--lt-*`` options; None starts stock SGLang with full attention.
-    flags: SGLang's, without model, host and port. On a CPU, one process (tp 1).
+    flags: SGLang's, without model, host and port.
     """
 
     name: str
@@ -50,7 +51,8 @@ class EngineSpec:
             if "--attention-backend" not in flags:
                 argv += ["--attention-backend", "torch_native"]
         try:
-            changes = cpu_environment(1, env) if on_cpu else {}
+            tp = SglangArgs(list(flags)).get_int(TP_SIZE, 1)
+            changes = cpu_environment(tp, env) if on_cpu else {}
         except CompilerMissing as error:
             raise LightTransferError(str(error)) from None
         return [sys.executable, "-m", "sglang.launch_server", *argv], {**env, **changes}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from lt_sglang.config import MAX_TOKENS
 from lt_sglang.errors import LightTransferError
 
 
@@ -57,7 +58,10 @@ class HfTokenizer:
         try:
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(Path(model).expanduser()))
+            # Whether a prompt is too long is the engine's to say.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(Path(model).expanduser()), model_max_length=MAX_TOKENS
+            )
         except (OSError, ValueError) as error:
             raise LightTransferError(f"--tokenizer {model}: cannot be loaded ({error})") from None
         self.prefix: list[int] = list(self._tokenizer("")["input_ids"])

@@ -8,7 +8,8 @@ The first command needs the model's tokenizer and writes prompts as token ids; t
 alone. Each configuration is one engine with one batch a task; ``--together`` of them share the GPU. Passkey
 and 3-key prompts, keys stated where no window reaches, counted right if the answer begins with the key. KL
 divergence against full attention over 64 tokens of running text that follow 4096 (see engine_job.py).
-``--lengths`` below 1,400 tokens need ``--recent-tokens``. Results: FOLDER/report.json, a table on stdout.
+``--lengths`` below 1,400 tokens need ``--recent-tokens``. On a CPU: scripts/run.py, --device cpu --together 1
+--pool-tokens 16000. Results: FOLDER/report.json (quality_figure.py draws from it), a table on stdout.
 """
 
 from __future__ import annotations
@@ -170,6 +171,7 @@ def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]
         report: dict[str, Any] = {
             "config": CONFIGS[name],
             "start_seconds": result["start_seconds"],
+            "lighttransfer": result.get("lighttransfer"),
             "trials": [
                 {**key["cell"], "task": key["task"], "found": hit, **answer}
                 for key, hit, answer in zip(spec["keys"], hits[name], result["tasks"][0], strict=True)
