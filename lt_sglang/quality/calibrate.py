@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.quality.endpoint import Decision, Endpoint, Progress, silent
+from lt_sglang.quality.endpoint import Endpoint, Progress, silent
 from lt_sglang.quality.items import Tokenizer, rng_of
 from lt_sglang.quality.tasks.files import records
 
 FIELDS = (("text",), ("question", "answer"), ("prompt", "response"), ("input", "output"))
-BATCH = 16
+BATCH = 8  # samples at a time, then they are in the journal
 
 
 @dataclass(frozen=True)
@@ -155,30 +155,18 @@ def measure(
 ) -> list[tuple[float, ...]]:
     """The laziness of every sample that is long enough, in the order of the file.
 
-    Samples in the journal are not measured again. The prefix cache is emptied between batches: a sample that
-    hits it would inherit another one's layers. Raises LightTransferError.
+    Samples in the journal are not measured again. Raises LightTransferError, also for a server that is not
+    in dynamic mode.
     """
     todo = [sample for sample in samples if sample.number not in journal.laziness]
     batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
     for batch in progress(batches, len(batches)):
-        endpoint.flush()
-        again: list[Sample] = []
-        for sample, decision in zip(batch, endpoint.decide([s.ids for s in batch]), strict=True):
-            if _of(endpoint, decision).origin == "prefix":
-                again.append(sample)
-            else:
-                journal.add(sample, _of(endpoint, decision).laziness)
-        for sample in again:
-            # It began like another one of its batch.
-            endpoint.flush()
-            journal.add(sample, _of(endpoint, endpoint.decide([sample.ids])[0]).laziness)
+        told = endpoint.decide([sample.ids for sample in batch])
+        for sample, decision in zip(batch, told, strict=True):
+            if decision is None:
+                raise LightTransferError(
+                    f"{endpoint.name}: tells no lazy layers; calibrate needs a server with --lt-mode dynamic"
+                )
+            journal.add(sample, decision.laziness)
     found = (journal.laziness[sample.number] for sample in samples)
     return [scores for scores in found if scores is not None]
-
-
-def _of(endpoint: Endpoint, decision: Decision | None) -> Decision:
-    if decision is None:
-        raise LightTransferError(
-            f"{endpoint.name}: tells no lazy layers; calibrate needs a server with --lt-mode dynamic"
-        )
-    return decision

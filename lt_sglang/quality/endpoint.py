@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[Iterable[R], int], Iterable[R]]
 TIMEOUT_SECONDS = 3600.0
-FLUSH_SECONDS = 60
 
 
 def silent(results: Iterable[R], count: int) -> Iterable[R]:
@@ -52,6 +53,9 @@ class Continued:
 class Endpoint:
     """A running server. Every method raises LightTransferError that names it if it does not answer.
 
+    Each question has a name space of the prefix cache to itself (``extra_key``). Otherwise questions that
+    begin alike, as RULER's do, would inherit the lazy layers that dynamic mode found for the first of them.
+
     clients: requests at a time.
     """
 
@@ -63,6 +67,8 @@ class Endpoint:
         # A proxy in the environment must not catch requests to this machine; a remote endpoint is named by
         # its address.
         self._session.trust_env = False
+        self._run = uuid.uuid4().hex
+        self._questions = itertools.count()
 
     def info(self) -> dict[str, Any]:
         """What /server_info says: the version, the model, and under ``lighttransfer`` the lazy layers."""
@@ -70,10 +76,6 @@ class Endpoint:
         states = data.get("internal_states") or [{}]
         keep = ("model_path", "version", "attention_backend", "kv_cache_dtype", "dtype", "tp_size")
         return {**{key: data.get(key) for key in keep}, "lighttransfer": states[0].get("lighttransfer")}
-
-    def flush(self) -> None:
-        """Empty the prefix cache, once nothing runs."""
-        self._ask("POST", "/flush_cache", params={"timeout": FLUSH_SECONDS}, text=True)
 
     def answers(
         self, prompts: Sequence[tuple[Sequence[int], int]], progress: Progress[list[int]] = silent
@@ -110,10 +112,12 @@ class Endpoint:
         return self._each(lambda text: self._continued(*text, top=top), texts, progress)
 
     def _continued(self, prompt: Sequence[int], continuation: Sequence[int], *, top: int) -> Continued:
-        first = self._generate(prompt, 1)
+        name_space = self._name_space()
+        first = self._generate(prompt, 1, extra_key=name_space)
         reply = self._generate(
             [*prompt, *continuation],
             1,
+            extra_key=name_space,
             return_logprob=True,
             logprob_start_len=len(prompt),
             top_logprobs_num=top,
@@ -143,25 +147,35 @@ class Endpoint:
             "custom_params": {"lighttransfer": True},
         }
         reply: dict[str, Any] = self._ask(
-            "POST", "/generate", json={"input_ids": list(ids), "sampling_params": parameters, **body}
+            "POST",
+            "/generate",
+            json={
+                "input_ids": list(ids),
+                "sampling_params": parameters,
+                "extra_key": self._name_space(),
+                **body,
+            },
         )
         reason = (reply["meta_info"].get("finish_reason") or {}).get("type")
         if reason == "abort":
             raise LightTransferError(f"{self.name}: a request was aborted: {reply['meta_info']}")
         return reply
 
+    def _name_space(self) -> str:
+        return f"{self._run}-{next(self._questions)}"
+
     def _each(self, ask: Callable[[T], R], questions: Sequence[T], progress: Progress[R]) -> list[R]:
         with ThreadPoolExecutor(self.clients) as pool:
             return list(progress(pool.map(ask, questions), len(questions)))
 
-    def _ask(self, method: str, path: str, *, text: bool = False, **options: Any) -> Any:
+    def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:
             reply = self._session.request(method, f"{self.url}{path}", timeout=TIMEOUT_SECONDS, **options)
         except requests.RequestException as error:
             raise LightTransferError(f"{self.name}: {self.url}{path} does not answer ({error})") from None
         if reply.status_code != 200:
             raise LightTransferError(f"{self.name}: {path}: {reply.status_code} {reply.text[:300]}")
-        return reply.text if text else reply.json()
+        return reply.json()
 
 
 def _decision(reply: dict[str, Any]) -> Decision | None:

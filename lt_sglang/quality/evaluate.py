@@ -81,18 +81,14 @@ def ask(
     tokenizer: Tokenizer,
     progress: Progress[Any] = silent,
 ) -> Outcome:
-    """Put every question to one engine. Empties its prefix cache first; raises LightTransferError."""
+    """Put every question to one engine; raises LightTransferError."""
     info = endpoint.info()
-    endpoint.flush()
     asked = [(item.prompt, item.new_tokens) for item in questions.items]
     answers = [tokenizer.decode(ids) for ids in endpoint.answers(asked, progress)]
     scores = [
         METRICS[item.metric](answer, item.answers, item.details)
         for item, answer in zip(questions.items, answers, strict=True)
     ]
-    if questions.texts:
-        # Texts of the items above must not be found in the cache as somebody else's prefix.
-        endpoint.flush()
     continued = endpoint.continued(questions.texts, questions.top, progress)
     return Outcome(endpoint.name, info, tuple(answers), tuple(scores), tuple(continued))
 

@@ -135,7 +135,6 @@ def test_eval(server: Server, reference: DynamicReference, tmp_path: Path) -> No
     losses, kls, told = [], [], []
     texts = list(Prose.load(tokenizer, None).passages(1, TOKENS + POSITIONS + 1, random.Random("5:text")))
     asked = [(ids[:TOKENS], ids[TOKENS:]) for ids in texts]
-    server.flush_cache()
     continued = Endpoint("server", server.url, 2).continued(asked, top=256)
     for (prompt, continuation), seen in zip(asked, continued, strict=True):
         lazy = reference.lazy_of(reference.scores(prompt, TOKENS))
@@ -152,6 +151,29 @@ def test_eval(server: Server, reference: DynamicReference, tmp_path: Path) -> No
         # A lower bound, and close: what is not seen is some percent of the probability.
         assert 0.8 * exact < bound.mean < exact * 1.01 + 1e-6
         assert bound.seen > 0.9
+
+
+@pytest.mark.slow
+def test_engines_are_started_and_ended(tmp_path: Path) -> None:
+    """Stock SGLang, then half of the layers lazy by two scores: the paper's loses more."""
+    window = f"--lt-mode dynamic --lt-recent-tokens {RECENT}"
+    done = main(
+        [
+            *("eval", "--model-path", str(ensure_model()), "--out", str(tmp_path), "--engine", "full"),
+            *("--engine", f"error={window} --lt-score error-mass", "--engine", f"paper={window}"),
+            *("--tasks", "passkey,text", "--lengths", "700", "--trials", "6", "--texts", "2"),
+            *("--recent-tokens", str(RECENT), "--clients", "2"),
+            *("--", "--max-total-tokens", "16000", "--mem-fraction-static", "0.3"),
+        ]
+    )
+    assert done == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["engines"]["full"]["lighttransfer"] is None
+    assert report["engines"]["error"]["lighttransfer"]["score"] == "error-mass"
+    rows = {(row["engine"], row["metric"]): row for row in report["rows"]}
+    assert rows["full", "begins"]["value"] > 0.5
+    assert rows["error", "begins"]["value"] > rows["paper", "begins"]["value"]
+    assert 0 < rows["error", "KL, nats"]["value"] < rows["paper", "KL, nats"]["value"]
 
 
 def _top(row: torch.Tensor) -> tuple[list[int], list[float]]:
