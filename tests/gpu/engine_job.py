@@ -11,6 +11,7 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
     {"kind": "answers", "prompts": [[ids]], "new_tokens": n}   greedy tokens
     {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see _continuations
+    {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
 
 Prompts of the first three are random and new, so the radix cache, which stays on, never hits.
 """
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,21 @@ def _prefill(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) 
     return seconds[1:]
 
 
+def _profile(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) -> dict[str, Any]:
+    from tests.gpu import trace
+
+    asked = _greedy(task["new_tokens"])
+    warm, timed = (_prompts(rng, task["requests"], task["prompt_tokens"], vocab) for _ in range(2))
+    engine.generate(input_ids=warm, sampling_params=asked)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.start_profile(output_dir=folder, activities=["GPU"])
+        engine.generate(input_ids=timed, sampling_params=asked)
+        engine.stop_profile()
+        found = trace.summary(next(Path(folder).rglob("*.trace.json.gz")))
+    engine.flush_cache()
+    return found
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     out = Path(sys.argv[2])
@@ -162,6 +179,8 @@ def main() -> None:
             value = _answers(engine, task)
         elif task["kind"] == "continuations":
             value = _continuations(engine, task)
+        elif task["kind"] == "profile":
+            value = _profile(engine, task, rng, vocab)
         else:
             value = _prefill(engine, task, rng, vocab)
         print("TASK END", flush=True)
