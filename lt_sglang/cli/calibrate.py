@@ -67,7 +67,8 @@ def run(argv: list[str]) -> int:
         data_sha256=sha256_of(data),
         max_tokens=args.max_tokens,
     )
-    journal = Journal(out.with_name(out.name + JOURNAL_SUFFIX), setting)
+    measured = Path(args.journal) if args.journal else out.with_name(out.name + JOURNAL_SUFFIX)
+    journal = Journal(measured, setting)
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
         words = _engine_options(options, score, args.max_tokens)
         spec = EngineSpec(out.stem, args.model_path, words, tuple(argv[place + 1 :]))
@@ -167,6 +168,11 @@ def _parser() -> Parser:
     parser.add_argument("--tokenizer", help="another folder or hub name")
     parser.add_argument("--data", required=True, metavar="FILE.jsonl", help="samples")
     parser.add_argument("--out", required=True, metavar="FILE.json", help="the configuration")
+    parser.add_argument(
+        "--journal",
+        metavar="FILE",
+        help="samples measured so far (OUT.samples.jsonl); they serve any --lt-keep",
+    )
     parser.add_argument("--endpoint", metavar="URL", help="a running server in dynamic mode")
     parser.add_argument("--samples", type=_positive, default=64, help="drawn from the file, default 64")
     parser.add_argument("--max-tokens", type=_positive, default=8192, help="of a sample's end, default 8192")

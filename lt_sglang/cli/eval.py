@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +59,8 @@ def check(args: argparse.Namespace) -> None:
     flag, texts = ("--endpoint", args.endpoint) if args.endpoint else ("--engine", args.engine)
     names = [_pair(text)[0] if args.endpoint else text.partition("=")[0] for text in texts]
     for name in names:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise LightTransferError(f"{flag} {name!r}: a name has letters, digits, '.', '_' and '-' only")
         if names.count(name) > 1:
             raise LightTransferError(f"{flag} {name}: named twice")
     if args.engine and args.tokenizer and not args.model_path:
@@ -116,7 +119,7 @@ def measure(
         spec = EngineSpec(
             name,
             args.model_path,
-            None if stock else tuple(word for word in words),
+            None if stock else tuple(words),
             (*shared, *words) if stock else tuple(shared),
         )
         with running(spec, folder, args.clients) as endpoint:

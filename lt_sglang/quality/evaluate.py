@@ -21,8 +21,9 @@ from lt_sglang.quality.intervals import (
     wilson,
 )
 from lt_sglang.quality.items import Item, Tokenizer
-from lt_sglang.quality.metrics import BINARY, METRICS
+from lt_sglang.quality.metrics import METRICS
 
+FEW_ITEMS = 20
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -119,13 +120,14 @@ def _scores(
     label: str, questions: Questions, outcome: Outcome, base: Outcome | None, picked: list[int], margin: float
 ) -> Row:
     metric = questions.items[picked[0]].metric
-    binary = metric in BINARY
     mine = [outcome.scores[n] for n in picked]
+    theirs = [] if base is None else [base.scores[n] for n in picked]
+    # Also a graded metric that was right or wrong each time, such as RULER's with one needle.
+    binary = {*mine, *theirs} <= {0.0, 1.0}
     interval = wilson(sum(mine), len(mine)) if binary else None
     row = Row(outcome.name, label, metric, len(mine), statistics.fmean(mine), interval)
     if base is None:
         return row
-    theirs = [base.scores[n] for n in picked]
     notes: dict[str, Any] = {}
     if binary:
         first, second = [s == 1 for s in theirs], [s == 1 for s in mine]
@@ -134,6 +136,9 @@ def _scores(
     else:
         difference = paired_means(theirs, mine)
     told = verdict(difference, margin)
+    if not binary and len(mine) < FEW_ITEMS:
+        # Too few for a bootstrap, whose interval may then be empty.
+        told = "cannot tell"
     if told == "cannot tell" and binary:
         notes["items_needed"] = trials_needed(first, second, margin)
     full = statistics.fmean(theirs)

@@ -13,7 +13,7 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see _continuations
     {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
 
-Prompts of the first three are random and new, so the radix cache, which stays on, never hits.
+Prompts that are not given are random and new, so the radix cache, which stays on, never hits.
 """
 
 from __future__ import annotations

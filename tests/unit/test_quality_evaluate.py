@@ -83,6 +83,11 @@ def test_a_small_sample_says_so() -> None:
     light = replace(full, name="light", scores=(*full.scores[:5], 0.0))
     (row,) = (row for row in compare(few, [full, light], 0.05) if row.engine == "light")
     assert row.verdict == "cannot tell" and row.notes["items_needed"] > 100
+    graded = tuple(replace(item, metric="qa-f1") for item in few.items)
+    for scores, told in (([0.5] * 6, "cannot tell"), ([1.0] * 6, "cannot tell")):
+        same = replace(full, scores=tuple(scores))
+        rows = compare(Questions(graded), [same, replace(same, name="light")], 0.05)
+        assert rows[1].verdict == told
     assert f"cannot tell: needs about {row.notes['items_needed']} items" in table([row])
 
 
@@ -128,6 +133,7 @@ def test_engines_that_saw_different_positions() -> None:
         (["--engine", "full", "--longbench-tasks", "vcsum"], "'vcsum' is not one of narrativeqa"),
         (["--engine", "full"], "--tokenizer: missing"),
         (["--endpoint", "a=http://x"], "--tokenizer: missing"),
+        (["--engine", "a/b", "--model-path", "m"], "--engine 'a/b': a name has letters, digits"),
         (["--engine", "a", "--engine", "a", "--model-path", "m"], "--engine a: named twice"),
     ],
 )

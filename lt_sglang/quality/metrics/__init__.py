@@ -1,7 +1,6 @@
 """Published metrics: an answer's score between 0 and 1.
 
-A metric takes the model's answer, the accepted answers and the item's details. BINARY names those that give
-0 or 1 only.
+A metric takes the model's answer, the accepted answers and the item's details.
 """
 
 from __future__ import annotations
@@ -37,4 +36,3 @@ METRICS: dict[str, Metric] = {
     "math": mathematics.boxed,
     "aime": mathematics.aime,
 }
-BINARY = frozenset({"begins", "gsm8k", "math", "aime"})
