@@ -188,7 +188,10 @@ def _parser() -> Parser:
         "--tasks", type=_tasks, default=("passkey", "3-key", TEXT), help=f"some of {', '.join(TASKS)}"
     )
     parser.add_argument(
-        "--lengths", type=_numbers, default=(4096, 8192), help="prompt tokens, e.g. 4096,8192"
+        "--lengths",
+        type=_numbers,
+        default=(4096, 8192),
+        help="prompt tokens, e.g. 4096,8192; answers take up to 128 more",
     )
     parser.add_argument("--trials", type=_positive, default=30, help="a task and length, default 30")
     parser.add_argument(

@@ -93,7 +93,7 @@ def test_ruler_depths_differ() -> None:
     assert min(needle) < 300 and max(needle) > 2500
 
 
-def test_prose() -> None:
+def test_prose(tmp_path: Path) -> None:
     tokenizer = Words()
     assert len(documentation()) > 200_000
     prose = Prose(tuple(range(100)), "a test")
@@ -104,6 +104,9 @@ def test_prose() -> None:
         prose.passage(101, random.Random(0))
     with pytest.raises(LightTransferError, match="--text /nowhere: cannot be read"):
         Prose.load(tokenizer, "/nowhere")
+    (tmp_path / "blank").write_text(" \n")
+    with pytest.raises(LightTransferError, match="blank: holds no text"):
+        Prose.load(tokenizer, str(tmp_path / "blank"))
     assert split_sentences("One.  Two!\nThree?") == ["One.", "Two!", "Three?"]
 
 

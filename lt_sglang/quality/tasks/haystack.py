@@ -67,6 +67,8 @@ class Prose:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise LightTransferError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
+        if not text.strip():
+            raise LightTransferError(f"--text {path}: holds no text")
         return cls(tuple(tokenizer.encode(text)), path)
 
     def passage(self, tokens: int, rng: random.Random) -> list[int]:
