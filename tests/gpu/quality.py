@@ -59,6 +59,10 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "residual-50-first-chunk": dynamic("residual-error", 0.5, decide="first-chunk"),
     "residual-65-first-chunk": dynamic("residual-error", 0.35, decide="first-chunk"),
     "static-demo-50": {"lazy_layers": DEMO_LAYERS},
+    # lt-sglang calibrate on --calibration's samples, in bfloat16 on a CPU (docs/quality.md).
+    "static-calibrated-50": {"lazy_layers": "0-4,9-13,16,25,27-29"},
+    "static-calibrated-65": {"lazy_layers": "0-5,8-13,16,19,22,25-29"},
+    "static-calibrated-75": {"lazy_layers": "0-6,8-13,16,19,21-22,25-29"},
     "squeeze-50": dynamic("squeeze", 0.5),
     "ends-50": dynamic("ends", 0.5),
     "random-50": dynamic("random", 0.5),
@@ -67,8 +71,16 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def write_prompts(path: Path, lengths: Sequence[int], trials: int, kl: int, recent: int, seed: int) -> None:
-    """Prompts as token ids, with the ids of their answers."""
+def write_prompts(
+    path: Path,
+    lengths: Sequence[int],
+    trials: int,
+    kl: int,
+    recent: int,
+    seed: int,
+    calibration: Path | None,
+) -> None:
+    """Prompts as token ids, with the ids of their answers; and 16 samples of their kind for calibrate."""
     tokenizer = HfTokenizer(str(ensure_model()))
     items = [
         item
@@ -95,6 +107,15 @@ def write_prompts(path: Path, lengths: Sequence[int], trials: int, kl: int, rece
         "kl": [{"prompt": text[:kl_tokens], "continuation": text[kl_tokens:]} for text in texts],
     }
     path.write_text(json.dumps(spec))
+    if calibration is not None:
+        # Other keys, places and fillers than any prompt above.
+        tasks = [PasskeyTask(2 * recent + 8, 8, keys, recent, seed=seed + 1000) for keys in (1, 3)]
+        samples = [
+            {"text": f"{tokenizer.decode(list(item.prompt))} {item.answers[0]}."}
+            for task in tasks
+            for item in task.items(tokenizer)
+        ]
+        calibration.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{path}: {len(items)} key prompts, {len(texts)} texts of {kl_tokens} tokens")
 
 
@@ -227,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--write", action="store_true", help="write the prompts; then nothing is measured")
+    parser.add_argument("--calibration", type=Path, help="with --write: samples for lt-sglang calibrate")
     parser.add_argument("--trials", type=int, default=30, help="a length and task")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8000])
     parser.add_argument("--kl", type=int, default=16, help="texts")
@@ -249,7 +271,8 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3600)
     args = parser.parse_args()
     if args.write:
-        write_prompts(args.prompts, args.lengths, args.trials, args.kl, args.recent_tokens, args.seed)
+        recent, seed = args.recent_tokens, args.seed
+        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, seed, args.calibration)
         return
     names = args.configs.split(",") if args.configs else []
     for text in args.config:
