@@ -123,11 +123,13 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
     """One configuration: all its prompts, a batch a task."""
     config = CONFIGS[name]
     longest = max(len(key["prompt"]) for key in spec["keys"])
+    # In one chunk of 8192 a prompt's first chunk would be its last.
+    short_chunks = args.device == "cpu" or (config or {}).get("decide") == "first-chunk"
     engine = engine_args(
         Path(args.model),
         max_total_tokens=args.pool_tokens,
         mem_fraction_static=args.memory,
-        chunked_prefill_size=2048 if args.device == "cpu" else 8192,
+        chunked_prefill_size=2048 if short_chunks else 8192,
         disable_prefill_cuda_graph=True,
         cuda_graph_bs_decode=[1, 2, 4, 8, 16, 24, 32],
     )

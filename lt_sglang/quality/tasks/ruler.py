@@ -2,7 +2,7 @@
 
 Template, needle and sizes are the published ones. Three things differ, as nothing is downloaded: essays are a
 local text (``--text``, Python's language reference by default), words are drawn from lists here, and
-lengths are exact token counts: the haystack is cut instead of found by search.
+the haystack is filled line by line up to the length asked for.
 """
 
 from __future__ import annotations
