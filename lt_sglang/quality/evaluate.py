@@ -166,12 +166,13 @@ def _texts(questions: Questions, outcome: Outcome, base: Outcome | None) -> list
     found = divergences(base, outcome)
     kls = [text.mean for text in found]
     spread = paired_means([0.0] * len(kls), kls)
+    told = "worse" if loss.low > 0 else "cannot tell" if loss.high > 0 else "no worse"
     return [
         replace(
             perplexity,
             full=full,
             difference=Interval(full * math.expm1(loss.low), full * math.expm1(loss.high)),
-            verdict="worse" if loss.low > 0 else "cannot tell" if loss.high > 0 else "no worse",
+            verdict=told if len(losses) >= FEW_ITEMS else "cannot tell",
         ),
         Row(
             outcome.name,

@@ -19,6 +19,7 @@ from lt_sglang.quality.plots import depth_heatmaps
 from lt_sglang.quality.report import as_dict, table
 
 TRIALS = 40
+TEXTS = 20
 
 
 def _questions() -> Questions:
@@ -28,7 +29,7 @@ def _questions() -> Questions:
         for n in range(TRIALS)
     ]
     reading = [Item("qasper", (1,), ("a",), 4, "qa-f1") for _ in range(TRIALS)]
-    return Questions((*keys, *reading), (((1, 2, 3), (4, 5, 6)),) * 3)
+    return Questions((*keys, *reading), (((1, 2, 3), (4, 5, 6)),) * TEXTS)
 
 
 def _outcome(name: str, questions: Questions, found: float, f1: float, shift: float) -> Outcome:
@@ -118,7 +119,7 @@ def test_engines_that_saw_different_positions() -> None:
     full = _outcome("full", questions, 1, 1, 0)
     short = replace(full.continued[0], tops=full.continued[0].tops[:1])
     with pytest.raises(LightTransferError, match="light: 2 and 1 positions cannot be compared"):
-        divergences(full, replace(full, name="light", continued=(short,) * 3))
+        divergences(full, replace(full, name="light", continued=(short,) * TEXTS))
 
 
 @pytest.mark.parametrize(
