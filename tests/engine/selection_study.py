@@ -241,9 +241,6 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--single", action="store_true")
-    parser.add_argument(
-        "--static", action="store_true", help="static lists too; keeps every prompt's K and V"
-    )
     args = parser.parse_args()
     records = study(args)
     found = summary(records)
