@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from lt_sglang.cli import main
 from lt_sglang.errors import LightTransferError
@@ -25,6 +26,8 @@ from lt_sglang.quality.calibrate import (
 from ..lazy_queue import popped_layers
 from .words import Words
 
+# Not first loaded within a test: its log handler keeps the stderr it finds, and capsys closes its own.
+assert AutoTokenizer is not None
 SETTING = Setting("m", "residual-error", "prompt", 4, 60, "00", 500)
 
 
