@@ -16,7 +16,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.selection.choices import CHOICES, choose
 
 MODES = ("static", "dynamic")
-SCORES = ("lighttransfer", "residual-error", "discarded-mass", "squeeze")
+SCORES = ("lighttransfer", "residual-error", "discarded-mass", "error-mass", "squeeze")
 DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1

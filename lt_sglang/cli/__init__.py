@@ -14,6 +14,8 @@ COMMANDS = {
     "plan": "how many requests fit, at which length, and the gain to expect",
     "doctor": "check this machine and a configuration without starting a server",
     "models": "list the models whose lazy layers are known",
+    "calibrate": "choose a model's lazy layers by samples of your traffic",
+    "eval": "what lazy layers cost, against full attention",
 }
 
 USAGE_ERROR = 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 from lt_sglang.errors import LightTransferError
 from lt_sglang.selection.base import Score
 from lt_sglang.selection.discarded_mass import DiscardedMass
+from lt_sglang.selection.error_mass import ErrorMass
 from lt_sglang.selection.lighttransfer import LightTransfer
 from lt_sglang.selection.residual_error import ResidualError
 from lt_sglang.selection.squeeze import Squeeze
 
 _SCORES: dict[str, type[Score]] = {
-    score.name: score for score in (LightTransfer, ResidualError, DiscardedMass, Squeeze)
+    score.name: score for score in (LightTransfer, ResidualError, DiscardedMass, ErrorMass, Squeeze)
 }
 SCORES = tuple(_SCORES)
 

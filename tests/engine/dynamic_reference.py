@@ -75,9 +75,10 @@ class DynamicReference:
             "lighttransfer": self._lighttransfer,
             "discarded-mass": self._discarded_mass,
             "residual-error": self._residual_error,
+            "error-mass": self._error_mass,
             "squeeze": self._squeeze,
         }[score]
-        self._relative = score in ("residual-error", "squeeze")
+        self._relative = score in ("residual-error", "error-mass", "squeeze")
         self._lazy: frozenset[int] = frozenset()
         self._mask: torch.Tensor | None = None
         self._kept: tuple[list[int], DynamicCache] = ([], DynamicCache())
@@ -147,7 +148,15 @@ class DynamicReference:
     def margins(
         self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
     ) -> list[float]:
-        """By how much the greedy choice beats each output token, given those before; 0 where it is it.
+        """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
+        logits = self.logits(prompt, output, lazy, full_rows)
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+    def logits(
+        self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
+    ) -> torch.Tensor:
+        """float32 [len(output), vocabulary]: what each output token was chosen from, given those before.
 
         Queries at positions below ``full_rows`` see everything before them in every layer, the others only
         sink + recent keys in the layers of ``lazy``.
@@ -161,8 +170,7 @@ class DynamicReference:
             keep = len(output) + 1
             logits = self._run(tokens[start:], cache, "sdpa", logits_to_keep=keep).logits[0, :-1]
             self._lazy, self._mask = frozenset(), None
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return logits
 
     def compare_output(
         self,
@@ -253,6 +261,9 @@ class DynamicReference:
         streaming = streaming / streaming.sum(2, keepdim=True)
         error = _heads(weights - streaming, values) @ w_o.T
         return -float((error.norm(dim=1) / x.norm(dim=1)).max())
+
+    def _error_mass(self, weights: torch.Tensor, *others: torch.Tensor) -> float:
+        return -self._residual_error(weights, *others) * self._discarded_mass(weights)
 
     def _squeeze(
         self, weights: torch.Tensor, values: torch.Tensor, x: torch.Tensor, w_o: torch.Tensor

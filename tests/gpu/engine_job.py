@@ -9,9 +9,11 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "score", "prompts": [[ids]], "new_tokens": n}   greedy tokens and their log-probabilities
     {"kind": "steady", "prompt_tokens": s, "requests": n, "new_tokens": m}   fill the memory, then decode
     {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
+    {"kind": "answers", "prompts": [[ids]], "new_tokens": n}   greedy tokens
+    {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see _continuations
     {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
 
-Every prompt is random and new, so the radix cache, which stays on, never hits.
+Prompts that are not given are random and new, so the radix cache, which stays on, never hits.
 """
 
 from __future__ import annotations
@@ -57,6 +59,58 @@ def _score(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return scored
+
+
+def _asking(engine: Any) -> dict[str, Any]:
+    """What a sampling parameter must say to be told of a request's lazy layers; other engines ignore it."""
+    on = engine.server_args.attention_backend == "lighttransfer"
+    return {"custom_params": {"lighttransfer": True}} if on else {}
+
+
+def _answers(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    outs = engine.generate(
+        input_ids=task["prompts"], sampling_params=_greedy(task["new_tokens"]) | _asking(engine)
+    )
+    engine.flush_cache()
+    return [
+        {
+            "output_ids": out["output_ids"],
+            "cached_tokens": out["meta_info"]["cached_tokens"],
+            "decision": (out["meta_info"].get("lighttransfer") or [None])[0],
+        }
+        for out in outs
+    ]
+
+
+def _continuations(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The next-token distributions along given continuations, as decoding would have them.
+
+    The prompt alone comes first: it is cached and, in dynamic mode, decided. Prompt and continuation then hit
+    the cache with the whole prompt, so the continuation's queries see lazy layers as decoded tokens do.
+    """
+    prompts, continuations = task["prompts"], task["continuations"]
+    asking = _asking(engine)
+    first = engine.generate(input_ids=prompts, sampling_params=_greedy(1) | asking)
+    outs = engine.generate(
+        input_ids=[p + c for p, c in zip(prompts, continuations, strict=True)],
+        sampling_params=_greedy(1) | asking,
+        return_logprob=True,
+        logprob_start_len=[len(prompt) for prompt in prompts],
+        top_logprobs_num=task["top"],
+    )
+    engine.flush_cache()
+    return [
+        {
+            "cached_tokens": out["meta_info"]["cached_tokens"],
+            "decision": (before["meta_info"].get("lighttransfer") or [None])[0],
+            "tops": [
+                [[item[1], item[0]] for item in position]
+                for position in out["meta_info"]["input_top_logprobs"]
+                if position
+            ],
+        }
+        for before, out in zip(first, outs, strict=True)
+    ]
 
 
 def _steady(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) -> dict[str, Any]:
@@ -112,12 +166,19 @@ def main() -> None:
     rng = random.Random(spec.get("seed", 0))
     vocab = spec.get("vocab", 512)
     for task in spec["tasks"]:
-        print(f"TASK {json.dumps({k: v for k, v in task.items() if k != 'prompts'})}", flush=True)
+        print(
+            f"TASK {json.dumps({k: v for k, v in task.items() if k not in ('prompts', 'continuations')})}",
+            flush=True,
+        )
         value: Any
         if task["kind"] == "score":
             value = _score(engine, task)
         elif task["kind"] == "steady":
             value = _steady(engine, task, rng, vocab)
+        elif task["kind"] == "answers":
+            value = _answers(engine, task)
+        elif task["kind"] == "continuations":
+            value = _continuations(engine, task)
         elif task["kind"] == "profile":
             value = _profile(engine, task, rng, vocab)
         else:

@@ -95,6 +95,7 @@ def build(case: Case, seed: int = 0, device: str = "cpu", spread: bool = False) 
         "lighttransfer": [],
         "residual-error": [],
         "discarded-mass": [],
+        "error-mass": [],
         "squeeze": [],
     }
     row_at = token_at = 0
@@ -134,6 +135,10 @@ def build(case: Case, seed: int = 0, device: str = "cpu", spread: bool = False) 
             expected["lighttransfer"].append(float(torch.stack(mass).mean()))
             expected["discarded-mass"].append(-float((1 - torch.stack(mass)).max()))
         expected["residual-error"].append(-float(torch.stack(error).max()))
+        if case.real_heads:
+            expected["error-mass"].append(
+                -float(torch.stack(error).max()) * float((1 - torch.stack(mass)).max())
+            )
         expected["squeeze"].append(float(torch.stack(cosine).mean()))
 
         def scatter(taken: list[int], positions: list[int], size: int) -> tuple[list[int], list[int]]:

@@ -110,7 +110,7 @@ def test_a_layer_that_loses_nothing_is_the_laziest() -> None:
     assert get_score("discarded-mass").laziness(built.evidence).item() == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("score", ["residual-error", "discarded-mass"])
+@pytest.mark.parametrize("score", ["residual-error", "discarded-mass", "error-mass"])
 def test_one_retrieving_head_on_one_query_is_seen(score: str) -> None:
     """What the paper's mean over 8 heads and 16 queries hides: one head that reads far back once."""
     case = Case((last(80, 16),), recent=74, heads=8, kv_heads=8, peak=1.0)
@@ -183,7 +183,8 @@ def test_scores_that_need_no_hidden_state_work_without() -> None:
     for name in SCORES:
         if not get_score(name).needs_hidden:
             get_score(name).laziness(evidence)
-    assert [name for name in SCORES if get_score(name).needs_hidden] == ["residual-error", "squeeze"]
+    needing = [name for name in SCORES if get_score(name).needs_hidden]
+    assert needing == ["residual-error", "error-mass", "squeeze"]
 
 
 def test_get_score() -> None:

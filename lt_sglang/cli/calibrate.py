@@ -1,0 +1,188 @@
+"""``lt-sglang calibrate``: a static list of lazy layers, from samples of one's own traffic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, take_options
+from lt_sglang.cli.parser import Parser
+from lt_sglang.config import (
+    CONFIG_KEY,
+    DEFAULT_DECIDE,
+    DEFAULT_KEEP,
+    DEFAULT_RECENT_TOKENS,
+    DEFAULT_SCORE,
+    DEFAULT_SINK_TOKENS,
+    SCORES,
+    LightTransferConfig,
+    format_layers,
+)
+from lt_sglang.errors import LightTransferError
+from lt_sglang.quality.calibrate import (
+    Choice,
+    Journal,
+    Setting,
+    choose_layers,
+    measure,
+    read_samples,
+    sha256_of,
+)
+from lt_sglang.quality.endpoint import Endpoint
+from lt_sglang.quality.engines import EngineSpec, running
+from lt_sglang.quality.items import HfTokenizer
+from lt_sglang.quality.plots import frequency_bars, require_matplotlib, score_heatmap
+
+DESCRIPTION = """\
+Prefill samples in dynamic mode, count how often each layer is among the laziest, and write the most frequent
+ones as a configuration for lt-sglang serve --lt-config. A sample is a JSON line with "text", or "question"
+and "answer"; it must be longer than sink + recent tokens to count. A run that was cut off goes on where it
+stopped. Arguments after -- go to SGLang."""
+JOURNAL_SUFFIX = ".samples.jsonl"
+
+
+def run(argv: list[str]) -> int:
+    """Write the configuration and the figures; raises LightTransferError."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    options, rest = take_options(argv[:place])
+    args = _parser().parse_args(rest)
+    if args.plots:
+        require_matplotlib()  # before the engine starts
+    score = options.score or DEFAULT_SCORE
+    if score not in SCORES:
+        raise LightTransferError(f"--lt-score {score}: looks at no prompt; one of {', '.join(SCORES)}")
+    data, out = Path(args.data).expanduser(), Path(args.out)
+    tokenizer = HfTokenizer(args.tokenizer or args.model_path)
+    samples = read_samples(data, tokenizer, args.samples, args.max_tokens, args.seed)
+    setting = Setting(
+        model=Path(args.model_path).name,
+        score=score,
+        decide=options.decide or DEFAULT_DECIDE,
+        sink_tokens=_or(options.sink_tokens, DEFAULT_SINK_TOKENS),
+        recent_tokens=_or(options.recent_tokens, DEFAULT_RECENT_TOKENS),
+        data_sha256=sha256_of(data),
+        max_tokens=args.max_tokens,
+    )
+    measured = Path(args.journal) if args.journal else out.with_name(out.name + JOURNAL_SUFFIX)
+    journal = Journal(measured, setting)
+    if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
+        words = _engine_options(options, score, args.max_tokens)
+        spec = EngineSpec(out.stem, args.model_path, words, tuple(argv[place + 1 :]))
+        with running(spec, out.parent, args.clients) as endpoint:
+            laziness = measure(endpoint, samples, journal, _progress)
+    else:
+        endpoint = Endpoint("endpoint", args.endpoint or "", args.clients)
+        if args.endpoint:
+            check_endpoint(endpoint, setting)
+        laziness = measure(endpoint, samples, journal, _progress)
+    write(out, setting, laziness, options, args, len(samples))
+    return 0
+
+
+def write(
+    out: Path,
+    setting: Setting,
+    laziness: Sequence[Sequence[float]],
+    options: LtOptions,
+    args: argparse.Namespace,
+    samples: int,
+) -> Choice:
+    """The configuration, with its evidence under a key of notes, and the figures beside it."""
+    layers = len(laziness[0]) if laziness else 0
+    keep = options.keep if options.keep is not None else DEFAULT_KEEP
+    choice = choose_layers(laziness, keep if isinstance(keep, int) else round(keep * layers))
+    config = LightTransferConfig(
+        lazy_layers=choice.lazy_layers,
+        sink_tokens=setting.sink_tokens,
+        recent_tokens=setting.recent_tokens,
+        source=f"calibrated by {setting.score} on {choice.samples} samples",
+    )
+    evidence = {
+        **asdict(setting),
+        "keep": keep,
+        "seed": args.seed,
+        "samples": choice.samples,
+        "samples_too_short": samples - choice.samples,
+        "lazy_in_samples": list(choice.counts),
+        "mean_laziness": [round(value, 6) for value in choice.mean],
+    }
+    content = {CONFIG_KEY: {**config.to_dict(), "_calibration": evidence}}
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"{out}: lazy layers {format_layers(choice.lazy_layers)}, from {choice.samples} samples")
+    if samples > choice.samples:
+        print(f"{samples - choice.samples} samples have at most sink + recent tokens and were not counted")
+    if args.plots:
+        score_heatmap(laziness, setting.score, out.with_suffix(".laziness.png"))
+        frequency_bars(choice.counts, choice.samples, choice.lazy_layers, out.with_suffix(".frequency.png"))
+    return choice
+
+
+def check_endpoint(endpoint: Endpoint, setting: Setting) -> None:
+    """Raise LightTransferError unless the server decides as ``setting`` says."""
+    told = endpoint.info()["lighttransfer"] or {}
+    if told.get("mode") != "dynamic":
+        raise LightTransferError("--endpoint: the server is not in dynamic mode (--lt-mode dynamic)")
+    for name in ("score", "decide", "sink_tokens", "recent_tokens"):
+        if told.get(name) != getattr(setting, name):
+            flag = f"--lt-{name.replace('_', '-')}"
+            raise LightTransferError(
+                f"{flag}: the server at --endpoint has {told.get(name)!r}, not {getattr(setting, name)!r}"
+            )
+
+
+def _engine_options(options: LtOptions, score: str, max_tokens: int) -> tuple[str, ...]:
+    """Dynamic mode as asked for; prompts are staged whole, whatever their length."""
+    set_here = replace(options, mode="dynamic", score=score, lazy_layers=None)
+    if options.staging_tokens is None and options.expected_tokens is None:
+        set_here = replace(set_here, expected_tokens=max_tokens)
+    words: list[str] = []
+    for name, value in vars(set_here).items():
+        if value is not None:
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+            words += [f"--lt-{name.replace('_', '-')}", text]
+    return tuple(words)
+
+
+def _progress(results: Iterable[Any], count: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(results, desc="calibrate", total=count, unit="batch") if count else results
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lt-sglang calibrate",
+        description=DESCRIPTION,
+        epilog=OPTIONS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-path", "--model", required=True, help="the model, and its tokenizer")
+    parser.add_argument("--tokenizer", help="another folder or hub name")
+    parser.add_argument("--data", required=True, metavar="FILE.jsonl", help="samples")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="the configuration")
+    parser.add_argument(
+        "--journal",
+        metavar="FILE",
+        help="samples measured so far (OUT.samples.jsonl); they serve any --lt-keep",
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="a running server in dynamic mode")
+    parser.add_argument("--samples", type=_positive, default=64, help="drawn from the file, default 64")
+    parser.add_argument("--max-tokens", type=_positive, default=8192, help="of a sample's end, default 8192")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=_positive, default=4, help="requests at a time, default 4")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
+    return int(text)

@@ -1,0 +1,259 @@
+"""``lt-sglang eval``: what lazy layers cost, against full attention."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lt_sglang.cli.parser import Parser
+from lt_sglang.errors import LightTransferError
+from lt_sglang.quality.endpoint import Endpoint
+from lt_sglang.quality.engines import EngineSpec, running
+from lt_sglang.quality.evaluate import Outcome, Questions, Row, ask, compare
+from lt_sglang.quality.intervals import DEFAULT_MARGIN
+from lt_sglang.quality.items import HfTokenizer, Item, rng_of
+from lt_sglang.quality.plots import depth_heatmaps, require_matplotlib
+from lt_sglang.quality.report import as_dict, table
+from lt_sglang.quality.tasks.files import LONGBENCH, MATH_METRICS, longbench, mathematics
+from lt_sglang.quality.tasks.haystack import Prose
+from lt_sglang.quality.tasks.passkey import PasskeyTask
+from lt_sglang.quality.tasks.ruler import SHAPES, NiahTask
+
+KEY_TASKS = {"passkey": 1, "3-key": 3}
+TEXT = "text"
+TASKS = (*KEY_TASKS, *SHAPES, TEXT)
+EPILOG = """\
+The first engine is full attention; the others are compared with it, item by item.
+
+examples:
+  lt-sglang eval --tokenizer M --endpoint full=http://a:30000 --endpoint half=http://b:30000 --out quality
+  lt-sglang eval --model-path M --engine full --engine "half=--lt-mode dynamic --lt-score residual-error" \\
+      --tasks passkey,3-key,text --lengths 4096,8192 --out quality -- --tp-size 2"""
+
+
+def run(argv: list[str]) -> int:
+    """Print the table; writes report.json and the figures. Raises LightTransferError."""
+    own, shared = _split(argv)
+    args = _parser().parse_args(own)
+    if args.plots:
+        require_matplotlib()  # before hours of measuring
+    check(args)
+    tokenizer = HfTokenizer(args.tokenizer or args.model_path)
+    questions = build_questions(args, tokenizer)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = measure(args, shared, questions, tokenizer, folder)
+    rows = compare(questions, outcomes, args.margin)
+    write(args, questions, outcomes, rows, folder)
+    print(table(rows))
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise LightTransferError if the engines cannot be told apart, or there is no model to ask."""
+    flag, texts = ("--endpoint", args.endpoint) if args.endpoint else ("--engine", args.engine)
+    names = [_pair(text)[0] if args.endpoint else text.partition("=")[0] for text in texts]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise LightTransferError(f"{flag} {name!r}: a name has letters, digits, '.', '_' and '-' only")
+        if names.count(name) > 1:
+            raise LightTransferError(f"{flag} {name}: named twice")
+    if args.engine and args.tokenizer and not args.model_path:
+        raise LightTransferError("--model-path: missing; it is what --engine starts")
+    if not (args.tokenizer or args.model_path):
+        raise LightTransferError("--tokenizer: missing; the model's folder or hub name (or --model-path)")
+
+
+def build_questions(args: argparse.Namespace, tokenizer: HfTokenizer) -> Questions:
+    """The prompts that the arguments ask for; raises LightTransferError."""
+    items: list[Item] = []
+    prose = Prose.load(tokenizer, args.text)
+    for tokens in args.lengths:
+        for name in args.tasks:
+            if name in KEY_TASKS:
+                keys = PasskeyTask(tokens, args.trials, KEY_TASKS[name], args.recent_tokens, args.seed)
+                items += keys.items(tokenizer)
+            elif name in SHAPES:
+                items += NiahTask(name, tokens, args.trials, prose, args.seed).items(tokenizer)
+    if args.longbench:
+        longest = max(args.lengths)
+        items += longbench(args.longbench, args.longbench_tasks, args.samples, longest, tokenizer, args.chat)
+    for name in MATH_METRICS:
+        if path := getattr(args, name):
+            items += mathematics(name, path, args.samples, args.math_tokens, tokenizer, args.chat)
+    texts = []
+    if TEXT in args.tasks:
+        # The text is as long as the shortest length asked for, then its continuation.
+        prompt = min(args.lengths)
+        rng = rng_of(args.seed, TEXT)
+        for ids in prose.passages(args.texts, prompt + args.continuation + 1, rng):
+            texts.append((tuple(ids[:prompt]), tuple(ids[prompt:])))
+    if not items and not texts:
+        raise LightTransferError("--tasks: nothing to ask")
+    return Questions(tuple(items), tuple(texts), args.top)
+
+
+def measure(
+    args: argparse.Namespace,
+    shared: list[str],
+    questions: Questions,
+    tokenizer: HfTokenizer,
+    folder: Path,
+) -> list[Outcome]:
+    """Ask every engine, one after the other."""
+    if args.endpoint:
+        endpoints = [Endpoint(name, url, args.clients) for name, url in map(_pair, args.endpoint)]
+        for endpoint in endpoints:
+            endpoint.info()  # all of them answer, before the first is measured
+        return [ask(endpoint, questions, tokenizer, _progress(endpoint.name)) for endpoint in endpoints]
+    outcomes = []
+    for number, text in enumerate(args.engine):
+        name, _, options = text.partition("=")
+        words = shlex.split(options)
+        stock = number == 0 and not any(word.startswith("--lt-") for word in words)
+        spec = EngineSpec(
+            name,
+            args.model_path,
+            None if stock else tuple(words),
+            (*shared, *words) if stock else tuple(shared),
+        )
+        with running(spec, folder, args.clients) as endpoint:
+            outcomes.append(ask(endpoint, questions, tokenizer, _progress(name)))
+    return outcomes
+
+
+def write(
+    args: argparse.Namespace,
+    questions: Questions,
+    outcomes: list[Outcome],
+    rows: list[Row],
+    folder: Path,
+) -> None:
+    """report.json, table.txt and the figures."""
+    report = as_dict(vars(args), questions, outcomes, rows)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.txt").write_text(table(rows) + "\n", encoding="utf-8")
+    if args.plots:
+        depth_heatmaps(questions, outcomes, folder)
+
+
+def _progress(name: str) -> Any:
+    from tqdm import tqdm
+
+    def bar(results: Iterable[Any], count: int) -> Iterable[Any]:
+        return tqdm(results, desc=name, total=count) if count else results
+
+    return bar
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not equals or not url.startswith(("http://", "https://")):
+        raise LightTransferError(f"--endpoint {text}: write NAME=http://host:port")
+    return name, url
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lt-sglang eval",
+        description="Ask full attention and lightened engines the same questions; say what lazy layers cost.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    engines = parser.add_mutually_exclusive_group(required=True)
+    engines.add_argument("--endpoint", action="append", metavar="NAME=URL", help="a running server")
+    engines.add_argument(
+        "--engine",
+        action="append",
+        metavar="NAME[=OPTIONS]",
+        help="start one with these --lt-* options; the first, without any, is stock SGLang. SGLang flags for "
+        "all follow --",
+    )
+    parser.add_argument("--model-path", "--model", help="of engines that are started")
+    parser.add_argument("--tokenizer", help="a folder or a hub name; the model's by default")
+    parser.add_argument("--out", required=True, help="folder of report.json, table.txt and the figures")
+    parser.add_argument(
+        "--tasks", type=_tasks, default=("passkey", "3-key", TEXT), help=f"some of {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_numbers,
+        default=(4096, 8192),
+        help="prompt tokens, e.g. 4096,8192; answers take up to 128 more",
+    )
+    parser.add_argument("--trials", type=_positive, default=30, help="a task and length, default 30")
+    parser.add_argument(
+        "--recent-tokens", type=_positive, default=1020, help="keys are stated before the last of them"
+    )
+    parser.add_argument("--text", help="a text file: RULER's essays, and what perplexity and KL are of")
+    parser.add_argument("--texts", type=_positive, default=16, help="passages of the task text, default 16")
+    parser.add_argument(
+        "--continuation", type=_positive, default=64, help="positions of the task text, default 64"
+    )
+    parser.add_argument(
+        "--top", type=_positive, default=256, help="log-probabilities a position, default 256"
+    )
+    parser.add_argument("--longbench", metavar="FOLDER", help="a local copy of LongBench: config/ and data/")
+    parser.add_argument(
+        "--longbench-tasks", type=_longbench, default=list(LONGBENCH), help=f"of {', '.join(LONGBENCH)}"
+    )
+    for name in MATH_METRICS:
+        parser.add_argument(f"--{name}", metavar="FILE.jsonl", help="problems with their answers")
+    parser.add_argument("--samples", type=_positive, help="of each file; all by default")
+    parser.add_argument("--math-tokens", type=_positive, default=2048, help="new tokens, default 2048")
+    parser.add_argument("--chat", action="store_true", help="use the chat template for files' questions")
+    parser.add_argument(
+        "--margin", type=_share, default=DEFAULT_MARGIN, help="a loss one accepts, default 0.05"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=_positive, default=8, help="requests at a time, default 8")
+    parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
+    return parser
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    return _some(text, TASKS)
+
+
+def _longbench(text: str) -> list[str]:
+    return list(_some(text, tuple(LONGBENCH)))
+
+
+def _some(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in allowed:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+    return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return value

@@ -1,0 +1,105 @@
+"""Engines that this command starts itself, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lt_sglang.cli.serve import plan_launch
+from lt_sglang.cli.server import is_ready
+from lt_sglang.cli.sglang_args import TP_SIZE, SglangArgs
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.quality.endpoint import Endpoint
+
+START_SECONDS = 3600.0
+STOP_SECONDS = 30.0
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine to start.
+
+    name: of its row and its log. lt: its ``--lt-*`` options; None starts stock SGLang with full attention.
+    flags: SGLang's, without model, host and port.
+    """
+
+    name: str
+    model: str
+    lt: tuple[str, ...] | None
+    flags: tuple[str, ...] = ()
+
+    def command(self, port: int, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        """The command line and the environment; raises LightTransferError on a bad option."""
+        flags = ("--model-path", self.model, *self.flags, "--host", "127.0.0.1", "--port", str(port))
+        if self.lt is not None:
+            launch = plan_launch([*self.lt, *flags], env)
+            return [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv], launch.env
+        on_cpu = not has_gpu()
+        argv = [*flags]
+        if on_cpu:
+            argv += cpu_server_args()
+            if "--attention-backend" not in flags:
+                argv += ["--attention-backend", "torch_native"]
+        try:
+            tp = SglangArgs(list(flags)).get_int(TP_SIZE, 1)
+            changes = cpu_environment(tp, env) if on_cpu else {}
+        except CompilerMissing as error:
+            raise LightTransferError(str(error)) from None
+        return [sys.executable, "-m", "sglang.launch_server", *argv], {**env, **changes}
+
+
+@contextlib.contextmanager
+def running(spec: EngineSpec, folder: Path, clients: int) -> Iterator[Endpoint]:
+    """Start an engine, wait until it is ready, and end it; its log is ``folder/NAME.log``.
+
+    Raises LightTransferError with the end of the log if it ends before it is ready.
+    """
+    port = free_port()
+    command, env = spec.command(port, os.environ)
+    log = folder / f"{spec.name}.log"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not is_ready(url):
+            if process.poll() is not None or time.monotonic() > end:
+                tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                raise LightTransferError(
+                    f"{spec.name}: the engine did not start; {log} ends: {' | '.join(tail)}"
+                )
+            time.sleep(1)
+        yield Endpoint(spec.name, url, clients)
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """A TCP port nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+            break
+    # The group may outlive its first process.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

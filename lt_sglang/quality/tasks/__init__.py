@@ -1,0 +1,1 @@
+"""The tasks: seeded generators of questions, and readers of published files."""

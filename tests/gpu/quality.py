@@ -1,0 +1,307 @@
+"""What lazy layers cost the demo model, on a GPU: pass keys and KL divergence, many configurations at once.
+
+    python -m tests.gpu.quality PROMPTS.json --write [--trials 30] [--lengths 4096 8000] [--kl 16]
+    python -m tests.gpu.quality PROMPTS.json --out FOLDER [--model FOLDER] [--configs full,residual-50,...]
+                                [--baseline-backend triton] [--together 4] [--config NAME=JSON ...]
+
+The first command needs the model's tokenizer and writes prompts as token ids; the second needs the weights
+alone. Each configuration is one engine with one batch a task; ``--together`` of them share the GPU. Passkey
+and 3-key prompts, keys stated where no window reaches, counted right if the answer begins with the key. KL
+divergence against full attention over 64 tokens of running text that follow 4096 (see engine_job.py).
+``--lengths`` below 1,400 tokens need ``--recent-tokens``. On a CPU: scripts/run.py, --device cpu --together 1
+--pool-tokens 16000. Results: FOLDER/report.json (quality_figure.py draws from it), a table on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lt_sglang.demo.smollm2 import ensure_model
+from lt_sglang.quality.divergence import Divergence, divergence
+from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
+from lt_sglang.quality.items import HfTokenizer
+from lt_sglang.quality.tasks.haystack import Prose
+from lt_sglang.quality.tasks.passkey import PasskeyTask
+from tests.gpu.run import Run, Step, engine_args, hybrid
+
+SINKS = 4
+KL_TOKENS, KL_POSITIONS = 4096, 64
+DEMO_LAYERS = "0-3,10-13,16,19,24-25,27-29"
+
+
+def dynamic(score: str, keep: float, **more: Any) -> dict[str, Any]:
+    """A configuration of dynamic mode."""
+    return {"mode": "dynamic", "score": score, "keep": keep, **more}
+
+
+FULL = "full"
+CONFIGS: dict[str, dict[str, Any] | None] = {
+    FULL: None,
+    "residual-50": dynamic("residual-error", 0.5),
+    "residual-65": dynamic("residual-error", 0.35),
+    "residual-75": dynamic("residual-error", 0.25),
+    "error-mass-50": dynamic("error-mass", 0.5),
+    "error-mass-65": dynamic("error-mass", 0.35),
+    "error-mass-75": dynamic("error-mass", 0.25),
+    "lighttransfer-50": dynamic("lighttransfer", 0.5),
+    "mass-50": dynamic("discarded-mass", 0.5),
+    "mass-65": dynamic("discarded-mass", 0.35),
+    "mass-75": dynamic("discarded-mass", 0.25),
+    "residual-50-first-chunk": dynamic("residual-error", 0.5, decide="first-chunk"),
+    "residual-65-first-chunk": dynamic("residual-error", 0.35, decide="first-chunk"),
+    "static-demo-50": {"lazy_layers": DEMO_LAYERS},
+    # lt-sglang calibrate on --calibration's samples, in bfloat16 on a CPU (docs/quality.md).
+    "static-calibrated-50": {"lazy_layers": "0-4,9-13,16,25,27-29"},
+    "static-calibrated-65": {"lazy_layers": "0-5,8-13,16,19,22,25-29"},
+    "static-calibrated-75": {"lazy_layers": "0-6,8-13,16,19,21-22,25-29"},
+    "squeeze-50": dynamic("squeeze", 0.5),
+    "ends-50": dynamic("ends", 0.5),
+    "random-50": dynamic("random", 0.5),
+    "pyramid-50": dynamic("pyramid", 0.5),
+    "all": dynamic("all", 0.5),
+}
+
+
+def write_prompts(
+    path: Path,
+    lengths: Sequence[int],
+    trials: int,
+    kl: int,
+    recent: int,
+    seed: int,
+    calibration: Path | None,
+) -> None:
+    """Prompts as token ids, with the ids of their answers; and 16 samples of their kind for calibrate."""
+    tokenizer = HfTokenizer(str(ensure_model()))
+    items = [
+        item
+        for tokens in lengths
+        for keys in (1, 3)
+        for item in PasskeyTask(tokens, trials, keys, window=recent, seed=seed).items(tokenizer)
+    ]
+    rng = random.Random(seed)
+    kl_tokens = min(KL_TOKENS, max(lengths))
+    # One more token than positions: the last position predicts it.
+    texts = list(Prose.load(tokenizer, None).passages(kl, kl_tokens + KL_POSITIONS + 1, rng))
+    spec = {
+        "recent_tokens": recent,
+        "keys": [
+            {
+                "task": item.task,
+                "cell": dict(item.cell),
+                "prompt": list(item.prompt),
+                "answers": [tokenizer.encode(f" {item.answers[0]}"), tokenizer.encode(item.answers[0])],
+                "new_tokens": item.new_tokens,
+            }
+            for item in items
+        ],
+        "kl": [{"prompt": text[:kl_tokens], "continuation": text[kl_tokens:]} for text in texts],
+    }
+    path.write_text(json.dumps(spec))
+    if calibration is not None:
+        # Other keys, places and fillers than any prompt above.
+        tasks = [PasskeyTask(2 * recent + 8, 8, keys, recent, seed=seed + 1000) for keys in (1, 3)]
+        samples = [
+            {"text": f"{tokenizer.decode(list(item.prompt))} {item.answers[0]}."}
+            for task in tasks
+            for item in task.items(tokenizer)
+        ]
+        calibration.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    print(f"{path}: {len(items)} key prompts, {len(texts)} texts of {kl_tokens} tokens")
+
+
+def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
+    """One configuration: all its prompts, a batch a task."""
+    config = CONFIGS[name]
+    longest = max(len(key["prompt"]) for key in spec["keys"])
+    # In one chunk of 8192 a prompt's first chunk would be its last.
+    short_chunks = args.device == "cpu" or (config or {}).get("decide") == "first-chunk"
+    engine = engine_args(
+        Path(args.model),
+        max_total_tokens=args.pool_tokens,
+        mem_fraction_static=args.memory,
+        chunked_prefill_size=2048 if short_chunks else 8192,
+        disable_prefill_cuda_graph=True,
+        cuda_graph_bs_decode=[1, 2, 4, 8, 16, 24, 32],
+    )
+    if args.device == "cpu":
+        engine |= {"device": "cpu", "sleep_on_idle": True}
+    if args.kv_cache_dtype:
+        engine["kv_cache_dtype"] = args.kv_cache_dtype
+    if config is None:
+        engine["attention_backend"] = args.baseline_backend or (
+            "torch_native" if args.device == "cpu" else "triton"
+        )
+    else:
+        windows = {"sink": SINKS, "recent": spec["recent_tokens"], "expected": longest, "output": 64}
+        engine |= hybrid(**windows, **config)
+    tasks: list[dict[str, Any]] = [
+        {
+            "kind": "answers",
+            "prompts": [key["prompt"] for key in spec["keys"]],
+            "new_tokens": max(key["new_tokens"] for key in spec["keys"]),
+        },
+    ]
+    if spec["kl"]:
+        tasks.append(
+            {
+                "kind": "continuations",
+                "prompts": [text["prompt"] for text in spec["kl"]],
+                "continuations": [text["continuation"] for text in spec["kl"]],
+                "top": args.top,
+            }
+        )
+    return Step(name, engine, tasks, args.limit_s)
+
+
+def found(spec: dict[str, Any], answers: Sequence[dict[str, Any]]) -> list[bool]:
+    """Which answers begin with their key."""
+    return [
+        any(answer["output_ids"][: len(ids)] == ids for ids in key["answers"])
+        for key, answer in zip(spec["keys"], answers, strict=True)
+    ]
+
+
+def kl_of(
+    spec: dict[str, Any], full: Sequence[dict[str, Any]], light: Sequence[dict[str, Any]]
+) -> list[Divergence]:
+    """One divergence a text. Raises ValueError if a prompt was not cached: its queries saw everything."""
+    found = []
+    for text, p, q in zip(spec["kl"], full, light, strict=True):
+        for side in (p, q):
+            if side["cached_tokens"] < len(text["prompt"]):
+                raise ValueError(f"{side['cached_tokens']} of {len(text['prompt'])} tokens were cached")
+        tops = [[dict(map(tuple, position)) for position in side["tops"]] for side in (p, q)]
+        found.append(divergence(*tops))
+    return found
+
+
+def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    """The table, and the report beside it."""
+    hits = {name: found(spec, result["tasks"][0]) for name, result in results.items()}
+    cells = [(key["task"], key["cell"]["tokens"]) for key in spec["keys"]]
+    full_tasks = results[FULL]["tasks"] if FULL in results else None
+    for name, result in results.items():
+        report: dict[str, Any] = {
+            "config": CONFIGS[name],
+            "start_seconds": result["start_seconds"],
+            "lighttransfer": result.get("lighttransfer"),
+            "trials": [
+                {**key["cell"], "task": key["task"], "found": hit, **answer}
+                for key, hit, answer in zip(spec["keys"], hits[name], result["tasks"][0], strict=True)
+            ],
+            "cells": {},
+        }
+        line = [f"{name:26s}"]
+        for cell in [*dict.fromkeys(cells), None]:
+            picked = [index for index, other in enumerate(cells) if cell in (None, other)]
+            mine = [hits[name][index] for index in picked]
+            interval = wilson(sum(mine), len(mine))
+            entry: dict[str, Any] = {
+                "found": sum(mine),
+                "of": len(mine),
+                "interval": [interval.low, interval.high],
+            }
+            if FULL in hits:
+                base = [hits[FULL][index] for index in picked]
+                difference = paired_rates(base, mine)
+                entry |= {
+                    "ratio_to_full": sum(mine) / sum(base) if sum(base) else None,
+                    "difference_interval": [difference.low, difference.high],
+                    "sign_test_p": sign_test(base, mine),
+                }
+            label = f"{cell[0]} {cell[1]}" if cell else "all"
+            report["cells"][label] = entry
+            ratio = entry.get("ratio_to_full")
+            line.append(f"{label} {sum(mine)}/{len(mine)}" + (f" ({ratio:.3f})" if ratio is not None else ""))
+        tasks = result["tasks"]
+        if full_tasks is not None and len(full_tasks) > 1 and len(tasks) > 1 and name != FULL:
+            try:
+                texts = kl_of(spec, full_tasks[1], tasks[1])
+            except ValueError as error:
+                run.say(f"{name}: no KL divergence: {error}")
+            else:
+                means = [text.mean for text in texts]
+                report["kl"] = {
+                    "mean": statistics.fmean(means),
+                    "median": statistics.median(means),
+                    "largest": max(text.largest for text in texts),
+                    "seen": statistics.fmean(text.seen for text in texts),
+                    "texts": means,
+                    "decisions": [out["decision"] for out in tasks[1]],
+                }
+                line.append(f"KL {report['kl']['mean']:.5f} (seen {report['kl']['seen']:.4f})")
+        run.report[name] = report
+        run.say("  ".join(line))
+    run.save()
+
+
+def main() -> None:
+    """Write prompts, or measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the prompts; then nothing is measured")
+    parser.add_argument("--calibration", type=Path, help="with --write: samples for lt-sglang calibrate")
+    parser.add_argument("--trials", type=int, default=30, help="a length and task")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8000])
+    parser.add_argument("--kl", type=int, default=16, help="texts")
+    parser.add_argument("--recent-tokens", type=int, default=1020)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--model", help="folder of the model; the demo model by default")
+    parser.add_argument("--configs", default=",".join(CONFIGS), help=", ".join(CONFIGS))
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="NAME=JSON", help="one more, and measure it"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--baseline-backend", help="of full attention; triton, on a CPU torch_native")
+    parser.add_argument("--kv-cache-dtype", help="of every engine, e.g. fp8_e4m3")
+    parser.add_argument("--together", type=int, default=4, help="engines at a time")
+    parser.add_argument("--pool-tokens", type=int, default=160000, help="of each engine")
+    parser.add_argument("--memory", type=float, default=0.5, help="mem_fraction_static of each engine")
+    parser.add_argument("--top", type=int, default=512, help="log-probabilities a position")
+    parser.add_argument("--limit-s", type=float, default=240)
+    parser.add_argument("--budget-s", type=float, default=3600)
+    args = parser.parse_args()
+    if args.write:
+        recent, seed = args.recent_tokens, args.seed
+        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, seed, args.calibration)
+        return
+    names = args.configs.split(",") if args.configs else []
+    for text in args.config:
+        name, _, value = text.partition("=")
+        CONFIGS[name] = json.loads(value)
+        names.append(name)
+    unknown = [name for name in names if name not in CONFIGS]
+    if unknown or args.out is None:
+        parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(CONFIGS)}" if unknown else "--out")
+    args.model = args.model or ensure_model()
+    spec = json.loads(args.prompts.read_text())
+    run = Run(args.out, args.budget_s)
+    steps = [step_of(name, spec, args) for name in dict.fromkeys(names)]
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for start in range(0, len(steps), args.together):
+            for step, result in run.jobs_together(steps[start : start + args.together]):
+                if result and len(result["tasks"]) == len(step.tasks):
+                    results[step.name] = result
+                else:
+                    run.say(f"{step.name}: FAILED, see {run.folder / f'{step.name}.log'}")
+    finally:
+        run.close()
+        run.table.append("")
+        summarise(run, spec, results)
+    print("\n" + "\n".join(run.table), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Published metrics: known answers, and independent computations."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lt_sglang.quality.metrics import METRICS
+from lt_sglang.quality.metrics.mathematics import last_boxed, normalise
+
+Words = tuple[str, ...]
+CASES: list[tuple[str, str, list[str], dict[str, Any], float]] = [
+    ("begins", " 12345. The", ["12345"], {}, 1),
+    ("begins", "It is 12345", ["12345"], {}, 0),
+    ("contains-all", "7654321 and 1234567", ["1234567", "7654321", "1111111"], {}, 2 / 3),
+    ("contains-all", "FF-00", ["ff-00"], {}, 1),
+    ("qa-f1", "The cat sat.", ["a cat sat down"], {}, 0.8),
+    ("qa-f1", "nothing", ["a cat", "Nothing!"], {}, 1),
+    ("qa-f1", "Paris\nLondon", ["Paris"], {"first_line": True}, 1),
+    ("rouge-l", "the cat sat on the mat", ["the cat on mat"], {}, 0.8),
+    ("rouge-l", "", ["something"], {}, 0),
+    ("classification", "Abbreviation", ["Abbreviation"], {"all_classes": ["Abbreviation", "City"]}, 1),
+    ("classification", "City or Abbreviation", ["City"], {"all_classes": ["Abbreviation", "City"]}, 0.5),
+    ("classification", "Other entity", ["Other entity"], {"all_classes": ["Other entity", "entity"]}, 1),
+    ("retrieval", "Paragraph 5, or 7", ["Paragraph 5"], {}, 0.5),
+    ("count", "12", ["12"], {}, 1),
+    ("count", "12 or 13 or 14", ["13"], {}, 1 / 3),
+    ("code-similarity", "# a comment\nreturn x + 1\n", ["return x + 1"], {}, 1),
+    ("gsm8k", "so 3 * 14 = 42.\n#### 42", ["42"], {}, 1),
+    ("gsm8k", "She has 1,250 dollars", ["1250"], {}, 1),
+    ("gsm8k", "\\boxed{7} of 12", ["7"], {}, 1),
+    ("gsm8k", "no number", ["7"], {}, 0),
+    ("math", "so it is $\\boxed{\\dfrac{1}{2}}$.", ["\\frac12"], {}, 1),
+    ("math", "\\boxed{0.5}", ["\\frac{1}{2}"], {}, 1),
+    ("math", "\\boxed{x = 5}", ["5"], {}, 1),
+    ("math", "\\boxed{(3, \\frac{\\pi}{2})}", ["\\left( 3, \\frac{\\pi}{2} \\right)"], {}, 1),
+    ("math", "the answer is 5", ["5"], {}, 0),
+    ("math", "\\boxed{6}", ["5"], {}, 0),
+    ("aime", "Thus \\boxed{073}.", ["73"], {}, 1),
+    ("aime", "\\boxed{74}", ["73"], {}, 0),
+]
+
+
+@pytest.mark.parametrize(("metric", "answer", "accepted", "details", "expected"), CASES)
+def test_known_answers(
+    metric: str, answer: str, accepted: list[str], details: dict[str, Any], expected: float
+) -> None:
+    assert METRICS[metric](answer, accepted, details) == pytest.approx(expected)
+
+
+def test_every_metric_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(METRICS)
+
+
+def test_rouge_l_and_f1_of_random_words() -> None:
+    """Against the recursive definition of the longest common subsequence, and counted words."""
+    rng = random.Random(0)
+    for _ in range(40):
+        said = [rng.choice("pqrst") for _ in range(rng.randint(1, 12))]
+        wanted = [rng.choice("pqrst") for _ in range(rng.randint(1, 12))]
+
+        @cache
+        def common(i: int, j: int, x: Words = tuple(said), y: Words = tuple(wanted)) -> int:
+            if i == len(x) or j == len(y):
+                return 0
+            if x[i] == y[j]:
+                return 1 + common(i + 1, j + 1)
+            return max(common(i + 1, j), common(i, j + 1))
+
+        precision, recall = common(0, 0) / len(said), common(0, 0) / len(wanted)
+        expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
+        assert METRICS["rouge-l"](" ".join(said), [" ".join(wanted)], {}) == pytest.approx(expected)
+        shared = sum(min(n, Counter(wanted)[word]) for word, n in Counter(said).items())
+        precision, recall = shared / len(said), shared / len(wanted)
+        expected = 2 * precision * recall / (precision + recall) if shared else 0
+        assert METRICS["qa-f1"](" ".join(said), [" ".join(wanted)], {}) == pytest.approx(expected)
+
+
+def test_boxes() -> None:
+    assert last_boxed("\\boxed{1} then \\boxed{\\frac{a}{b}}") == "\\frac{a}{b}"
+    assert last_boxed("\\boxed{unclosed") is None
+    assert last_boxed("none") is None
+    assert normalise("90^\\circ") == normalise("90") == "90"
+    assert normalise("\\text{Evelyn}") == "Evelyn"
+    assert normalise("10\\text{ cm}") == "10"
