@@ -21,29 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lt_sglang.loadtest.decode_log import steady_of
+from lt_sglang.loadtest.shapes import write_shape
 from tests.gpu import parity
-from tests.gpu.jobs import Job, available_gb, gpu_used_mib, steady_of, task_logs
+from tests.gpu.jobs import Job, available_gb, gpu_used_mib, task_logs
 
-MISTRAL = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 HALF, THREE_QUARTERS = "8-23", "4-27"
 
 
@@ -257,9 +239,7 @@ def _ragged_kernels(log: Path) -> list[str]:
 
 def mistral(folder: Path) -> Path:
     """The Mistral-7B shape; weights are dummies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(MISTRAL))
-    return folder
+    return write_shape("mistral-7b", folder)
 
 
 def run_cells(run: Run, steps: list[Step]) -> None:
