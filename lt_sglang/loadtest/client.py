@@ -70,7 +70,6 @@ def send(client: Any, scenario: Scenario, request: Request, began: float) -> tup
             elif answer.output_tokens != turn.output_tokens:
                 raise StreamError(
                     f"{answer.output_tokens} of {turn.output_tokens} tokens, finish {answer.finish or 'none'}"
-                    + (f": {answer.text}" if answer.finish == "abort" else "")
                 )
         except Exception as error:  # whatever it is, a request without an answer is a failed one
             end = time.perf_counter()

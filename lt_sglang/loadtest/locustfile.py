@@ -90,10 +90,7 @@ def _read_scenario(environment: Any, runner: Any, **_: Any) -> None:
 
 @events.test_start.add_listener
 def _start(environment: Any, **_: Any) -> None:
-    options = environment.parsed_options
-    session = Session(
-        environment.lt_scenario, Path(options.lt_scenario).parent, environment.host, gevent.sleep
-    )
+    session = Session(environment.lt_scenario, environment.host, gevent.sleep)
     client = FastHttpSession(
         environment.host, EventHook(), None, max_retries=0, network_timeout=StreamingUser.network_timeout
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Shared:
 class Trace:
     """Lengths, shared prefixes and arrival times of a public trace.
 
-    path: the trace's file; a generator fitted to the trace takes its place where there is none.
+    path: the trace's file, in a scenario file relative to it; where there is none, a generator fitted to the
+    trace takes its place.
     length_scale: factor on all lengths, for small models. longest, longest_output: prompts and outputs are
     cut to so many tokens, after the factor. speed: factor on the rate of arrivals.
     """
@@ -89,7 +90,9 @@ class Load:
     kind: closed (``users`` that each send the next request when the last is answered), poisson (``rate``
     conversations a second, whatever is answered) or trace (at the trace's own times). It ends after
     ``requests`` conversations or ``seconds``, whichever comes first; what was sent is waited for. warmup:
-    requests before it, not measured. timeout_seconds: without a byte from the server a request is an error.
+    requests before it, not measured. period: after so many conversations lengths, kinds and aborts repeat,
+    with other text, so that parts of a long run can be compared. timeout_seconds: without a byte from the
+    server for so long, a request is an error.
     """
 
     kind: str
@@ -98,6 +101,7 @@ class Load:
     requests: int | None = None
     seconds: float | None = None
     warmup: int = 2
+    period: int | None = None
     timeout_seconds: float = 600.0
 
 
@@ -137,7 +141,7 @@ class Engine:
 
     shape: a known shape with dummy weights; None needs --model-path. tp: GPUs. sides: both, or only ours.
     lighttransfer: the configuration of ours (keys as in ``--lt-config``). flags: SGLang's, for both.
-    baseline_flags: for stock SGLang only.
+    baseline_flags, lighttransfer_flags: for one side only; ``{tp}`` in the former is the number of GPUs.
     """
 
     shape: str | None = None
@@ -146,6 +150,7 @@ class Engine:
     lighttransfer: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     baseline_flags: tuple[str, ...] = ()
+    lighttransfer_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,10 +183,10 @@ def load_scenarios(path: Path) -> tuple[Scenario, ...]:
     cases = data.pop("cases", None)
     try:
         if cases is None:
-            return (_scenario(data),)
+            return (_scenario(data, path.parent),)
         if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases) or not cases:
             raise LightTransferError("cases: must be a list of mappings")
-        return tuple(_scenario(_case(data, case)) for case in cases)
+        return tuple(_scenario(_case(data, case), path.parent) for case in cases)
     except LightTransferError as error:
         raise LightTransferError(f"{path}: {error}") from None
 
@@ -193,6 +198,35 @@ def pick(scenarios: tuple[Scenario, ...], name: str | None) -> Scenario:
         names = ", ".join(one.name for one in scenarios)
         raise LightTransferError(f"--case {name or 'missing'}: must be one of {names}")
     return found[0]
+
+
+def as_mapping(scenario: Scenario) -> dict[str, Any]:
+    """What a file would hold to describe ``scenario``."""
+    data: dict[str, Any] = _plain(asdict(scenario))
+    for kind, traffic in zip(data["traffic"], scenario.traffic, strict=True):
+        for name in ("input", "output"):
+            length: Length | None = getattr(traffic, name)
+            if length is not None:
+                kind[name] = _length_mapping(length)
+        if traffic.trace is not None:
+            del kind["turns"], kind["think_seconds"]
+    data["gates"] = {gate.pop("metric"): gate for gate in data["gates"]}
+    return data
+
+
+def _length_mapping(length: Length) -> Any:
+    if length.kind == "fixed":
+        return length.low
+    names = ("low", "high") if length.kind == "uniform" else ("low", "high", "median", "sigma")
+    return {length.kind: {name: getattr(length, name) for name in names}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _case(base: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +241,7 @@ def _laid_over(base: Any, top: Any) -> Any:
     return top
 
 
-def _scenario(data: dict[str, Any]) -> Scenario:
+def _scenario(data: dict[str, Any], folder: Path) -> Scenario:
     fields = Fields(data, "", Scenario)
     api = fields.text("api", "generate", APIS)
     engine = _engine(Fields(fields.mapping("engine"), "engine", Engine))
@@ -219,7 +253,7 @@ def _scenario(data: dict[str, Any]) -> Scenario:
         traffic = [{"name": "all", **traffic}]
     if not isinstance(traffic, list) or not traffic:
         raise LightTransferError("traffic: must be a mapping, or a list of them")
-    kinds = tuple(_traffic(one, f"traffic[{index}]", api) for index, one in enumerate(traffic))
+    kinds = tuple(_traffic(one, f"traffic[{index}]", api, folder) for index, one in enumerate(traffic))
     if load.kind == "trace" and (len(kinds) != 1 or kinds[0].trace is None):
         raise LightTransferError("load.kind: trace needs traffic of one kind with a trace")
     return Scenario(
@@ -245,6 +279,7 @@ def _load(fields: Fields) -> Load:
         requests=fields.maybe_integer("requests", 1),
         seconds=fields.maybe_number("seconds", 0.1),
         warmup=fields.integer("warmup", 0, 2),
+        period=fields.maybe_integer("period", 1),
         timeout_seconds=fields.number("timeout_seconds", 0.1, default=600.0),
     )
     if load.requests is None and load.seconds is None:
@@ -252,7 +287,7 @@ def _load(fields: Fields) -> Load:
     return load
 
 
-def _traffic(data: Any, where: str, api: str) -> Traffic:
+def _traffic(data: Any, where: str, api: str, folder: Path) -> Traffic:
     fields = Fields(data, where, Traffic)
     trace = fields.raw("trace")
     name, weight = fields.text("name"), fields.number("weight", 0.0, default=1.0)
@@ -261,7 +296,7 @@ def _traffic(data: Any, where: str, api: str) -> Traffic:
             raise LightTransferError(
                 f"{fields.name('trace')}: has its own lengths; leave input and output out"
             )
-        return Traffic(name, weight, trace=_trace(Fields(trace, fields.name("trace"), Trace)))
+        return Traffic(name, weight, trace=_trace(Fields(trace, fields.name("trace"), Trace), folder))
     shared = fields.raw("shared")
     turns = fields.integer("turns", 1, 1)
     if turns > 1 and api == "completions":
@@ -299,10 +334,10 @@ def _shared(fields: Fields) -> Shared:
     return Shared(prefixes=fields.integer("prefixes", 1), tokens=fields.integer("tokens", 1))
 
 
-def _trace(fields: Fields) -> Trace:
+def _trace(fields: Fields, folder: Path) -> Trace:
     return Trace(
         source=fields.text("source", None, TRACES),
-        path=fields.text("path"),
+        path=str((folder / fields.text("path")).resolve()),
         length_scale=fields.number("length_scale", 1e-4, default=1.0),
         longest=fields.integer("longest", 1, 131072),
         longest_output=fields.integer("longest_output", 1, 4096),
@@ -347,4 +382,5 @@ def _engine(fields: Fields) -> Engine:
         lighttransfer=fields.mapping("lighttransfer"),
         flags=fields.texts("flags"),
         baseline_flags=fields.texts("baseline_flags"),
+        lighttransfer_flags=fields.texts("lighttransfer_flags"),
     )

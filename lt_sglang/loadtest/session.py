@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
@@ -27,7 +26,6 @@ class Session:
 
     Args:
         scenario: what to send.
-        folder: what paths of traces are relative to.
         url: the server.
         sleep: waits some seconds while other users go on.
 
@@ -37,18 +35,17 @@ class Session:
         started_at: time.time() at the beginning of the run.
     """
 
-    def __init__(self, scenario: Scenario, folder: Path, url: str, sleep: Callable[[float], Any]) -> None:
+    def __init__(self, scenario: Scenario, url: str, sleep: Callable[[float], Any]) -> None:
         self.scenario = scenario
         self.url = url
         self.samples: list[Sample] = []
         self.server: dict[str, float] | None = None
         self.started_at = 0.0
-        self._folder = folder
         self._sleep = sleep
         self._run = uuid.uuid4().hex[:8]
         self._began = 0.0
         self._in_flight = 0
-        self._plan: Iterator[Conversation] = conversations(scenario, folder)
+        self._plan: Iterator[Conversation] = conversations(scenario)
         self._left = scenario.load.requests
         self._numbers_per_token = 1.0
         self._before: dict[str, float] | None = None
@@ -57,10 +54,11 @@ class Session:
         """Warm the server up and start the clock; raises LightTransferError if it answers none of it."""
         if self.scenario.api == "chat":
             self._calibrate(client)
-        warm = conversations(self.scenario, self._folder, self.scenario.seed + WARMUP_SEED)
+        warm = conversations(self.scenario, self.scenario.seed + WARMUP_SEED)
         errors = []
         for _ in range(self.scenario.load.warmup):
-            errors += [one.error for one in self._play(client, next(warm)) if one.status == ERROR]
+            # Ids of their own: SGLang aborts a dropped request once more, by its id, two seconds later.
+            errors += [one.error for one in self._play(client, next(warm), "warm") if one.status == ERROR]
         if errors:
             raise LightTransferError(f"{self.url}: the warm-up failed: {errors[0]}")
         self._before = metrics_page.scrape(self.url)
@@ -107,14 +105,14 @@ class Session:
         finally:
             self._in_flight -= 1
 
-    def _play(self, client: Any, conversation: Conversation) -> list[Sample]:
+    def _play(self, client: Any, conversation: Conversation, mark: str = "run") -> list[Sample]:
         history = History(self.scenario.api, self._numbers_per_token)
         played: list[Sample] = []
         for number, turn in enumerate(conversation.turns):
             if number and conversation.think_seconds:
                 self._sleep(conversation.think_seconds)
             history.add(turn.added)
-            rid = f"{self._run}-{conversation.index:08d}-{number:03d}-"
+            rid = f"{self._run}-{mark}-{conversation.index:08d}-{number:03d}-"
             sample, answer = send(
                 client, self.scenario, Request(conversation, number, history, rid), self._began
             )
@@ -128,7 +126,7 @@ class Session:
         lengths = []
         for count in CALIBRATION:
             one = Conversation(0, "calibration", 0.0, (Turn(tuple(range(100, 100 + count)), 1),))
-            (sample,) = self._play(client, one)
+            (sample,) = self._play(client, one, "calibration")
             if sample.status == ERROR:
                 raise LightTransferError(f"{self.url}: {sample.error}")
             lengths.append(sample.input_tokens)

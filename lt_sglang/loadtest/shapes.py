@@ -91,6 +91,8 @@ _TINY: dict[str, Any] = {
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": _MISTRAL,
+    # A longer context costs memory for tables, so only where it is needed.
+    "mistral-7b-128k": {**_MISTRAL, "max_position_embeddings": 135168},
     "llama-3-70b": _LLAMA_70B,
     "qwq-32b": _QWQ_32B,
     "tiny": _TINY,

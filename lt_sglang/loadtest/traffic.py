@@ -40,19 +40,18 @@ class Conversation:
     think_seconds: float = 0.0
 
 
-def conversations(scenario: Scenario, folder: Path, seed: int | None = None) -> Iterator[Conversation]:
-    """Endless conversations of ``scenario``; ``folder`` is what paths of traces are relative to.
-
-    A trace that ends begins again, with other text.
-    """
+def conversations(scenario: Scenario, seed: int | None = None) -> Iterator[Conversation]:
+    """Endless conversations of ``scenario``; a trace that ends begins again, with other text."""
     seed = scenario.seed if seed is None else seed
-    rng = np.random.default_rng(seed)
+    rng, text = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     weights = np.array([kind.weight for kind in scenario.traffic])
-    sources = [_Source(kind, folder, seed + 1 + number) for number, kind in enumerate(scenario.traffic)]
+    sources = [_Source(kind, seed + 1 + number) for number, kind in enumerate(scenario.traffic)]
     at = 0.0
     for index in count():
+        if scenario.load.period is not None and index % scenario.load.period == 0:
+            rng = np.random.default_rng(seed)
         source = sources[rng.choice(len(sources), p=weights / weights.sum())]
-        when, parts = source.draw(rng)
+        when, parts = source.draw(rng, text)
         turns = tuple(Turn(added, out, _abort(scenario, out, rng)) for added, out in parts)
         if scenario.load.kind == "poisson":
             at += rng.exponential(1 / scenario.load.rate)
@@ -64,29 +63,34 @@ def conversations(scenario: Scenario, folder: Path, seed: int | None = None) -> 
 class _Source:
     """Draws the turns of one kind of traffic."""
 
-    def __init__(self, kind: Traffic, folder: Path, seed: int) -> None:
+    def __init__(self, kind: Traffic, seed: int) -> None:
         self.kind = kind
         self._seed = seed
         self._prefixes = [
             _tokens(seed, number, kind.shared.tokens) if kind.shared else ()
             for number in range(kind.shared.prefixes if kind.shared else 1)
         ]
-        self._rows = _trace_rows(kind, folder, seed) if kind.trace else None
+        self._rows = _trace_rows(kind, seed) if kind.trace else None
 
-    def draw(self, rng: np.random.Generator) -> tuple[float, list[tuple[tuple[int, ...], int]]]:
-        """The arrival time a trace gives (else 0), and each turn's added tokens and output length."""
+    def draw(
+        self, rng: np.random.Generator, text: np.random.Generator
+    ) -> tuple[float, list[tuple[tuple[int, ...], int]]]:
+        """The arrival time a trace gives (else 0), and each turn's added tokens and output length.
+
+        rng: for lengths. text: for tokens.
+        """
         if self._rows is not None:
-            return self._from_trace(rng)
+            return self._from_trace(text)
         assert self.kind.input is not None and self.kind.output is not None
         parts = []
         for turn in range(self.kind.turns):
-            added = _random_tokens(rng, sample(self.kind.input, rng))
+            added = _random_tokens(text, sample(self.kind.input, rng))
             if turn == 0:
                 added = self._prefixes[rng.integers(len(self._prefixes))] + added
             parts.append((added, sample(self.kind.output, rng)))
         return 0.0, parts
 
-    def _from_trace(self, rng: np.random.Generator) -> tuple[float, list[tuple[tuple[int, ...], int]]]:
+    def _from_trace(self, text: np.random.Generator) -> tuple[float, list[tuple[tuple[int, ...], int]]]:
         assert self._rows is not None and self.kind.trace is not None
         epoch, row = next(self._rows)
         trace = self.kind.trace
@@ -95,14 +99,14 @@ class _Source:
         tokens: tuple[int, ...] = ()
         for number in row.blocks[: -(-wanted // block)]:
             tokens += _tokens(self._seed + epoch, number, block)
-        tokens = tokens[:wanted] + _random_tokens(rng, max(0, wanted - len(tokens)))
+        tokens = tokens[:wanted] + _random_tokens(text, max(0, wanted - len(tokens)))
         output = min(trace.longest_output, max(1, round(row.output_tokens * trace.length_scale)))
         return row.at / trace.speed, [(tokens, output)]
 
 
-def _trace_rows(kind: Traffic, folder: Path, seed: int) -> Iterator[tuple[int, traces.Row]]:
+def _trace_rows(kind: Traffic, seed: int) -> Iterator[tuple[int, traces.Row]]:
     assert kind.trace is not None
-    path = folder / kind.trace.path
+    path = Path(kind.trace.path)
     shift = 0.0
     for epoch in count():
         last = 0.0

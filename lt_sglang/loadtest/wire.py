@@ -97,6 +97,9 @@ def read_event(api: str, data: bytes, answer: Answer) -> None:
 
 def _read_generate(event: dict[str, Any], answer: Answer) -> None:
     meta = event["meta_info"]
+    finish = meta.get("finish_reason") or {}
+    if finish.get("type") == "abort":
+        raise StreamError(f"aborted by the server: {finish.get('message') or 'no reason given'}")
     produced = meta["completion_tokens"]
     answer.tokens = produced > answer.output_tokens
     ids = tuple(event.get("output_ids") or ())
@@ -105,10 +108,7 @@ def _read_generate(event: dict[str, Any], answer: Answer) -> None:
     answer.output_tokens = produced
     answer.input_tokens = meta["prompt_tokens"]
     answer.cached_tokens = meta.get("cached_tokens", 0)
-    if meta.get("finish_reason"):
-        answer.finish = meta["finish_reason"]["type"]
-        if answer.finish == "abort":
-            answer.text = str(meta["finish_reason"].get("message", ""))
+    answer.finish = finish.get("type", "")
 
 
 def _read_openai(event: dict[str, Any], answer: Answer) -> None:
