@@ -328,6 +328,8 @@ def _short(side: dict[str, Any]) -> str:
     """Running requests and decode tok/s, or seconds of prefill; as much as the file has."""
     if "seconds" in side:
         return f"{side['seconds']:.3f} s"
+    if "step_ms" in side:
+        return f"{side['step_ms']:.2f} ms a step, ranks {side['rank_spread']:.1%} apart"
     parts = []
     if "requests_running" in side:
         parts.append(f"{side['requests_running']} running")
