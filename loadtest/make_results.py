@@ -280,7 +280,7 @@ def _alone_rows(results: dict[str, Any]) -> list[str]:
             held = soak["passed"]
         elif "baseline" not in result and "gates" in result:
             shown = f"{result['lighttransfer']['completed']} answered"
-            held = {gate["gate"]["metric"]: gate["passed"] for gate in result["gates"]}
+            held = {gate["metric"]: gate["passed"] for gate in result["gates"]}
         else:
             continue
         verdict = ", ".join(f"{name.replace('_', ' ')}: {'yes' if v else 'no'}" for name, v in held.items())

@@ -4,9 +4,9 @@
 
 One decode step's attention of the Llama-3-70B shape under tensor parallelism: in each layer every rank reads
 its own KV heads, then all ranks add up their outputs. *layer-wise*: half of the layers are lazy, in all
-heads, as in LightTransfer. *head-wise*: half of all heads are lazy, drawn at random (the same on all ranks), as in
-methods that choose heads. Both hold the same KV in all. The heads of a rank are flattened into the batch, for
-both, so that one kernel serves any mix of lengths.
+heads, as in LightTransfer. *head-wise*: half of all heads are lazy, drawn at random (the same on all ranks),
+as in methods that choose heads. Both hold the same KV in all. The heads of a rank are flattened into the
+batch, for both, so that one kernel serves any mix of lengths.
 
 Rank 0 prints the times and, on GPUs, writes a result file. On a CPU (gloo, torch's attention) the script can
 only be tried. Needs FlashInfer on a GPU; starts no SGLang.
@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lt_sglang.loadtest.machine import commit, this_machine, versions
+from lt_sglang.loadtest.machine import this_machine, versions
 from lt_sglang.loadtest.result_file import write
 from lt_sglang.planner.shapes import SHAPES
 
@@ -239,7 +239,7 @@ def _write(args: argparse.Namespace, work: Work, found: dict[str, dict[str, Any]
         "scenario": f"rank-imbalance-tp{ranks}-{work.tokens}",
         "hardware": str(machine),
         "versions": versions(),
-        "commit": commit(),
+        "commit": machine.commit,
         "seed": args.seed,
         "workload": {
             "about": "attention of a decode step, half the KV kept",

@@ -25,12 +25,12 @@ def run(argv: list[str]) -> int:
     scenario = pick(load_scenarios(args.scenario), args.case)
     if args.seconds is not None:
         scenario = replace(scenario, load=replace(scenario.load, seconds=args.seconds))
+    machine = this_machine()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     spec = specs_of(
         scenario, work, (), args.model_path, args.tp_size, tuple(flags), tuple(options.as_flags())
     )[LIGHTTRANSFER]
-    machine = this_machine()
     with Engine(spec, work / "soak.log", STRICT) as engine:
         found = soak(scenario, engine, work / scenario.name)
     result = {**header(scenario, machine, spec), "soak": found, "notes": args.note}

@@ -1,4 +1,4 @@
-"""What a result was measured on: GPU or CPU, versions, commit."""
+"""What a result was measured on and with: GPU or CPU, commit, versions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ PLANNED = (("H200", "h200-141"), ("H100", "h100-80"), ("A100", "a100-80"))
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: nvidia-smi's names; empty on a CPU."""
+    """gpus: nvidia-smi's names; empty on a CPU.
+
+    commit: the checkout's when the program started, with + after it where files were changed; unknown if the
+    package is installed.
+    """
 
     gpus: tuple[str, ...]
     driver: str
     cores: int
     processor: str
+    commit: str = "unknown"
 
     @property
     def label(self) -> str:
@@ -67,7 +72,7 @@ def this_machine() -> Machine:
         platform.machine(),
     )
     names = tuple(name.strip() for name, _ in rows)
-    return Machine(names, rows[0][1].strip() if rows else "", os.cpu_count() or 1, processor)
+    return Machine(names, rows[0][1].strip() if rows else "", os.cpu_count() or 1, processor, _commit())
 
 
 def versions() -> dict[str, str]:
@@ -81,18 +86,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The checkout's commit, with + after it where files were changed; unknown if installed."""
-    folder = Path(__file__).parent
-    head = _output(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]).strip()
-    changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"]).strip()
-    return f"{head}{'+' if changed else ''}" if head else "unknown"
-
-
 def gpu_memory_mib() -> list[int]:
     """Memory in use on each GPU now; empty on a CPU."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return [int(line) for line in _output(query).split()]
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    head = _output(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]).strip()
+    changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return f"{head}{'+' if changed else ''}" if head else "unknown"
 
 
 def _output(command: list[str]) -> str:

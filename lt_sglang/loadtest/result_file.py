@@ -15,7 +15,7 @@ from typing import Any
 from lt_sglang.loadtest.bounds import Bounds
 from lt_sglang.loadtest.decode_log import Steady
 from lt_sglang.loadtest.engines import EngineSpec
-from lt_sglang.loadtest.machine import Machine, commit, versions
+from lt_sglang.loadtest.machine import Machine, versions
 from lt_sglang.loadtest.scenario import Scenario, as_mapping
 
 # Figures of the client a comparison shows; rates and times are left out on a CPU.
@@ -26,7 +26,10 @@ RATES = (
     *("median_e2e_latency_ms", "p90_e2e_latency_ms", "p99_e2e_latency_ms"),
 )
 HIGHER_IS_BETTER = ("requests_running", "decode_tokens_per_second", "output_throughput")
-CPU_NOTE = "CPU: absolute times and rates say nothing about a GPU and are left out."
+CPU_NOTE = (
+    "CPU: absolute times and rates are left out, and ratios of speed compare two plain-torch backends: they "
+    "are not the gain of lazy layers."
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def header(scenario: Scenario, machine: Machine, spec: EngineSpec) -> dict[str, 
         "scenario": scenario.name,
         "hardware": str(machine),
         "versions": versions(),
-        "commit": commit(),
+        "commit": machine.commit,
         "seed": scenario.seed,
         "workload": {"model": _model(scenario, spec), **_workload(scenario)},
     }
