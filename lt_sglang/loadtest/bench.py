@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from lt_sglang.cli.model_config import read_model_config
 from lt_sglang.cli.options import resolve_config, take_options
 from lt_sglang.config import CONFIG_KEY
@@ -120,8 +122,8 @@ class Bench:
                 for cell, side in mine:
                     for repeat in range(self._settings.repeats):
                         self._run_cell(engine, cell, side, f"{number + 1}-{repeat + 1}")
-        except LightTransferError as error:
-            # One server that does not start must not cost the others their results.
+        except (LightTransferError, requests.RequestException) as error:
+            # One server that does not start, or ends, must not cost the others their results.
             for cell, side in mine:
                 self._problem(cell, f"{side}: {error}")
 

@@ -12,7 +12,7 @@ from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, plan_length
 from lt_sglang.planner.roofline import Hardware
 from lt_sglang.planner.shapes import GPUS, ModelShape
 
-# Lengths a CPU run plans with need some GPU; only figures that no GPU's speed enters are used.
+# A plan needs some GPU; of a CPU's run only figures are used that no speed enters.
 ANY_GPU = "h100-80"
 
 
@@ -44,6 +44,8 @@ def bounds(
     lengths = _mean_lengths(scenario)
     if lengths is None:
         return Bounds({}, "No bound: prompts share prefixes or follow a trace.")
+    if "--enable-dp-attention" in scenario.engine.baseline_flags:
+        return Bounds({}, "No bound: the two sides divide the model differently.")
     inputs, outputs = lengths
     dtype = server.get("kv_cache_dtype") or "auto"
     element = KV_ELEMENT_BYTES.get(dtype, 2)

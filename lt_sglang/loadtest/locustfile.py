@@ -37,21 +37,18 @@ class StreamingUser(FastHttpUser):
     max_retries = 0
     concurrency = CONNECTIONS
 
-    def on_start(self) -> None:
-        """Find the run."""
-        self.session: Session = self.environment.lt_session
-
     @task
     def converse(self) -> None:
         """One conversation; nothing if there is none left."""
-        conversation = self.session.take()
-        if conversation is None:
+        session: Session | None = self.environment.lt_session
+        conversation = session.take() if session is not None else None
+        if session is None or conversation is None:
             gevent.sleep(IDLE_SECONDS)
-        elif self.session.scenario.load.kind == "closed":
-            self.session.play(self.client, conversation)
+        elif session.scenario.load.kind == "closed":
+            session.play(self.client, conversation)
         else:
-            self.session.wait_for(conversation)
-            gevent.spawn(self.session.play, self.client, conversation)
+            session.wait_for(conversation)
+            gevent.spawn(session.play, self.client, conversation)
 
 
 class ScenarioShape(LoadTestShape):
@@ -60,8 +57,8 @@ class ScenarioShape(LoadTestShape):
     def tick(self) -> tuple[int, float] | None:
         """Called once a second."""
         environment = self.runner.environment
-        session = getattr(environment, "lt_session", None)
-        if environment.process_exit_code == FAILED or (session is not None and session.over):
+        session: Session | None = environment.lt_session
+        if environment.lt_failed or (session is not None and session.over):
             return None
         users = environment.lt_scenario.load.users
         return users, users
@@ -85,6 +82,7 @@ def _read_scenario(environment: Any, runner: Any, **_: Any) -> None:
         raise SystemExit(str(error)) from None
     environment.lt_scenario = scenario
     environment.lt_session = None
+    environment.lt_failed = False
     StreamingUser.network_timeout = scenario.load.timeout_seconds
 
 
@@ -99,7 +97,8 @@ def _start(environment: Any, **_: Any) -> None:
     except LightTransferError as error:
         logging.error("%s", error)
         environment.process_exit_code = FAILED
-        environment.runner.quit()
+        # The shape then ends the run; from the web page the next one can be started.
+        environment.lt_failed = True
         return
     environment.process_exit_code = None
     environment.lt_session = session
@@ -107,10 +106,10 @@ def _start(environment: Any, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def _stop(environment: Any, **_: Any) -> None:
-    session = environment.lt_session
+    session, environment.lt_session = environment.lt_session, None
+    environment.lt_failed = False
     if session is None:
         return
-    environment.lt_session = None
     session.finish()
     verdicts = finish(session, Path(environment.parsed_options.lt_out))
     environment.process_exit_code = 0 if all(one.passed for one in verdicts) else GATE_BROKEN

@@ -37,21 +37,16 @@ def test_ttft_tpot_and_e2e_are_the_delays_of_the_server(api: str, tmp_path: Path
     assert got["concurrency"] == pytest.approx(4, abs=0.7)
 
 
-def test_errors_are_counted_and_break_the_gate(tmp_path: Path) -> None:
-    with serve(Delays(first=0.01, between=0.01, fail_every=4)) as url:
-        done = run(url, scenario(), tmp_path)
-    assert done.code == 1, dump(done)
-    assert done.summary["errors"] == 2 and done.summary["completed"] == 6
-    assert any("HTTP 500" in row["error"] for row in done.samples)
-    assert "FAIL errors <= 0: 2" in done.text
-
-
-def test_a_broken_stream_is_an_error_not_a_short_answer(tmp_path: Path) -> None:
-    with serve(Delays(first=0.01, between=0.01, break_every=4)) as url:
-        data = scenario(gates={"errors": {"max": 2}})
+def test_refused_and_broken_answers_are_errors(tmp_path: Path) -> None:
+    load = {"kind": "closed", "users": 4, "requests": 12, "warmup": 0}
+    data = scenario(load=load, gates={"errors": {"max": 4}})
+    with serve(Delays(first=0.01, between=0.01, fail_every=4, break_every=5)) as url:
         done = run(url, data, tmp_path)
-    assert done.code == 0, dump(done)
-    assert done.summary["errors"] == 2 and done.summary["completed"] == 6
+    assert done.code == 1, dump(done)
+    assert done.summary["errors"] == 5 and done.summary["completed"] == 7
+    errors = [row["error"] for row in done.samples if row["status"] == "error"]
+    assert sum("HTTP 500" in error for error in errors) == 3, errors
+    assert "FAIL errors <= 4: 5" in done.text
 
 
 def test_aborted_requests_are_dropped_at_the_server(tmp_path: Path) -> None:
