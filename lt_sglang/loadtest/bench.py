@@ -116,15 +116,17 @@ class Bench:
         self._starts += 1
         log = self._settings.work.absolute() / f"{self._starts:02d}-{spec.name}.log"
         print(f"{spec.name}: starting, log {log}", flush=True)
+        left = list(mine)
         try:
             with Engine(spec, log) as engine:
                 self._info[spec.key] = engine.info()
                 for cell, side in mine:
                     for repeat in range(self._settings.repeats):
                         self._run_cell(engine, cell, side, f"{number + 1}-{repeat + 1}")
+                    left.remove((cell, side))
         except (LightTransferError, requests.RequestException) as error:
             # One server that does not start, or ends, must not cost the others their results.
-            for cell, side in mine:
+            for cell, side in left:
                 self._problem(cell, f"{side}: {error}")
 
     def _run_cell(self, engine: Engine, cell: Cell, side: str, number: str) -> None:
@@ -172,14 +174,8 @@ class Bench:
 
     def _write_one(self, cell: Cell, backend: str | None) -> Path:
         settings = self._settings
-        sides = (
-            {"lighttransfer": LIGHTTRANSFER}
-            if backend is None
-            else {
-                "baseline": backend,
-                "lighttransfer": LIGHTTRANSFER,
-            }
-        )
+        sides = {} if backend is None else {"baseline": backend}
+        sides["lighttransfer"] = LIGHTTRANSFER
         result = build(
             cell.scenario,
             settings.machine,

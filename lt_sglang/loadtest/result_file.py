@@ -136,6 +136,8 @@ def _side(runs: Sequence[Measured], on_cpu: bool) -> dict[str, Any]:
     if last.config is not None:
         side["config"] = dict(last.config)
     side |= {name: last.summary[name] for name in COUNTS}
+    # Of all runs: an error in any of them is to be seen.
+    side["errors"] = sum(int(one.summary["errors"] or 0) for one in runs)
     steady = [one.steady for one in runs if one.steady]
     if steady:
         side["requests_running"] = round(statistics.median(one.running for one in steady))
