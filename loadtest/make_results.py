@@ -77,7 +77,7 @@ def read_cells(path: Path) -> Iterator[Cell]:
     """Every cell of one report that was measured to its end."""
     for engine, entry in json.loads(path.read_text()).get("steady", {}).items():
         for task in entry["cells"]:
-            if task["kind"] == "prefill" or task["steady"]:
+            if task["kind"] == "prefill" or task.get("steady"):
                 yield Cell(path.stem, engine, entry["lighttransfer"], task)
 
 

@@ -31,8 +31,10 @@ from lt_sglang.attention.dynamic_prefill import PrefillPlanner
 from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, is_replanned, plan_decode
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
+from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.dynamic import kernels
 from lt_sglang.dynamic.decider import Decider
+from lt_sglang.dynamic.decode_plan import PlanLayout, decode_plans, plan_bytes
 from lt_sglang.dynamic.prefill_kernels import Tiles, place
 from lt_sglang.errors import LightTransferError
 
@@ -49,10 +51,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """What the layers of one decode step share. write: int32 [L, bs or more], where new K and V go."""
+    """What the layers of one decode step share.
+
+    write: int32 [L, bs or more], where new K and V go. plans: uint8 [L, bytes], under CUDA graphs; else all
+    layers use the wrapper's own plan, made for the longest lists.
+    """
 
     lists: LayerLists
     write: torch.Tensor
+    plans: torch.Tensor | None = None
+
+    def attend(
+        self, wrapper: Any, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
+    ) -> torch.Tensor:
+        """[requests, heads, dim] of one layer."""
+        self.lists.use(wrapper, layer)
+        own = wrapper._int_workspace_buffer
+        if self.plans is not None:
+            wrapper._int_workspace_buffer = self.plans[layer]
+        out: torch.Tensor = wrapper.forward(query, kv_cache, **options)
+        wrapper._int_workspace_buffer = own
+        return out
 
 
 class DynamicFlashInferBackend(FlashInferAttnBackend):
@@ -78,6 +97,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=True
             )
         ]
+        self.prefix = PrefixAttention(self.workspace_buffer)
         self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self)
         self.prefill_planner = PrefillPlanner(model_runner, self)
         self.decider = Decider(self.state)
@@ -86,6 +106,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.graph_rows: torch.Tensor | None = None
         self._graph_pointers: torch.Tensor | None = None
         self._graph_write: torch.Tensor | None = None
+        self._graph_plans: torch.Tensor | None = None
         self._kv_cache = tuple(
             tensor.view(self.state.kv_dtype).unsqueeze(1)
             for tensor in (self.state.arena.keys, self.state.arena.values)
@@ -104,6 +125,11 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.graph_rows = torch.zeros(size, dtype=torch.int32, device="cuda")
         self._graph_pointers = torch.zeros(layout.layers * max_bs + 1, dtype=torch.int32, device="cuda")
         self._graph_write = torch.zeros((layout.layers, max_bs), dtype=torch.int32, device="cuda")
+        updater = self.indices_updater_decode
+        group = updater.num_qo_heads // updater.num_kv_heads
+        processors = torch.cuda.get_device_properties(self.workspace_buffer.device).multi_processor_count
+        size = plan_bytes(max_bs, group, updater.num_kv_heads, processors)
+        self._graph_plans = torch.zeros((layout.layers, size), dtype=torch.uint8, device="cuda")
 
     def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether the lists of a decode batch fit the CUDA graphs' buffer (requests may share tokens)."""
@@ -156,7 +182,8 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             assert self.graph_rows is not None
             assert self._graph_pointers is not None and self._graph_write is not None
             pointers = self._graph_pointers[: layers * requests + 1]
-            self.step = DecodeStep(LayerLists(self.graph_rows, pointers, requests), self._graph_write)
+            lists = LayerLists(self.graph_rows, pointers, requests)
+            self.step = DecodeStep(lists, self._graph_write, self._graph_plans)
             return self.step
 
         def empty(*shape: int) -> torch.Tensor:
@@ -197,8 +224,9 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         where = step.write[layer.layer_id, : step.lists.requests]
         kernels.store_rows(arena.keys, arena.values, where, new_k, new_v)
         wrapper = metadata.decode_wrappers[0]
-        step.lists.use(wrapper, layer.layer_id)
-        out = wrapper.forward(
+        out = step.attend(
+            wrapper,
+            layer.layer_id,
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
             self._kv_cache,
             sm_scale=layer.scaling,
@@ -250,21 +278,14 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         prefill: PrefillMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         wrapper = self.prefill_wrapper_ragged
-        if prefill.prefix is None and not prefill.undecided:
+        if prefill.prefix_rows is None and not prefill.undecided:
             return wrapper.forward(query, k, v, causal=True, sm_scale=layer.scaling), None
         out, lse = wrapper.forward_return_lse(query, k, v, causal=True, sm_scale=layer.scaling)
-        if prefill.prefix is None:
+        if prefill.prefix_rows is None:
             return out, lse
-        prefix_out, prefix_lse = prefill.prefix.run(
-            layer.layer_id,
-            query,
-            self._kv_cache,
-            causal=False,
-            sm_scale=layer.scaling,
-            k_scale=layer.k_scale_float,
-            v_scale=layer.v_scale_float,
-        )
-        merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, prefix_out, prefix_lse)
+        keys, values = (part.squeeze(1) for part in self._kv_cache)
+        cached = self.prefix.run(query, keys, values, prefill.prefix_rows[layer.layer_id], layer)
+        merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, *cached)
         return merged
 
     def _paged(
@@ -359,7 +380,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
 
 
 class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
-    """Plans decode once, for the longest lists any layer can have, and writes all layers' lists."""
+    """Writes all layers' lists and, under CUDA graphs, plans; else one plan, for the longest, serves all."""
 
     attn_backend: DynamicFlashInferBackend
 
@@ -389,7 +410,8 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             return
         lengths = seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:requests]
         state, windows = self.attn_backend.state, self.runner.windows()
-        lists = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled).lists
+        step = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled)
+        lists = step.lists
         sets = state.sets
         kernels.decode_pointers(
             lists.pointers,
@@ -412,19 +434,32 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             windows,
             state.layout,
         )
+        if not (wrapper.is_cuda_graph_enabled and is_replanned(wrapper)):
+            self._plan_longest(wrapper, lists, lengths, fixed_split_size, disable_split_kv)
+        if step.plans is not None:
+            group = self.num_qo_heads // self.num_kv_heads
+            layout = PlanLayout.read(wrapper._plan_info, requests, group)
+            decode_plans(step.plans, lists.pointers, requests, layout)
+
+    def _plan_longest(
+        self,
+        wrapper: Any,
+        lists: LayerLists,
+        lengths: torch.Tensor,
+        fixed_split_size: int | None,
+        disable_split_kv: bool | None,
+    ) -> None:
+        requests = len(lengths)
+        if wrapper.is_cuda_graph_enabled:
+            # A first plan copies the beginnings of lists into the wrapper's buffer: its own, not one of ours.
+            wrapper._paged_kv_indptr_buf = self.kv_indptr[0][: requests + 1]
         indptr_host = host_indptr(lengths)
-        rows, last_page_len = lists.rows, self.kv_last_page_len[:requests]
-        if not is_replanned(wrapper):
-            # A first plan copies what it is given into its buffers: its own, so that nothing of ours moves.
-            rows, last_page_len = rows[:1], torch.ones(requests, dtype=torch.int32)
-            if wrapper.is_cuda_graph_enabled:
-                wrapper._paged_kv_indptr_buf = self.kv_indptr[0][: requests + 1]
         plan_decode(
             self,
             wrapper,
             indptr_host,
-            rows,
-            last_page_len,
+            lists.rows[:1],
+            torch.ones(requests, dtype=torch.int32),
             indptr_host,
             fixed_split_size,
             disable_split_kv,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, plan_prefill
+from lt_sglang.attention.flashinfer_plans import LayerLists, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
 from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
     from lt_sglang.model_runner import LightTransferModelRunner
 
-# FA2 reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
+# FA2, which reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
 LAZY, FULL = 0, 1
 
 
@@ -55,8 +55,9 @@ class PagedCall:
 class PrefillMetadata:
     """What the layers of one prefill share.
 
-    ragged: new tokens are attended ragged, cached ones by ``prefix`` (None: there are none). Else ``full``
-    and ``lazy`` are the two paged calls. undecided: some request is staged or decided in this prefill.
+    ragged: new tokens are attended ragged, cached ones at ``prefix_rows``, int32 [L, cached tokens], None if
+    there are none. Else ``full`` and ``lazy`` are the two paged calls. undecided: some request is staged or
+    decided in this prefill.
     new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
     stage_tiles: of the staged request, whose rows another one may still be read from until then.
     banks: int32 [bs, L], of the decided requests. sink_rows: int [bs, w_sink], within a streaming bank.
@@ -73,7 +74,7 @@ class PrefillMetadata:
     banks: torch.Tensor
     sink_rows: torch.Tensor
     lazy_tiles: SinkTiles
-    prefix: PagedCall | None = None
+    prefix_rows: torch.Tensor | None = None
     full: PagedCall | None = None
     lazy: PagedCall | None = None
 
@@ -115,12 +116,16 @@ class PrefillPlanner:
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
         windowed = [not ragged and not late for late in undecided]
+        prefix_rows = None
         calls: dict[str, PagedCall] = {}
         paged = self._backend.prefill_wrappers_paged
         if ragged:
-            self._plan_ragged(extends)
+            updater = self._backend.indices_updater_prefill
+            plan_ragged(updater, self._backend.prefill_wrapper_ragged, extends)
             if any(prefixes):
-                calls["prefix"] = self._call(paged[FULL], plans, given, [0] * len(plans), prefixes, EVERY)
+                self._backend.prefix.plan(updater, extends, prefixes)
+                rows_of_all = self._lists(plans, given, [0] * len(plans), prefixes, EVERY).rows
+                prefix_rows = rows_of_all.view(state.layout.layers, -1)
         else:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
@@ -139,6 +144,7 @@ class PrefillPlanner:
             banks=banks,
             sink_rows=sink_rows(rows, tables, windows),
             lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=windowed),
+            prefix_rows=prefix_rows,
             **calls,
         )
 
@@ -177,31 +183,11 @@ class PrefillPlanner:
             streaming=streaming,
         )
 
-    def _plan_ragged(self, extends: list[int]) -> None:
-        updater = self._backend.indices_updater_prefill
-        indptr = host_indptr(extends)
-        self._backend.prefill_wrapper_ragged.begin_forward(
-            indptr,
-            indptr,
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
-            q_data_type=updater.q_data_type,
-        )
-
-    def _call(
-        self,
-        wrapper: Any,
-        plans: list[Prefill],
-        given: Requests,
-        firsts: list[int],
-        ends: list[int],
-        which: int,
-        window_left: int = -1,
-    ) -> PagedCall:
-        state, updater = self._backend.state, self._backend.indices_updater_prefill
+    def _lists(
+        self, plans: list[Prefill], given: Requests, firsts: list[int], ends: list[int], which: int
+    ) -> LayerLists:
+        state, device = self._backend.state, given.kind.device
         lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
-        device = given.kind.device
         counts = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
         pointers = list_pointers(state.sets.bank_of, given, counts, state.keep, which)
         rows = extend_lists(
@@ -215,8 +201,21 @@ class PrefillPlanner:
             state.layout,
             which,
         )
+        return LayerLists(rows, pointers, len(plans))
+
+    def _call(
+        self,
+        wrapper: Any,
+        plans: list[Prefill],
+        given: Requests,
+        firsts: list[int],
+        ends: list[int],
+        which: int,
+        window_left: int = -1,
+    ) -> PagedCall:
+        lists = self._lists(plans, given, firsts, ends, which)
         extends = [plan.extend for plan in plans]
-        plan_prefill(
-            updater, wrapper, extends, lengths, rows[:1], causal=which != EVERY, window_left=window_left
-        )
-        return PagedCall(wrapper, LayerLists(rows, pointers, len(plans)))
+        lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
+        updater = self._backend.indices_updater_prefill
+        plan_prefill(updater, wrapper, extends, lengths, lists.rows[:1], causal=True, window_left=window_left)
+        return PagedCall(wrapper, lists)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferAttnBackend,
     FlashInferIndicesUpdaterDecode,
@@ -23,9 +24,10 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill
-from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_rows
+from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill, plan_ragged
+from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
+from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.errors import LightTransferError
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if self.is_dllm_model or self.enable_mis:
             raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
+        self.prefix = PrefixAttention(self.workspace_buffer)
+        self.prefix_rows: torch.Tensor | None = None
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
         self.indices_updater_prefill = LazyPrefillUpdater(model_runner, self)
 
@@ -90,6 +94,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
     ) -> torch.Tensor:
         """[tokens, heads * dim] of the batch's new tokens."""
         if layer.layer_id not in self.lazy_layers:
+            if self.lazy_layers and self.prefix_rows is not None:
+                return self._over_prefix(q, k, v, layer, forward_batch, self.prefix_rows, save_kv_cache)
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         given = self.lazy_prefill
         assert given is not None
@@ -122,6 +128,35 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             layer.k_scale_float or 1.0,
             layer.v_scale_float or 1.0,
         )
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _over_prefix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        rows: torch.Tensor,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        """A full layer: new tokens among themselves, then over the cached ones at ``rows``."""
+        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        out, lse = self.prefill_wrapper_ragged.forward_return_lse(
+            query,
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.head_dim),
+            causal=True,
+            sm_scale=layer.scaling,
+            logits_soft_cap=layer.logit_cap,
+        )
+        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        out, _ = stock._safe_merge_state(out, lse, *self.prefix.run(query, keys, values, rows, layer))
+        if save_kv_cache:
+            where = KVWriteLoc.for_layer(
+                forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc
+            )
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 
@@ -187,7 +222,10 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
 
 
 class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
-    """Plans prefill: the full wrappers as stock, the lazy wrapper windowed over cached window + chunk."""
+    """Plans prefill from host lengths alone: full layers as stock does, lazy ones over window and chunk.
+
+    Stock SGLang plans from device tensors, and FlashInfer then waits for the chunk before this one.
+    """
 
     def __init__(
         self, model_runner: LightTransferModelRunner, attn_backend: LightTransferFlashInferBackend
@@ -216,46 +254,33 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
     ) -> None:
         """As FlashInferIndicesUpdaterPrefill.update_sliding_window; lazy layers are always paged."""
         assert spec_info is None and prefix_lens is not None and seq_lens_cpu is not None
-        prefixes = extend_prefix_lens_cpu if extend_prefix_lens_cpu is not None else prefix_lens.tolist()
-        self.call_begin_forward(
-            self.prefill_wrapper_ragged,
-            prefill_wrappers[FULL],
-            req_pool_indices,
-            prefix_lens if use_ragged else seq_lens,
-            sum(prefixes) if use_ragged else seq_lens_sum,
-            seq_lens,
-            prefix_lens,
-            None,
-            self.kv_indptr[FULL],
-            self.qo_indptr[FULL],
-            use_ragged,
-            None,
-            fixed_split_size=fixed_split_size,
-            plan=plan,
-        )
-        self._plan_lazy(
-            prefill_wrappers[LAZY], req_pool_indices, prefix_lens, seq_lens, seq_lens_cpu, prefixes
-        )
-
-    def _plan_lazy(
-        self,
-        wrapper: Any,
-        requests: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        seq_lens: torch.Tensor,
-        seq_lens_cpu: torch.Tensor,
-        prefixes: list[int],
-    ) -> None:
-        windows, tables = self.runner.windows(), self.runner.streaming_tables()
+        prefixes = prefix_lens.tolist() if extend_prefix_lens_cpu is None else list(extend_prefix_lens_cpu)
         lengths = seq_lens_cpu[: len(prefixes)].tolist()
         extends = [length - prefix for length, prefix in zip(lengths, prefixes, strict=True)]
+        tables = self.runner.streaming_tables()
+
+        def slots(first: torch.Tensor, end: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+            first, end = first.to(torch.int64), end.to(torch.int64)
+            return span_slots(req_pool_indices, first, end - first, total, tables)
+
+        self.attn_backend.prefix_rows = None
+        if not use_ragged:
+            rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
+            plan_prefill(self, prefill_wrappers[FULL], extends, lengths, rows, causal=True)
+        else:
+            plan_ragged(self, self.prefill_wrapper_ragged, extends)
+            if any(prefixes):
+                self.attn_backend.prefix.plan(self, extends, prefixes)
+                rows, _ = slots(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
+                self.attn_backend.prefix_rows = rows
+
+        windows = self.runner.windows()
         before = windows.recent_tokens - 1
         spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
-        first = prefix_lens.clamp(min=before).to(torch.int64) - before
-        rows = span_rows(requests, first, seq_lens.to(torch.int64) - first, sum(spans), tables)
-        plan_prefill(self, wrapper, extends, spans, rows, causal=True, window_left=before)
+        _, rows = slots(prefix_lens.clamp(min=before) - before, seq_lens, sum(spans))
+        plan_prefill(self, prefill_wrappers[LAZY], extends, spans, rows, causal=True, window_left=before)
         self.attn_backend.lazy_prefill = LazyPrefill(
-            rows=sink_rows(requests, tables, windows),
-            tiles=make_tiles(prefixes, extends, windows, requests.device),
+            rows=sink_rows(req_pool_indices, tables, windows),
+            tiles=make_tiles(prefixes, extends, windows, req_pool_indices.device),
             windows=windows,
         )

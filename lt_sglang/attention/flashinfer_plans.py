@@ -1,4 +1,4 @@
-"""The two ways in which FlashInfer's wrappers are planned here; both modes use them."""
+"""How FlashInfer's wrappers are planned here; both modes use it."""
 
 from __future__ import annotations
 
@@ -70,6 +70,20 @@ def is_replanned(wrapper: Any) -> bool:
     return hasattr(wrapper.begin_forward, "func")
 
 
+def plan_ragged(updater: Any, wrapper: Any, extends: list[int]) -> None:
+    """Plan the ragged wrapper for causal attention among ``extends`` new tokens, request by request."""
+    indptr = host_indptr(extends)
+    wrapper.begin_forward(
+        indptr,
+        indptr,
+        updater.num_qo_heads,
+        updater.num_kv_heads,
+        updater.head_dim,
+        causal=True,
+        q_data_type=updater.q_data_type,
+    )
+
+
 def plan_prefill(
     updater: Any,
     wrapper: Any,
@@ -81,12 +95,13 @@ def plan_prefill(
     window_left: int = -1,
 ) -> None:
     """Plan a paged prefill wrapper: ``extends`` queries over ``spans`` keys, request by request."""
-    # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits.
+    # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits. The length of the
+    # last page tells an empty list from one of a single row (get_seq_lens).
     wrapper.begin_forward(
         host_indptr(extends),
         host_indptr(spans),
         rows,
-        torch.ones(len(spans), dtype=torch.int32),
+        torch.tensor([min(span, 1) for span in spans], dtype=torch.int32),
         updater.num_qo_heads,
         updater.num_kv_heads,
         updater.head_dim,

@@ -87,13 +87,6 @@ def span_slots(
     return full, tables.full_to_streaming[full.to(torch.int64)].to(torch.int32)
 
 
-def span_rows(
-    rows: torch.Tensor, first: torch.Tensor, counts: torch.Tensor, total: int, tables: StreamingTables
-) -> torch.Tensor:
-    """The streaming slots of ``span_slots``; int32 [total]."""
-    return span_slots(rows, first, counts, total, tables)[1]
-
-
 def decode_rows_reference(
     rows: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
 ) -> torch.Tensor:

@@ -37,7 +37,7 @@ _LLAMA_70B: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     # Llama 3 ends at 8K and 3.1 at 128K; the paper's table goes on to 512K.
-    "max_position_embeddings": 540672,
+    "max_position_embeddings": 600000,
     "vocab_size": 128256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
@@ -56,7 +56,8 @@ _QWQ_32B: dict[str, Any] = {
     "num_hidden_layers": 64,
     "num_attention_heads": 40,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
     "vocab_size": 152064,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0,

@@ -1,6 +1,7 @@
 """Dynamic mode on a GPU: choices and outputs against float32, prefill and decode times.
 
     python tests/gpu/dynamic.py OUT_FOLDER [--only parity,speed,static,residual,chunk,stock] [--budget-s 540]
+    python tests/gpu/dynamic.py OUT_FOLDER --only parity,tp --tp 2
 
 parity: the engine in bfloat16 against transformers in float32, eager attention weights. A choice may differ
 only where the two layers' scores are closer than bfloat16's error on them, which is measured in the same run;
@@ -21,18 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.gpu import parity
 from tests.gpu.run import (
-    HALF,
     NEW_TOKENS,
     Run,
     Step,
+    arguments,
     cell,
     engine_args,
     hybrid,
     lazy_step,
-    mistral,
+    profile,
     run_cells,
     stock_step,
 )
+from tests.gpu.shapes import MISTRAL_7B, QWQ_32B, Shape
 from tests.lazy_queue import popped_layers
 
 KEEP = 3
@@ -149,7 +151,7 @@ def parity_steps(model: Path) -> list[Step]:
     }
     score = {"kind": "score", "prompts": parity.prompts(), "new_tokens": parity.NEW_TOKENS}
     return [
-        Step(name, engine, [{**score, "decisions": name != "stock"}] * (2 if name == "graph" else 1), 150)
+        Step(name, engine, [{**score, "decisions": name != "stock"}] * (2 if name == "graph" else 1), 200)
         for name, engine in engines.items()
     ]
 
@@ -192,38 +194,56 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def dynamic_step(
+    name: str,
+    tasks: list[dict[str, Any]],
+    limit_s: float,
+    shape: Shape,
+    engine: dict[str, Any],
+    **options: Any,
+) -> Step:
+    """The true shape, layers drawn at random for each request; ``options`` are keys of the configuration."""
+    on = dynamic(shape.keep, shape.sink, shape.recent, 16384 + NEW_TOKENS, NEW_TOKENS, **options)
+    engine = engine_args(shape.folder(), load_format="dummy", **on, **engine)
+    return Step(name, engine, tasks, limit_s, vocab=shape.vocab, env={"LT_SHUFFLE_LAYERS": "1"})
+
+
 def speed_steps() -> dict[str, list[Step]]:
-    """The Mistral-7B shape; every engine of a comparison with the same flags."""
-    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 96, 8)]}
+    """Every engine of a comparison with the same flags."""
+    quick: dict[str, Any] = {"disable_prefill_cuda_graph": True}
+    quick["cuda_graph_bs_decode"] = [1, 2, 4, *range(8, 96, 8)]
     prefill = [
         {"kind": "prefill", "prompt_tokens": 4096, "repeats": 5},
-        {"kind": "prefill", "prompt_tokens": 32768, "repeats": 2},
+        {"kind": "prefill", "prompt_tokens": 32768, "repeats": 3},
     ]
+    profiles = [profile(32768, 1, 1), profile(16384, 8, 40)]
     # The two last fit whatever the split is: both modes decode the same batch.
     cells = [cell(16384, 48), cell(8192, 32), cell(32768, 12)]
-    model = mistral(Path("/tmp/lt-mistral"))
 
     def step(name: str, tasks: list[dict[str, Any]], limit_s: float, **options: Any) -> Step:
-        on = dynamic(16, 4, 1020, 16384 + NEW_TOKENS, NEW_TOKENS, **options)
-        engine = engine_args(model, load_format="dummy", **on, **quick)
-        return Step(name, engine, tasks, limit_s, vocab=32000, env={"LT_SHUFFLE_LAYERS": "1"})
+        return dynamic_step(name, tasks, limit_s, MISTRAL_7B, quick, **options)
 
+    # Under tensor parallelism: QwQ-32B's shape.
+    few = {**quick, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 72, 8)]}
+    lengths = [cell(16384, 34), cell(8192, 16), cell(32768, 8)]
+    checked = {"score": "lighttransfer", "check_tables": True}
     return {
-        "speed": [step("dynamic_16k", [*prefill, *cells], 200, score="lighttransfer")],
-        "residual": [step("dynamic_residual", prefill, 80, score="residual-error")],
-        "chunk": [step("dynamic_first_chunk", prefill, 80, score="lighttransfer", decide="first-chunk")],
-        "static": [lazy_step(16384, HALF, [*prefill, *cells], 200, **quick)],
-        "stock": [stock_step("flashinfer", prefill, 90, **quick)],
+        "speed": [step("dynamic_16k", [*prefill, *cells, *profiles], 240, score="lighttransfer")],
+        "residual": [step("dynamic_residual", prefill, 90, score="residual-error")],
+        "chunk": [step("dynamic_first_chunk", prefill, 90, score="lighttransfer", decide="first-chunk")],
+        "static": [lazy_step(16384, "half", [*prefill, *cells, *profiles], 240, **quick)],
+        "stock": [stock_step(backend, prefill, 100, **quick) for backend in ("flashinfer", "fa3")],
+        "tp": [
+            dynamic_step("dynamic_tp", lengths, 250, QWQ_32B, few, **checked),
+            lazy_step(16384, "half", lengths, 250, shape=QWQ_32B, **few),
+        ],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="parity,speed,static,residual,chunk,stock")
-    parser.add_argument("--budget-s", type=float, default=3600)
-    args = parser.parse_args()
-    run = Run(args.folder, args.budget_s)
+    everything = "parity,speed,static,residual,chunk,stock"
+    args, common = arguments(argparse.ArgumentParser(description=__doc__), everything)
+    run = Run(args.folder, args.budget_s, common)
     chosen = args.only.split(",")
     steps = [step for name, some in speed_steps().items() if name in chosen for step in some]
     order = [step for name in chosen if name != "parity" for step in speed_steps()[name]]

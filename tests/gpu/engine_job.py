@@ -9,6 +9,7 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "score", "prompts": [[ids]], "new_tokens": n}   greedy tokens and their log-probabilities
     {"kind": "steady", "prompt_tokens": s, "requests": n, "new_tokens": m}   fill the memory, then decode
     {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
+    {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
 
 Every prompt is random and new, so the radix cache, which stays on, never hits.
 """
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,21 @@ def _prefill(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) 
     return seconds[1:]
 
 
+def _profile(engine: Any, task: dict[str, Any], rng: random.Random, vocab: int) -> dict[str, Any]:
+    from tests.gpu import trace
+
+    asked = _greedy(task["new_tokens"])
+    warm, timed = (_prompts(rng, task["requests"], task["prompt_tokens"], vocab) for _ in range(2))
+    engine.generate(input_ids=warm, sampling_params=asked)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.start_profile(output_dir=folder, activities=["GPU"])
+        engine.generate(input_ids=timed, sampling_params=asked)
+        engine.stop_profile()
+        found = trace.summary(next(Path(folder).rglob("*.trace.json.gz")))
+    engine.flush_cache()
+    return found
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     out = Path(sys.argv[2])
@@ -101,6 +118,8 @@ def main() -> None:
             value = _score(engine, task)
         elif task["kind"] == "steady":
             value = _steady(engine, task, rng, vocab)
+        elif task["kind"] == "profile":
+            value = _profile(engine, task, rng, vocab)
         else:
             value = _prefill(engine, task, rng, vocab)
         print("TASK END", flush=True)

@@ -25,7 +25,8 @@ class Job:
     one runs.
     """
 
-    _port = itertools.count(28500)
+    # Runs on different GPUs of a machine each take a range of their own.
+    _port = itertools.count(20000 + os.getpid() % 1000 * 10)
 
     def __init__(self, name: str, spec: dict[str, Any], folder: Path, env: dict[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,18 +77,20 @@ class Job:
 
 
 def gpu_used_mib(wait_s: float = 20.0) -> int | None:
-    """GPU memory in use once it has stopped falling: what an ended engine held goes back late."""
+    """Memory in use on the fullest visible GPU once it stops falling; an ended engine gives it back late."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    only = ["-i", visible] if visible else []
     used: list[int] = []
     end = time.monotonic() + wait_s
     while len(used) < 2 or (used[-1] != used[-2] or used[-1] > 8000) and time.monotonic() < end:
         if used:
             time.sleep(0.5)
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", *only, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):
             return None
-        used.append(int(done.stdout.split()[0]))
+        used.append(max(map(int, done.stdout.split())))
     return used[-1]
 
 

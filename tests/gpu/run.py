@@ -1,6 +1,7 @@
 """Everything this project claims about a GPU, in one command.
 
     python tests/gpu/run.py OUT_FOLDER [--only parity,steady,...] [--budget-s 540]
+    python tests/gpu/run.py OUT_FOLDER --only tp --tp 2     (CUDA_VISIBLE_DEVICES chooses the GPUs)
 
 Each step is one engine process with a time limit; a step that would not fit what is left of the budget is
 skipped and said so. A table comes last. Files in OUT_FOLDER: report.json, and per step its log.
@@ -22,11 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lt_sglang.loadtest.decode_log import steady_of
-from lt_sglang.loadtest.shapes import write_shape
-from tests.gpu import parity
+from tests.gpu import parity, trace
 from tests.gpu.jobs import Job, available_gb, gpu_used_mib, task_logs
-
-HALF, THREE_QUARTERS = "8-23", "4-27"
+from tests.gpu.shapes import MISTRAL_7B, QWQ_32B, Shape
 
 
 def engine_args(model: Path, **extra: Any) -> dict[str, Any]:
@@ -81,10 +80,14 @@ class Step:
 
 
 class Run:
-    """One run: its folder, its clock, its report."""
+    """One run: its folder, its clock, its report.
 
-    def __init__(self, folder: Path, budget_s: float) -> None:
+    common: engine arguments that hold for every step which does not say otherwise.
+    """
+
+    def __init__(self, folder: Path, budget_s: float, common: dict[str, Any] | None = None) -> None:
         self.folder = folder
+        self.common = common or {}
         self.deadline = time.monotonic() + budget_s
         self.report: dict[str, Any] = {}
         self.table: list[str] = []
@@ -95,7 +98,8 @@ class Run:
         """Let the steps' engines import SGLang and wait for the GPU."""
         for step in steps:
             if step.name not in self._waiting:
-                self._waiting[step.name] = Job(step.name, step.spec, self.folder, step.env)
+                spec = {**step.spec, "engine": {**self.common, **step.engine}}
+                self._waiting[step.name] = Job(step.name, spec, self.folder, step.env)
 
     def jobs(self, steps: list[Step]) -> Iterator[tuple[Step, dict[str, Any] | None]]:
         """Run the steps one after the other, each within its limit and what is left of the budget."""
@@ -237,18 +241,14 @@ def _ragged_kernels(log: Path) -> list[str]:
     return [line.split(mark)[1].strip() for line in log.read_text().splitlines() if mark in line]
 
 
-def mistral(folder: Path) -> Path:
-    """The Mistral-7B shape; weights are dummies."""
-    return write_shape("mistral-7b", folder)
-
-
 def run_cells(run: Run, steps: list[Step]) -> None:
     """Steady decode and prefill times of each step's cells into the report."""
     for step, result in run.jobs(steps):
         if result is None:
             continue
         logs = task_logs((run.folder / f"{step.name}.log").read_text())
-        entry: dict[str, Any] = {"start_seconds": result["start_seconds"], "engine": step.engine, "cells": []}
+        engine = {**run.common, **step.engine}
+        entry: dict[str, Any] = {"start_seconds": result["start_seconds"], "engine": engine, "cells": []}
         for task, value, lines in zip(step.tasks, result["tasks"], logs, strict=False):
             entry["cells"].append(_cell_result(run, step.name, task, value, lines))
         entry["available_gb"] = available_gb((run.folder / f"{step.name}.log").read_text())
@@ -259,6 +259,11 @@ def run_cells(run: Run, steps: list[Step]) -> None:
 
 
 def _cell_result(run: Run, name: str, task: dict[str, Any], value: Any, lines: list[str]) -> dict[str, Any]:
+    if task["kind"] == "profile":
+        run.say(f"{name:22s} profile {task['requests']} x {task['prompt_tokens']} + {task['new_tokens']}")
+        for line in trace.lines(value):
+            run.say(f"{'':22s} {line}")
+        return {**task, **value}
     if task["kind"] == "prefill":
         run.say(f"{name:22s} prefill {task['prompt_tokens']}: " + " ".join(f"{s:.3f}" for s in value) + " s")
         return {**task, "seconds": value}
@@ -284,21 +289,31 @@ def cell(tokens: int, requests: int) -> dict[str, Any]:
 PREFILL_32K = {"kind": "prefill", "prompt_tokens": 32768, "repeats": 3}
 
 
-def lazy_step(tokens: int, layers: str, cells: list[dict[str, Any]], limit_s: float, **extra: Any) -> Step:
-    """The true shape with ``layers`` lazy, split for requests of ``tokens`` + NEW_TOKENS."""
-    model = mistral(Path("/tmp/lt-mistral"))
-    share = {HALF: "half", THREE_QUARTERS: "three_quarters"}[layers]
-    on = lazy(layers, 4, 1020, tokens + NEW_TOKENS, NEW_TOKENS)
-    engine = engine_args(model, load_format="dummy", **on, **extra)
-    return Step(f"lt_{share}_{tokens // 1024}k", engine, cells, limit_s, vocab=32000)
+def profile(tokens: int, requests: int, new_tokens: int) -> dict[str, Any]:
+    """Where the GPU's time goes."""
+    return {"kind": "profile", "prompt_tokens": tokens, "requests": requests, "new_tokens": new_tokens}
 
 
-def stock_step(backend: str, cells: list[dict[str, Any]], limit_s: float, **extra: Any) -> Step:
+def lazy_step(
+    tokens: int,
+    share: str,
+    cells: list[dict[str, Any]],
+    limit_s: float,
+    shape: Shape = MISTRAL_7B,
+    **extra: Any,
+) -> Step:
+    """The true shape, ``share`` (half, three_quarters) of it lazy, split for ``tokens`` + NEW_TOKENS."""
+    on = lazy(getattr(shape, share), shape.sink, shape.recent, tokens + NEW_TOKENS, NEW_TOKENS)
+    engine = engine_args(shape.folder(), load_format="dummy", **on, **extra)
+    return Step(f"lt_{share}_{tokens // 1024}k", engine, cells, limit_s, vocab=shape.vocab)
+
+
+def stock_step(
+    backend: str, cells: list[dict[str, Any]], limit_s: float, shape: Shape = MISTRAL_7B, **extra: Any
+) -> Step:
     """The same without lazy layers, on one of stock SGLang's backends."""
-    engine = engine_args(
-        mistral(Path("/tmp/lt-mistral")), load_format="dummy", attention_backend=backend, **extra
-    )
-    return Step(f"stock_{backend}", engine, cells, limit_s, vocab=32000)
+    engine = engine_args(shape.folder(), load_format="dummy", attention_backend=backend, **extra)
+    return Step(f"stock_{backend}", engine, cells, limit_s, vocab=shape.vocab)
 
 
 def run_steady(run: Run) -> None:
@@ -308,11 +323,11 @@ def run_steady(run: Run) -> None:
         run,
         [
             stock_step("flashinfer", stock, 260),
-            lazy_step(16384, HALF, [PREFILL_32K, cell(16384, 8), cell(16384, 56)], 170),
-            lazy_step(32768, HALF, [cell(32768, 30)], 170),
-            lazy_step(8192, HALF, [cell(8192, 104)], 170),
-            lazy_step(4096, HALF, [cell(4096, 180)], 170),
-            lazy_step(16384, THREE_QUARTERS, [cell(16384, 95)], 190),
+            lazy_step(16384, "half", [PREFILL_32K, cell(16384, 8), cell(16384, 56)], 170),
+            lazy_step(32768, "half", [cell(32768, 30)], 170),
+            lazy_step(8192, "half", [cell(8192, 104)], 170),
+            lazy_step(4096, "half", [cell(4096, 180)], 170),
+            lazy_step(16384, "three_quarters", [cell(16384, 95)], 190),
         ],
     )
 
@@ -323,13 +338,13 @@ def run_rest(run: Run) -> None:
     run_cells(
         run,
         [
-            lazy_step(8192, HALF, [cell(8192, 88)], 120, **quick),
-            lazy_step(16384, THREE_QUARTERS, [cell(16384, 83)], 140, **quick),
-            lazy_step(4096, HALF, [cell(4096, 152)], 120, **quick),
+            lazy_step(8192, "half", [cell(8192, 88)], 120, **quick),
+            lazy_step(16384, "three_quarters", [cell(16384, 83)], 140, **quick),
+            lazy_step(4096, "half", [cell(4096, 152)], 120, **quick),
         ],
     )
     run_fp8(run)
-    run_cells(run, [lazy_step(16384, HALF, [cell(16384, 48)], 120, **quick)])
+    run_cells(run, [lazy_step(16384, "half", [cell(16384, 48)], 120, **quick)])
 
 
 def run_remaining(run: Run) -> None:
@@ -344,9 +359,9 @@ def run_remaining(run: Run) -> None:
     cells = [cell(16384, 29), prefill]
     steps = [
         stock_step("flashinfer", [*cells, cell(8192, 55), cell(4096, 106)], 170, **quick),
-        lazy_step(16384, HALF, [cell(16384, 50), prefill], 110, **quick),
-        lazy_step(8192, HALF, [cell(8192, 92)], 100, **quick),
-        lazy_step(4096, HALF, [cell(4096, 158)], 100, **quick),
+        lazy_step(16384, "half", [cell(16384, 50), prefill], 110, **quick),
+        lazy_step(8192, "half", [cell(8192, 92)], 100, **quick),
+        lazy_step(4096, "half", [cell(4096, 158)], 100, **quick),
         stock_step("fa3", cells, 100, **quick),
         stock_step("triton", cells, 120, **quick),
     ]
@@ -363,6 +378,41 @@ def run_backends(run: Run) -> None:
     """Stock SGLang's other backends at 16K, to know which is the best baseline."""
     cells = [PREFILL_32K, cell(16384, 8), cell(16384, 32)]
     run_cells(run, [stock_step(backend, cells, 170) for backend in ("fa3", "triton")])
+
+
+def run_prefill(run: Run) -> None:
+    """One 32K prompt, half lazy against stock's backends, and where the GPU's time goes."""
+    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 8]}
+    cells = [{**PREFILL_32K, "repeats": 5}, profile(32768, 1, 1)]
+    run_cells(
+        run,
+        [
+            lazy_step(16384, "half", cells, 110, **quick),
+            stock_step("fa3", cells, 110, **quick),
+            stock_step("flashinfer", cells, 110, **quick),
+        ],
+    )
+
+
+def run_long(run: Run) -> None:
+    """Stock's fa3 at the lengths that ``remaining`` leaves out."""
+    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 168, 8)]}
+    run_cells(run, [stock_step("fa3", [cell(8192, 55), cell(4096, 106), cell(32768, 14)], 170, **quick)])
+
+
+def run_tp(run: Run) -> None:
+    """Parity, then QwQ-32B's shape, its own 32 lazy layers and windows, against stock at 16K."""
+    run_parity(run, together=True)
+    run.save()
+    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 72, 8)]}
+    quick["shape"] = QWQ_32B
+    run_cells(
+        run,
+        [
+            stock_step("flashinfer", [cell(16384, 20)], 200, **quick),
+            lazy_step(16384, "half", [cell(16384, 34)], 200, **quick),
+        ],
+    )
 
 
 def run_fp8(run: Run) -> None:
@@ -383,16 +433,31 @@ STEPS = {
     "backends": run_backends,
     "rest": run_rest,
     "remaining": run_remaining,
+    "prefill": run_prefill,
+    "long": run_long,
+    "tp": run_tp,
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(parser: argparse.ArgumentParser, only: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line, and the engine arguments that it sets for every step."""
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="parity,fp8,fa2,steady,backends")
+    parser.add_argument("--only", default=only)
     parser.add_argument("--budget-s", type=float, default=3600)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument(
+        "--mem-fraction", type=float, help="of every engine that fills the memory (a GPU of more than 80 GB)"
+    )
     args = parser.parse_args()
-    run = Run(args.folder, args.budget_s)
+    common: dict[str, Any] = {"tp_size": args.tp}
+    if args.mem_fraction:
+        common["mem_fraction_static"] = args.mem_fraction
+    return args, common
+
+
+def main() -> None:
+    args, common = arguments(argparse.ArgumentParser(description=__doc__), "parity,fp8,fa2,steady,backends")
+    run = Run(args.folder, args.budget_s, common)
     try:
         for step in args.only.split(","):
             try:

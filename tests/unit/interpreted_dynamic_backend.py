@@ -7,8 +7,10 @@ every row of memory that is ever read, layer tables and scores.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +32,12 @@ from lt_sglang.selection import get_score
 for module in (sglang.srt.utils, sglang.srt.utils.common):
     module.is_flashinfer_available = lambda: True
 
-from lt_sglang.attention import dynamic_flashinfer  # noqa: E402
+from flashinfer.page import get_seq_lens  # noqa: E402
+
+from lt_sglang.attention import dynamic_flashinfer, prefix  # noqa: E402
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner  # noqa: E402
 from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
+from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
 from lt_sglang.dynamic.decider import Decider  # noqa: E402
 
 LAYERS, KEEP = 5, 2
@@ -73,9 +78,16 @@ class Paged:
     """BatchPrefillWithPagedKVCacheWrapper: planned on the host, lists read from its buffers at run time."""
 
     def begin_forward(
-        self, qo_indptr: Any, kv_indptr: Any, *_: Any, causal: bool = False, **options: Any
+        self,
+        qo_indptr: Any,
+        kv_indptr: Any,
+        rows: Any,
+        last_page_len: Any,
+        *_: Any,
+        causal: bool = False,
+        **options: Any,
     ) -> None:
-        self.qo, self.planned = qo_indptr.tolist(), kv_indptr.diff().tolist()
+        self.qo, self.planned = qo_indptr.tolist(), get_seq_lens(kv_indptr, last_page_len, 1).tolist()
         self.causal, self.window = causal, options.get("window_left", -1)
 
     def forward_return_lse(self, query: torch.Tensor, cache: Any, **options: Any) -> Any:
@@ -91,6 +103,34 @@ class Paged:
                 out[one], lse[one] = attention(query[one], keys, values, self.causal, self.window)
             elif planned == 0:
                 out[one], lse[one] = 0, -torch.inf
+        return out, lse
+
+
+class PlannedPaged(Paged):
+    """The same where each list begins where it was planned (FA3 insists on it)."""
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *rest: Any, **options: Any) -> None:
+        super().begin_forward(qo_indptr, kv_indptr, *rest, **options)
+        self._paged_kv_indptr_buf = kv_indptr
+
+
+class Dense:
+    """BatchPrefillWithRaggedKVCacheWrapper over gathered prefixes."""
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, causal: bool, **__: Any) -> None:
+        assert not causal
+        self.qo, self.kv = qo_indptr.tolist(), kv_indptr.tolist()
+
+    def forward_return_lse(
+        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> Any:
+        assert not options["causal"] and len(k) == len(v) == self.kv[-1]
+        out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
+        for index in range(len(self.qo) - 1):
+            one = slice(self.qo[index], self.qo[index + 1])
+            keys = slice(self.kv[index], self.kv[index + 1])
+            if keys.start < keys.stop:
+                out[one], lse[one] = attention(query[one], k[keys], v[keys], False, -1)
         return out, lse
 
 
@@ -113,6 +153,7 @@ class Decode:
     """BatchDecodeWithPagedKVCacheWrapper with tensor cores: lists may be shorter than planned."""
 
     is_cuda_graph_enabled = False
+    _int_workspace_buffer = None
 
     def begin_forward(self, indptr: torch.Tensor, *_: Any, **__: Any) -> None:
         self.planned = indptr.diff().tolist()
@@ -126,6 +167,78 @@ class Decode:
             one = slice(index, index + 1)
             out[one], _ = attention(query[one], cache[0][rows, 0], cache[1][rows, 0], False, -1)
         return out
+
+
+class GraphDecode:
+    """The same under CUDA graphs, replayed: it runs the plan that lies in its integer workspace.
+
+    No list here is longer than the smallest chunk; the tests of decode_plans have longer ones.
+    """
+
+    is_cuda_graph_enabled = True
+
+    def __init__(self, requests: int) -> None:
+        self.begin_forward = partial(pytest.fail, "the host planned a replay")
+        self._own = self._int_workspace_buffer = torch.full((4096,), 255, dtype=torch.uint8)
+        offsets = {
+            "total_rows": 0,
+            "request": 16,
+            "query": 272,
+            "kv": 528,
+            "merge": 784,
+            "o": 912,
+            "size": 1040,
+        }
+        at = list(offsets.values())
+        self._plan_info = [
+            40,
+            requests,
+            at[0],
+            16,
+            at[1],
+            at[2],
+            at[3],
+            at[4],
+            at[5],
+            at[6],
+            0,
+            0,
+            1056,
+            1,
+            1,
+        ]
+
+    def forward(self, query: torch.Tensor, cache: Any, **_: Any) -> torch.Tensor:
+        assert self._int_workspace_buffer is not self._own
+        plan = self._int_workspace_buffer
+
+        def read(field: int, count: int) -> list[int]:
+            first = self._plan_info[field]
+            return plan[first : first + 4 * count].view(torch.int32).tolist()
+
+        requests, (size,) = read(2, 1)[0], read(9, 1)
+        pointers = self._paged_kv_indptr_buf.tolist()
+        first = self._plan_info[12]
+        chunks = sum(plan[first : first + self._plan_info[0]].tolist())
+        parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for request, tile in zip(read(4, chunks), read(6, chunks), strict=True):
+            rows = self._paged_kv_indices_buf[pointers[request] : pointers[request + 1]].long()
+            rows = rows[tile * size : (tile + 1) * size]
+            one = query[request : request + 1]
+            part = attention(one, cache[0][rows, 0], cache[1][rows, 0], False, -1)
+            parts.setdefault(request, []).append(part)
+        ends = read(8, requests + 1)
+        assert read(7, requests + 1) == ends
+        assert [b - a for a, b in itertools.pairwise(ends)] == [len(parts[i]) for i in range(requests)]
+        return torch.cat([merge_all(parts[request]) for request in range(requests)])
+
+
+def merge_all(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One output of those of the chunks."""
+    out, lse = parts[0]
+    for other, other_lse in parts[1:]:
+        out, lse = merge(out, lse, other, other_lse)
+    return out
 
 
 def merge(o1: torch.Tensor, s1: torch.Tensor, o2: torch.Tensor, s2: torch.Tensor) -> Any:
@@ -148,6 +261,11 @@ class World:
 
     def __init__(self, seed: int, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dynamic_flashinfer.stock, "_safe_merge_state", merge)
+        # Both ways of attending over a prefix.
+        kernels = "fa3" if seed % 2 else "fa2"
+        monkeypatch.setattr(
+            prefix.flashinfer_prefill, "determine_attention_backend", lambda *_, **__: kernels
+        )
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.full = iter(rng.sample(range(1, FULL + 1), FULL))
@@ -200,12 +318,19 @@ class World:
         backend.workspace_buffer = torch.empty(1)
         backend.prefill_wrapper_ragged = Ragged()
         backend.prefill_wrappers_paged = [Paged(), Paged()]
+        backend.prefix = object.__new__(PrefixAttention)
+        backend.prefix._paged, backend.prefix._dense = PlannedPaged(), Dense()
+        backend.prefix._device = torch.device("cpu")
         backend.indices_updater_prefill = SimpleNamespace(
             num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
         )
         backend.prefill_planner = PrefillPlanner(backend.runner, backend)
         backend.decider = Decider(state)
-        backend.step = backend.graph_rows = None
+        backend.step = None
+        backend.graph_rows = torch.zeros(8192, dtype=torch.int32)
+        backend._graph_pointers = torch.zeros(LAYERS * 16 + 1, dtype=torch.int32)
+        backend._graph_write = torch.zeros((LAYERS, 16), dtype=torch.int32)
+        backend._graph_plans = torch.randint(0, 255, (LAYERS, 2048), dtype=torch.uint8)
         backend._kv_cache = (state.arena.keys.unsqueeze(1), state.arena.values.unsqueeze(1))
         updater: Any = object.__new__(dynamic_flashinfer.DynamicDecodeUpdater)
         updater.attn_backend, updater.runner = backend, backend.runner
@@ -265,7 +390,7 @@ class World:
             self._layer(batch, layer, sum(extend for _, _, extend, _ in work), "forward_extend")
         return self.cuda_backend.prefill
 
-    def decode(self, requests: list[Request]) -> None:
+    def decode(self, requests: list[Request], graph: bool = False) -> None:
         """One token for every request."""
         for request in requests:
             self.grow(request, 1)
@@ -277,7 +402,7 @@ class World:
             forward_mode=mode, req_pool_indices=rows, seq_lens=lengths, out_cache_loc=slots
         )
         self.torch_backend.init_forward_metadata(batch)
-        backend, wrapper = self.cuda_backend, Decode()
+        backend, wrapper = self.cuda_backend, GraphDecode(len(requests)) if graph else Decode()
         backend.indices_updater_decode.update_sliding_window(
             lengths, lengths, 0, [wrapper], None, None, plan=None, req_pool_indices=rows
         )
@@ -296,6 +421,7 @@ class World:
             qk_head_dim=DIM,
             v_head_dim=DIM,
             scaling=DIM**-0.5,
+            logit_cap=0.0,
             k_scale_float=None,
             v_scale_float=None,
         )
@@ -315,7 +441,9 @@ class World:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after layer {number}")
 
 
-@pytest.mark.parametrize(("score", "seed"), [("lighttransfer", 0), ("residual-error", 1), ("squeeze", 2)])
+@pytest.mark.parametrize(
+    ("score", "seed"), [("lighttransfer", 0), ("lighttransfer", 3), ("residual-error", 1), ("squeeze", 2)]
+)
 def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Staged, decided, inherited and short requests in all the company they can meet."""
     world = World(seed, score, monkeypatch)
@@ -323,11 +451,11 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
         Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (4, 0), (9, 0), (11, 8))
     )
     meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
-    assert meta.ragged and meta.prefix is None
+    assert meta.ragged and meta.prefix_rows is None
     world.slide(a, 1, copy=False)  # reserved: written when it is decided
     # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
     meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
-    assert meta.ragged and meta.prefix is not None
+    assert meta.ragged and meta.prefix_rows is not None
     world.slide(b, 2, copy=True)
     world.decode([a, b, d, f])
     world.share(e, b, 28)
@@ -346,8 +474,9 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     world.share(short, d, 9)
     meta = world.prefill([(Kind.DECIDED, short, 4, 0)])
     assert meta.ragged
-    for _ in range(3):
-        world.decode([short, e, a])
+    for step in range(4):
+        world.decode([short, e, a], graph=step > 0)
+    world.decode([a, b, c, d, e, new, early], graph=True)
     assert len({tuple(row) for row in world.cuda_state.sets.bank_of.tolist()}) > 3, "sets differ"
 
 

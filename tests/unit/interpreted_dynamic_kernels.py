@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_re
 from lt_sglang.attention.kernels import Banks, make_tiles, merge_sinks
 from lt_sglang.dynamic import kernels, prefill_kernels
 from lt_sglang.dynamic.decide import queue_step
+from lt_sglang.dynamic.decode_plan import PlanLayout, decode_plans
 from lt_sglang.dynamic.layer_sets import banks as banks_of
 from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.dynamic.prefill_kernels import EVERY, FULL_ONLY, LAZY_ONLY, Requests
+from lt_sglang.errors import LightTransferError
 
 LAYERS, KEEP = 7, 3
 SINK, RECENT = 4, 12
@@ -396,3 +399,70 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
             weights = torch.softmax(torch.cat([lse[token, :, None] / 1.4426950408889634, scores], 1), 1)
             expected = weights[:, :1] * window[token] + weights[:, 1:] @ v
             torch.testing.assert_close(out[token], expected, atol=1e-4, rtol=1e-4)
+
+
+PLAN = PlanLayout(
+    chunks=33,
+    total_rows=16,
+    request_indices=32,
+    query_tiles=176,
+    kv_tiles=320,
+    merge_indptr=576,
+    o_indptr=464,
+    chunk_size=680,
+    valid=688,
+)
+
+
+def flashinfer_plan(lengths: list[int], chunks: int) -> tuple[int, list[tuple[int, int]], list[int]]:
+    """PrefillSplitQOKVIndptr for one query a request: the chunk size, (request, chunk) pairs, o_indptr."""
+    low, high = 128, max(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if sum(-(-max(length, 1) // middle) for length in lengths) > chunks:
+            low = middle + 1
+        else:
+            high = middle
+    counts = [-(-max(length, 1) // low) for length in lengths]
+    pairs = [(request, tile) for request, count in enumerate(counts) for tile in range(count)]
+    return low, pairs, [0, *itertools.accumulate(counts)]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [[5], [1]],
+        [[32768], [1024]],
+        [[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]],
+        [[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12],
+        [[7] * 21, [100000] + [1] * 20],
+        [[900 + i for i in range(17)]],
+    ],
+)
+def test_decode_plans(lengths: list[list[int]]) -> None:
+    """Every layer gets the plan that FlashInfer would make for its lists, whatever was there before."""
+    requests, layers = len(lengths[0]), len(lengths)
+    pointers = torch.tensor(
+        [0, *itertools.accumulate(n for layer in lengths for n in layer)], dtype=torch.int32
+    )
+    out = torch.randint(0, 255, (layers, 768), dtype=torch.uint8)
+    decode_plans(out, pointers, requests, PLAN)
+    for layer, given in enumerate(lengths):
+        size, pairs, indptr = flashinfer_plan(given, PLAN.chunks)
+
+        def read(offset: int, count: int, row: torch.Tensor = out[layer]) -> list[int]:
+            return row[offset : offset + 4 * count].view(torch.int32).tolist()
+
+        assert read(PLAN.chunk_size, 1) == [size]
+        assert read(PLAN.total_rows, 1) == [requests]
+        found = zip(read(PLAN.request_indices, len(pairs)), read(PLAN.kv_tiles, len(pairs)), strict=True)
+        assert list(found) == pairs
+        assert read(PLAN.query_tiles, PLAN.chunks) == [0] * PLAN.chunks
+        assert read(PLAN.o_indptr, requests + 1) == read(PLAN.merge_indptr, requests + 1) == indptr
+        valid = out[layer, PLAN.valid : PLAN.end].tolist()
+        assert valid == [1] * len(pairs) + [0] * (PLAN.chunks - len(pairs))
+
+
+def test_decode_plans_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LightTransferError, match="does not fit"):
+        decode_plans(torch.zeros((2, 512), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), 1, PLAN)

@@ -13,7 +13,7 @@ from lt_sglang.attention.indices import (
     decode_rows_reference,
     lazy_lengths,
     sink_rows,
-    span_rows,
+    span_slots,
 )
 from tests.unit.streaming import Batch, visible
 
@@ -68,14 +68,16 @@ def test_sink_rows(sink: int, recent: int) -> None:
         assert (rows[index] >= batch.windows.sink_base).all() == (stored >= 0 or sink == 0)
 
 
-def test_span_rows() -> None:
+def test_span_slots() -> None:
     rng = random.Random(3)
     batch = Batch(rng, 4, 8, lengths=[50, 60, 70])
     first, counts = torch.tensor([10, 0, 69]), torch.tensor([5, 0, 1])
-    got = span_rows(batch.rows, first, counts, 6, batch.tables)
-    expected = [batch.slot_of_position(0, j) for j in range(10, 15)] + [batch.slot_of_position(2, 69)]
-    assert got.tolist() == expected
-    assert got.dtype == torch.int32
+    full, streaming = span_slots(batch.rows, first, counts, 6, batch.tables)
+    positions = [(0, j) for j in range(10, 15)] + [(2, 69)]
+    assert streaming.tolist() == [batch.slot_of_position(*at) for at in positions]
+    table = batch.tables.req_to_token
+    assert full.tolist() == [int(table[batch.rows[request], j]) for request, j in positions]
+    assert full.dtype == streaming.dtype == torch.int32
 
 
 def test_lazy_lengths_keep_dtype() -> None:
