@@ -267,7 +267,7 @@ def _alone_rows(results: dict[str, Any]) -> list[str]:
         "## Without a baseline",
         "",
         "Long runs (`lt-sglang soak`): the last sixth's throughput over the first's, and by how much memory",
-        "grew from the second sixth to the last. Checks (`lt-sglang bench`, one side): the scenario's gates.",
+        "grew from the fourth sixth to the last. Checks (`lt-sglang bench`, one side): the scenario's gates.",
         "",
         "| date, GPU, scenario | what | result | held | notes |",
         "|---|---|---|---|---|",

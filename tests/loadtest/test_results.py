@@ -24,7 +24,7 @@ from lt_sglang.loadtest.samples import Sample, summarize
 from lt_sglang.loadtest.scenario import Scenario, Slo, load_scenarios
 from lt_sglang.loadtest.servers import specs_of
 from lt_sglang.loadtest.session import Session
-from lt_sglang.loadtest.soak import Look, parts
+from lt_sglang.loadtest.soak import Look, Part, judge, parts
 from lt_sglang.loadtest.wire import Answer, StreamError, read_event
 from lt_sglang.planner.shapes import SHAPES
 
@@ -246,3 +246,26 @@ def test_parts_of_a_long_run() -> None:
     # Twice as slow in the end.
     slow = [row for at, row in enumerate(samples) if at < 50 or at % 2]
     assert parts(slow, looks, 1000.0, 60.0)[-1].tokens_per_second == 5.0
+
+
+@pytest.mark.parametrize("gpu", [0, 1000], ids=["cpu", "gpu"])
+def test_a_long_run_is_judged_by_its_parts(gpu: int) -> None:
+    def run_of(speeds: list[float], memory: list[float]) -> dict[str, bool]:
+        # The clock counts on a GPU, the server's CPU time on a CPU; the other one is made to fail.
+        made = [(one, 100.0 - at) if gpu else (100.0 - at, one) for at, one in enumerate(speeds)]
+        some = [Part(*pair, rss, gpu) for pair, rss in zip(made, memory, strict=True)]
+        passed: dict[str, bool] = judge(some, True, [])["passed"]
+        return passed
+
+    flat = [2000.0] * 6
+    filling = [1000.0, 1600.0, 1900.0, 2000.0, 2005.0, 2010.0]
+    leaking = [1000.0 + 100 * at for at in range(6)]
+    assert all(run_of([50.0, 49, 50, 51, 50, 48.6], filling).values())
+    assert run_of([50.0, 49, 50, 51, 50, 48.4], flat) == {
+        "errors": True,
+        "throughput": False,
+        "memory": True,
+        "nothing_left": True,
+    }
+    assert not run_of([50.0] * 6, leaking)["memory"]
+    assert not judge([Part(1.0, 1.0, 1.0, 0)] * 6, True, ["a request"])["passed"]["nothing_left"]
