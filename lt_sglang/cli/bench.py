@@ -10,6 +10,7 @@ from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.cli.run_options import add_run_options
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.loadtest import check_installed
 
 BACKENDS = ("flashinfer", "fa3", "triton", "torch_native")
 
@@ -20,6 +21,7 @@ def run(argv: list[str]) -> int:
     args, flags = _parser().parse_known_args(rest)
     given = [part for part in argv if part.startswith("--lt-")]
     del given
+    check_installed()
     from lt_sglang.loadtest.bench import Bench, Settings
     from lt_sglang.loadtest.machine import this_machine
     from lt_sglang.loadtest.rehearsal import rehearsal

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 
 from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.loadtest import check_installed
 
 
 def run(argv: list[str]) -> int:
     """Become locust; its exit code is 1 if a gate was broken, 2 if nothing could be measured."""
     args = _parser().parse_args(argv)
+    check_installed()
     from lt_sglang.loadtest.runner import locust_command, locust_environment
     from lt_sglang.loadtest.scenario import load_scenarios, pick
 

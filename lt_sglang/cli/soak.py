@@ -9,12 +9,14 @@ from pathlib import Path
 from lt_sglang.cli.options import OPTIONS_HELP, take_options
 from lt_sglang.cli.parser import Parser, positive_float
 from lt_sglang.cli.run_options import add_run_options
+from lt_sglang.loadtest import check_installed
 
 
 def run(argv: list[str]) -> int:
     """Start a server, load it, write the result file; 1 if something did not hold."""
     options, rest = take_options(argv)
     args, flags = _parser().parse_known_args(rest)
+    check_installed()
     from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine
     from lt_sglang.loadtest.machine import this_machine
     from lt_sglang.loadtest.result_file import header, write

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 
+import lt_sglang.loadtest
 from lt_sglang.cli import main
 from lt_sglang.launch.processes import free_port
 from lt_sglang.loadtest.outcome import read_summary
@@ -82,3 +83,13 @@ def test_a_bad_command_is_one_line(
     assert main([places.get(part, part) for part in argv] + work) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lt_sglang.loadtest, "EXTRA", ("locust", "no_such_package"))
+    file = str(write(tmp_path, scenario()))
+    for argv in (["loadtest", file, "--url", "http://x"], ["bench", file], ["soak", file]):
+        assert main(argv) == 2
+        assert "no_such_package: not installed; load tests need pip install" in capsys.readouterr().err

@@ -32,7 +32,9 @@ def test_names_are_unique() -> None:
 
 @pytest.mark.parametrize("one", [one for _, one in SCENARIOS], ids=NAMES)
 def test_a_shipped_scenario_fits_its_model(one: Scenario) -> None:
-    shape = SHAPES[one.engine.shape or ""]
+    if one.engine.shape is None:
+        pytest.skip("it is for any model")
+    shape = SHAPES[one.engine.shape]
     overrides = {CONFIG_KEY: dict(one.engine.lighttransfer)}
     config = resolve_config(take_options([])[0], "shape", shape, overrides)
     assert config is not None and config.lazy_layers
