@@ -86,6 +86,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--rounds", type=positive, default=2, help="starts of each server, default 2")
     parser.add_argument("--repeats", type=positive, default=1, help="runs within a start, default 1")
-    parser.add_argument("--budget-s", type=positive_float, help="start nothing more after so many seconds")
+    parser.add_argument(
+        "--budget-s",
+        type=positive_float,
+        help="start nothing more after so many seconds; scenarios are then finished one by one",
+    )
     add_run_options(parser)
     return parser

@@ -79,14 +79,17 @@ class Bench:
         Returns 1 if a scenario has no result file, or one of its gates was broken on ours; else 0.
         """
         cells = [self._cell(scenario) for scenario in scenarios]
-        # Each server is started once a round, for all scenarios that need it.
-        specs = {spec.key: spec for cell in cells for spec in cell.specs.values()}
+        # Each server is started once a round for all scenarios that need it; where time may run out,
+        # scenarios are finished one by one.
+        groups = [cells] if self._settings.budget_s is None else [[cell] for cell in cells]
         paths: dict[str, list[Path]] = {}
-        for number in range(self._settings.rounds):
-            order = list(specs.values())
-            for spec in order if number % 2 == 0 else reversed(order):
-                self._run_engine(spec, cells, number)
-                paths = {cell.scenario.name: self._write(cell) for cell in cells}
+        for group in groups:
+            specs = {spec.key: spec for cell in group for spec in cell.specs.values()}
+            for number in range(self._settings.rounds):
+                order = list(specs.values())
+                for spec in order if number % 2 == 0 else reversed(order):
+                    self._run_engine(spec, group, number)
+                    paths |= {cell.scenario.name: self._write(cell) for cell in group}
         for name, some in paths.items():
             print(f"{name}: {', '.join(map(str, some)) or 'no result'}")
         broken = [
