@@ -25,7 +25,8 @@ def run(argv: list[str]) -> int:
     from lt_sglang.loadtest.bench import Bench, Settings
     from lt_sglang.loadtest.machine import this_machine
     from lt_sglang.loadtest.rehearsal import rehearsal
-    from lt_sglang.loadtest.scenario import Scenario, load_scenarios, pick
+    from lt_sglang.loadtest.scenario import Scenario
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 
     files = [file for path in args.scenarios for file in scenario_files(path)]
     chosen: list[Scenario] = []

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     check_installed()
     from lt_sglang.loadtest.runner import locust_command, locust_environment
-    from lt_sglang.loadtest.scenario import load_scenarios, pick
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 
     scenario = pick(load_scenarios(args.scenario), args.case)
     command = [*locust_command(args.scenario, args.url, args.out), "--lt-case", scenario.name]

@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine
     from lt_sglang.loadtest.machine import this_machine
     from lt_sglang.loadtest.result_file import header, write
-    from lt_sglang.loadtest.scenario import load_scenarios, pick
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
     from lt_sglang.loadtest.servers import specs_of
     from lt_sglang.loadtest.soak import STRICT, soak
 

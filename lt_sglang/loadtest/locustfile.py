@@ -21,7 +21,7 @@ from locust.runners import LocalRunner
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.outcome import finish
-from lt_sglang.loadtest.scenario import load_scenarios, pick
+from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 from lt_sglang.loadtest.session import Session
 
 IDLE_SECONDS = 0.2

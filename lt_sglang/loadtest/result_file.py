@@ -16,7 +16,8 @@ from lt_sglang.loadtest.bounds import Bounds
 from lt_sglang.loadtest.decode_log import Steady
 from lt_sglang.loadtest.engines import EngineSpec
 from lt_sglang.loadtest.machine import Machine, versions
-from lt_sglang.loadtest.scenario import Scenario, as_mapping
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import as_mapping
 
 # Figures of the client a comparison shows; rates and times are left out on a CPU.
 COUNTS = ("completed", "errors", "aborted", "total_input_tokens", "total_output_tokens", "cached_tokens")

@@ -13,7 +13,8 @@ import yaml
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest import locustfile_path
 from lt_sglang.loadtest.outcome import SUMMARY, read_summary
-from lt_sglang.loadtest.scenario import Scenario, as_mapping
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import as_mapping
 
 SCENARIO = "scenario.yaml"
 LOG_LINES = 15

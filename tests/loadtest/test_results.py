@@ -21,7 +21,8 @@ from lt_sglang.loadtest.engines import EngineSpec
 from lt_sglang.loadtest.machine import Machine
 from lt_sglang.loadtest.result_file import Measured, build, ratios, write
 from lt_sglang.loadtest.samples import Sample, summarize
-from lt_sglang.loadtest.scenario import Scenario, Slo, load_scenarios
+from lt_sglang.loadtest.scenario import Scenario, Slo
+from lt_sglang.loadtest.scenario_file import load_scenarios
 from lt_sglang.loadtest.servers import specs_of
 from lt_sglang.loadtest.session import Session
 from lt_sglang.loadtest.soak import Look, Part, judge, parts
@@ -118,7 +119,7 @@ def test_a_result_file_feeds_the_table(machine: Machine, tmp_path: Path) -> None
 def test_both_sides_get_the_same_flags(tmp_path: Path) -> None:
     for file in sorted(FILES.rglob("*.yaml")):
         for one in load_scenarios(file):
-            specs = specs_of(one, tmp_path, ["flashinfer"], flags=("--log-level", "info"))
+            specs = specs_of(one, tmp_path, ["flashinfer"], "m", flags=("--log-level", "info"))
             ours = specs.pop("lighttransfer")
             for stock in specs.values():
                 common = [flag for flag in stock.flags if flag in ours.flags]

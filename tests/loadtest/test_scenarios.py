@@ -12,7 +12,8 @@ from lt_sglang.cli.options import resolve_config, take_options
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.rehearsal import rehearsal
-from lt_sglang.loadtest.scenario import Scenario, as_mapping, load_scenarios, pick
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import as_mapping, load_scenarios, pick
 from lt_sglang.loadtest.shapes import SHAPES
 
 from .runs import REPOSITORY, scenario, write

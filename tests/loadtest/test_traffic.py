@@ -12,7 +12,8 @@ import pytest
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest import traces
-from lt_sglang.loadtest.scenario import Scenario, load_scenarios
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import load_scenarios
 from lt_sglang.loadtest.traffic import TOKEN_IDS, conversations
 
 from .runs import REPOSITORY, scenario, write
