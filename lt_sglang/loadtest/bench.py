@@ -31,7 +31,7 @@ LEAST_SECONDS = 60.0
 class Settings:
     """How to compare.
 
-    model: a folder or hub name, for scenarios without a shape. flags: SGLang's, for both sides. options:
+    model: a folder or hub name, in place of a scenario's shape. flags: SGLang's, for both sides. options:
     ``--lt-*``. most_tp: GPUs, where a scenario asks for more. baselines: attention backends of stock SGLang,
     one comparison each. rounds: starts of each server; their order alternates. repeats: runs of a scenario
     within a start. work: folder for logs and reports. out: folder for result files. budget_s: stop starting

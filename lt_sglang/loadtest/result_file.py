@@ -18,6 +18,7 @@ from lt_sglang.loadtest.engines import EngineSpec
 from lt_sglang.loadtest.machine import Machine, versions
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.scenario_file import as_mapping
+from lt_sglang.loadtest.shapes import SHAPE_FLAGS
 
 # Figures of the client a comparison shows; rates and times are left out on a CPU.
 COUNTS = ("completed", "errors", "aborted", "total_input_tokens", "total_output_tokens", "cached_tokens")
@@ -95,7 +96,7 @@ def header(scenario: Scenario, machine: Machine, spec: EngineSpec) -> dict[str, 
         "versions": versions(),
         "commit": machine.commit,
         "seed": scenario.seed,
-        "workload": {"model": _model(scenario, spec), **_workload(scenario)},
+        "workload": {"model": _model(spec), **_workload(scenario)},
     }
 
 
@@ -164,9 +165,9 @@ def _median(values: Any) -> float | None:
     return round(statistics.median(known), 4) if known else None
 
 
-def _model(scenario: Scenario, spec: EngineSpec) -> str:
-    name = f"{scenario.engine.shape} shape, dummy weights" if scenario.engine.shape else Path(spec.model).name
-    return f"{name}, tp {spec.tp}"
+def _model(spec: EngineSpec) -> str:
+    dummy = " shape, dummy weights" if set(SHAPE_FLAGS) <= set(spec.flags) else ""
+    return f"{Path(spec.model).name}{dummy}, tp {spec.tp}"
 
 
 def _workload(scenario: Scenario) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def specs_of(
     Args:
         work: folder for the configuration of a shape.
         baselines: attention backends of stock SGLang; not used if the scenario wants ours alone.
-        model: a folder or hub name, for scenarios without a shape.
+        model: a folder or hub name, in place of the scenario's shape.
         most_tp: GPUs, where the scenario asks for more.
         flags: SGLang's, for both sides. options: ``--lt-*``.
 
@@ -33,7 +33,7 @@ def specs_of(
     """
     engine = scenario.engine
     common = (*engine.flags, *flags)
-    if engine.shape is not None:
+    if model is None and engine.shape is not None:
         model = str(write_shape(engine.shape, work.absolute() / "models" / engine.shape))
         common = (*SHAPE_FLAGS, *common)
     if model is None:

@@ -104,6 +104,7 @@ def test_a_result_file_feeds_the_table(machine: Machine, tmp_path: Path) -> None
     path = write(result, tmp_path, "2026-01-02", machine.label)
     assert path.name == f"2026-01-02-{machine.label}-table5-16k.json"
     data = json.loads(path.read_text())
+    assert data["workload"]["model"] == "mistral-7b shape, dummy weights, tp 1"
     assert data["baseline"]["engine"] == "stock_flashinfer" and data["baseline"]["requests_running"] == 25
     assert data["ratio"]["decode_tokens_per_second"] == pytest.approx(1.837, abs=0.001)
     for name, bound in data["bound"].items():
@@ -153,6 +154,10 @@ def test_a_scenario_without_a_shape_needs_a_model(tmp_path: Path) -> None:
     assert specs_of(one, tmp_path, [], "m")["lighttransfer"] == EngineSpec(
         "lighttransfer", "m", 1, (), lighttransfer={}
     )
+    # A model takes a shape's place, and has weights and a tokenizer.
+    real = specs_of(table5("16k"), tmp_path, ["triton"], "m")
+    assert {spec.model for spec in real.values()} == {"m"}
+    assert not any("--load-format" in spec.flags for spec in real.values())
 
 
 def test_steady_decode_leaves_prefill_out() -> None:
