@@ -10,9 +10,7 @@ from lt_sglang.cli.parser import Parser, positive
 
 def add_run_options(parser: Parser) -> None:
     """Add them to ``parser``."""
-    parser.add_argument(
-        "--model-path", "--model", help="a folder or hub name, in place of a scenario's shape"
-    )
+    parser.add_argument("--model-path", "--model", help="a folder or hub name, in place of a shape")
     parser.add_argument("--tp-size", "--tp", type=positive, help="GPUs, where a scenario asks for more")
     parser.add_argument(
         "--out", type=Path, default=Path("loadtest/results"), help="result files, default loadtest/results"
