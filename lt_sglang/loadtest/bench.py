@@ -207,8 +207,10 @@ class Bench:
         return bounds(cell.scenario, shape, config, spec.tp, gpu, int(capacity), server)
 
     def _problem(self, cell: Cell, text: str) -> None:
-        cell.problems.append(" ".join(text.split())[:400])
-        print(f"{cell.scenario.name}: {text}", flush=True)
+        # Ends of logs are long; where the log is comes first.
+        line = " ".join(text.split())[:400]
+        cell.problems.append(line)
+        print(f"{cell.scenario.name}: {line}", flush=True)
 
     def _left(self) -> float:
         return self._end - time.monotonic()
