@@ -3,9 +3,10 @@
     python loadtest/make_results.py REPORT.json [REPORT.json ...] --date 2026-11-21 --gpu h100 \\
         --hardware "NVIDIA H100 80GB HBM3" --commit SHA [--note TEXT]
 
-A result file compares one cell of a lighttransfer engine with the same cell of a stock engine, or the errors
-of log-probabilities of the two (parity), or gives the time that tests/gpu/identify.py measured for each score
-of dynamic mode (pass its JSON like a report). The stock engine runs on SGLang's flashinfer backend unless the
+A result file compares one cell of a lighttransfer engine with the same cell of a stock engine, or of dynamic
+mode with static mode (-vs-static), or the errors of log-probabilities of the two (parity), or gives the time
+that tests/gpu/identify.py measured for each score of dynamic mode, or tests/gpu/decode_plan.py for each plan
+(pass their JSON like a report). The stock engine runs on SGLang's flashinfer backend unless the
 file's name says otherwise; where the two come from different reports, its notes say so. `lt-sglang bench` and
 `lt-sglang soak` write result files themselves. README.md and decode.png are made from all result files in the
 folder, never from the reports; without reports, that is all this does.
@@ -24,6 +25,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lt_sglang.config import parse_layers
+from lt_sglang.loadtest.shapes import SHAPES
 from lt_sglang.planner.roofline import decode_bound
 
 STOCK = "stock_flashinfer"
@@ -37,8 +39,6 @@ PARITY = {
     "fa2_eager": ("fa2_stock", "FlashInfer's FA2 kernels for all attention, no CUDA graphs"),
 }
 PARITY_BOUNDS = {"mean": 1.25, "max": 1.5}
-# Of the Mistral-7B shape that tests/gpu/run.py measures.
-LAYERS = 32
 VERSIONS = {"sglang": "0.5.23", "torch": "2.14.1", "flashinfer": "0.7.2", "triton": "3.8.0"}
 
 
@@ -48,8 +48,15 @@ class Cell:
 
     report: str
     engine: str
+    arguments: dict[str, Any]
     config: dict[str, Any] | None
     task: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """Its shape and how it runs."""
+        shape = Path(self.arguments["model_path"]).name.removeprefix("lt-")
+        return f"{shape} shape, dummy weights, bfloat16, tp {self.arguments.get('tp_size', 1)}"
 
     @property
     def kind(self) -> str:
@@ -78,7 +85,7 @@ def read_cells(path: Path) -> Iterator[Cell]:
     for engine, entry in json.loads(path.read_text()).get("steady", {}).items():
         for task in entry["cells"]:
             if task["kind"] == "prefill" or task.get("steady"):
-                yield Cell(path.stem, engine, entry["lighttransfer"], task)
+                yield Cell(str(path), engine, entry["engine"], entry["lighttransfer"], task)
 
 
 def ratios(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
@@ -90,28 +97,44 @@ def ratios(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
 
 def write_results(cells: list[Cell], args: argparse.Namespace) -> None:
     """One file for each lighttransfer cell and each stock engine that has its counterpart."""
-    stock = [cell for cell in cells if cell.engine.startswith("stock_")]
     for cell in cells:
-        bases = {base.engine: base for base in stock if base.kind == cell.kind}
+        others = [base for base in cells if cell.config and comparable(base, cell)]
+        bases = {base.engine: base for base in others}
         # A baseline of the same report if there is one.
-        bases |= {b.engine: b for b in stock if b.kind == cell.kind and b.report == cell.report}
-        for base in bases.values() if cell.config else ():
+        bases |= {base.engine: base for base in others if base.report == cell.report}
+        for base in bases.values():
             write_result(cell, base, args)
+
+
+def comparable(base: Cell, cell: Cell) -> bool:
+    """Whether ``base`` is a baseline of ``cell``: the same work, and where it fills the memory, both do."""
+    stock = base.engine.startswith("stock_")
+    static = base.engine.startswith("lt_") and cell.engine.startswith("dynamic_")
+    if not (stock or static) or base.kind != cell.kind or base.model != cell.model:
+        return False
+    if cell.task["kind"] == "prefill" or base.task["requests"] == cell.task["requests"]:
+        return True
+    return stock and cell.task["steady"]["running"] > base.task["steady"]["running"]
 
 
 def write_result(cell: Cell, base: Cell, args: argparse.Namespace) -> None:
     """One file: ``cell`` against ``base``."""
     assert cell.config is not None
     scenario = f"{cell.engine}-{cell.kind}".replace("_", "-")
+    if cell.arguments.get("tp_size", 1) > 1:
+        scenario = f"{Path(cell.arguments['model_path']).name}-tp{cell.arguments['tp_size']}-{scenario}"
     if base.engine != STOCK:
-        scenario += f"-vs-{base.engine.removeprefix('stock_')}"
+        other = "static" if base.engine.startswith("lt_") else base.engine.removeprefix("stock_")
+        scenario += f"-vs-{other}"
     notes = [args.note] if args.note else []
-    if cell.report != base.report:
+    if cell.report != base.report and not args.together:
         notes.append("Baseline and lighttransfer were measured in two runs, on machines of the same kind.")
-    config = {
-        key: cell.config[key]
-        for key in ("lazy_layers", "sink_tokens", "recent_tokens", "expected_tokens", "pools")
-    }
+    if cell.task["kind"] != "prefill" and base.engine.startswith("stock_"):
+        full = base.task["steady"]["running"] < base.task["requests"]
+        if full and cell.task["steady"]["running"] == cell.task["requests"]:
+            notes.append("All requests sent to LightTransfer ran at once: its memory would hold more.")
+    keys = ("mode", "lazy_layers", "sink_tokens", "recent_tokens", "expected_tokens", "pools")
+    config = {key: cell.config[key] for key in (*keys, "keep", "score", "decide") if key in cell.config}
     numbers = ("steady", "seconds", "requests", "output_tokens")
     measured = {key: value for key, value in cell.task.items() if key not in numbers}
     sent = {"requests": cell.task["requests"]} if "requests" in cell.task else {}
@@ -119,7 +142,7 @@ def write_result(cell: Cell, base: Cell, args: argparse.Namespace) -> None:
     result = {
         "scenario": scenario,
         **_common(args),
-        "workload": {"model": "Mistral-7B shape, dummy weights, bfloat16, tp 1", **measured},
+        "workload": {"model": cell.model, **measured},
         "baseline": {"engine": base.engine, **sent_base, **base.numbers()},
         "lighttransfer": {"config": config, **sent, **cell.numbers()},
         "ratio": ratios(base.numbers(), cell.numbers()),
@@ -135,9 +158,16 @@ def write_parity(path: Path, args: argparse.Namespace) -> None:
     for label, (stock, what) in PARITY.items():
         if label not in found or stock not in found:
             continue
-        base, ours = ({key: found[name][key] for key in ("mean", "p99", "max")} for name in (stock, label))
+        dynamic = "choices_equal" in found[label]
+        choices = ("choices_equal", "choices_within_noise", "choices_wrong", "largest_score_error")
+        keys = ("mean", "max", *choices) if dynamic else ("mean", "p99", "max")
+        base, ours = ({key: found[name].get(key) for key in keys} for name in (stock, label))
         ratio = {key: round(ours[key] / base[key], 4) for key in ("mean", "max")}
-        scenario = f"parity-{label}".replace("_", "-")
+        scenario = "-".join(["parity", *(["dynamic"] if dynamic else []), label.replace("_", "-")])
+        if args.tp > 1:
+            scenario, what = f"{scenario}-tp{args.tp}", f"{what}, tp {args.tp}"
+        if dynamic:
+            what = f"dynamic mode, {what}; requests of more than sink + recent tokens choose their layers"
         result = {
             "scenario": scenario,
             **_common(args),
@@ -146,10 +176,16 @@ def write_parity(path: Path, args: argparse.Namespace) -> None:
                 "model": "seeded Llama, 6 layers, 3 of them lazy, 4 + 252, bfloat16",
                 "tokens": "11 prompts of 1 to 5000 tokens, 64 new tokens each",
             },
-            "baseline": {"engine": stock, **base, "prefill_kernels": kernels.get(stock, [])},
+            "baseline": {
+                "engine": stock,
+                **{key: value for key, value in base.items() if value is not None},
+                "prefill_kernels": kernels.get(stock, []),
+            },
             "lighttransfer": {**ours, "prefill_kernels": kernels.get(label, [])},
             "error_ratio": ratio,
-            "within": ratio["mean"] <= PARITY_BOUNDS["mean"] and ratio["max"] <= PARITY_BOUNDS["max"],
+            "within": ratio["mean"] <= PARITY_BOUNDS["mean"]
+            and ratio["max"] <= PARITY_BOUNDS["max"]
+            and not ours.get("choices_wrong"),
             "notes": [],
         }
         _write(args, scenario, result)
@@ -180,6 +216,32 @@ def write_identify(path: Path, args: argparse.Namespace) -> None:
         "notes": [args.note] if args.note else [],
     }
     _write(args, "identify", result)
+
+
+def write_decode_plan(path: Path, args: argparse.Namespace) -> None:
+    """One file with every case that tests/gpu/decode_plan.py timed; does nothing for other reports."""
+    cases = {name: one for name, one in json.loads(path.read_text()).items() if "longest" in one}
+    if not cases:
+        return
+    result = {
+        "scenario": "decode-plan",
+        **_common(args),
+        "workload": {
+            "what": "microseconds of decode attention in one layer, 32 query and 8 KV heads of 128, bfloat16",
+            "lists": list(cases),
+        },
+        "baseline": {
+            "engine": "FlashInfer's plan on the host: of the lists; of lists as long as the longest",
+            "us": {name: [one["host"], one["longest"]] for name, one in cases.items()},
+        },
+        "lighttransfer": {
+            "us_by_chunks_a_place": {name: one["device"] for name, one in cases.items()},
+            "us_planning_32_layers": {name: one["planning, 32 layers"] for name, one in cases.items()},
+        },
+        "largest_difference": max(one["difference"] for one in cases.values()),
+        "notes": [args.note] if args.note else [],
+    }
+    _write(args, "decode-plan", result)
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
@@ -236,6 +298,7 @@ def write_table() -> None:
             f"| {stem} | {what} | {base} | {ours} | {ratio} | {'yes' if result['within'] else 'no'} |"
         )
     rows += _identify_rows(results)
+    rows += _decode_plan_rows(results)
     rows += _alone_rows(results)
     plot(results)
     (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
@@ -257,6 +320,30 @@ def _identify_rows(results: dict[str, Any]) -> list[str]:
             for name, times in result["lighttransfer"]["us"].items():
                 shown = " | ".join(f"{times[score]:.1f}" for score in scores)
                 rows.append(f"| {stem}, {name} | {shown} | {result['baseline']['us'][name]:.1f} |")
+    return rows
+
+
+def _decode_plan_rows(results: dict[str, Any]) -> list[str]:
+    rows = [
+        "",
+        "## Decode plans",
+        "",
+        "GPU microseconds of decode attention in one layer under a plan made on the device (by chunks a",
+        "place on the GPU; the package uses 3), and under FlashInfer's, made on the host for the same lists",
+        "or for lists as long as the longest.",
+        "",
+        "| date, GPU, lists | FlashInfer's | of the longest | ours | by chunks a place | planning 32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stem, result in results.items():
+        if result["scenario"] == "decode-plan":
+            ours = result["lighttransfer"]
+            for name, (host, longest) in result["baseline"]["us"].items():
+                by = ours["us_by_chunks_a_place"][name]
+                every = ", ".join(f"{chunks}: {us:.0f}" for chunks, us in by.items())
+                planning = ours["us_planning_32_layers"][name]
+                figures = f"{host:.0f} | {longest:.0f} | {by['3']:.0f} | {every} | {planning:.1f}"
+                rows.append(f"| {stem}, {name} | {figures} |")
     return rows
 
 
@@ -293,12 +380,12 @@ def _alone_rows(results: dict[str, Any]) -> list[str]:
 def plot(results: dict[str, Any]) -> None:
     """decode.png: measured decode ratios on GPUs against stock's flashinfer, and their bound by KV bytes."""
     shown: dict[str, tuple[float, float | None]] = {}
-    for result in results.values():
+    for stem, result in results.items():
         ratio = result.get("ratio", {}).get("decode_tokens_per_second")
         if ratio is None or "-vs-" in result["scenario"] or "CPU only" in result["hardware"]:
             continue
-        # Files come in the order of their dates: the newest stays.
-        shown[result["scenario"]] = ratio, _kv_bound(result)
+        # Files come in the order of their dates: the newest of a GPU and scenario stays.
+        shown[stem[len("2026-01-02-") :]] = ratio, _kv_bound(result)
     figure = Figure(figsize=(8, 0.6 + 0.42 * max(1, len(shown))), dpi=110, layout="constrained")
     axis = figure.subplots()
     names = sorted(shown, reverse=True)
@@ -320,7 +407,9 @@ def _kv_bound(result: dict[str, Any]) -> float | None:
     if result["ratio"]["requests_running"] == 1:
         return None
     tokens = workload["prompt_tokens"] + workload["new_tokens"] / 2
-    share = len(parse_layers(config["lazy_layers"])) / LAYERS
+    shape = SHAPES[workload["model"].split(" shape")[0].lower()]
+    # In dynamic mode the list for short prompts, as long as every other.
+    share = len(parse_layers(config["lazy_layers"])) / shape["num_hidden_layers"]
     return decode_bound(tokens, share, config["sink_tokens"] + config["recent_tokens"])
 
 
@@ -348,11 +437,16 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--note", default="")
+    parser.add_argument("--tp", type=int, default=1, help="of a report of parity")
+    parser.add_argument(
+        "--together", action="store_true", help="the reports are of one run, each on GPUs of its own"
+    )
     args = parser.parse_args()
     write_results([cell for report in args.reports for cell in read_cells(report)], args)
     for report in args.reports:
         write_parity(report, args)
         write_identify(report, args)
+        write_decode_plan(report, args)
     write_table()
 
 

@@ -15,7 +15,8 @@ Source: sglang/srt/layers/attention/flashinfer_backend.py.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
     FlashInferIndicesUpdaterDecode,
 )
 
+from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
 from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, is_replanned, plan_decode
 from lt_sglang.attention.indices import Windows
@@ -34,7 +36,6 @@ from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.dynamic import kernels
 from lt_sglang.dynamic.decider import Decider
-from lt_sglang.dynamic.decode_plan import PlanLayout, decode_plans, plan_bytes
 from lt_sglang.dynamic.prefill_kernels import Tiles, place
 from lt_sglang.errors import LightTransferError
 
@@ -53,12 +54,13 @@ logger = logging.getLogger(__name__)
 class DecodeStep:
     """What the layers of one decode step share.
 
-    write: int32 [L, bs or more], where new K and V go. plans: uint8 [L, bytes], under CUDA graphs; else all
-    layers use the wrapper's own plan, made for the longest lists.
+    write: int32 [L, bs or more], where new K and V go. plan, plans: under CUDA graphs each layer's own plan,
+    uint8 [L, bytes]; else all layers run the wrapper's, made for the longest lists.
     """
 
     lists: LayerLists
     write: torch.Tensor
+    plan: DecodePlan | None = None
     plans: torch.Tensor | None = None
 
     def attend(
@@ -66,11 +68,11 @@ class DecodeStep:
     ) -> torch.Tensor:
         """[requests, heads, dim] of one layer."""
         self.lists.use(wrapper, layer)
-        own = wrapper._int_workspace_buffer
-        if self.plans is not None:
-            wrapper._int_workspace_buffer = self.plans[layer]
-        out: torch.Tensor = wrapper.forward(query, kv_cache, **options)
-        wrapper._int_workspace_buffer = own
+        how: AbstractContextManager[None] = nullcontext()
+        if self.plan is not None and self.plans is not None:
+            how = planned(wrapper, self.plan, self.plans[layer])
+        with how:
+            out: torch.Tensor = wrapper.forward(query, kv_cache, **options)
         return out
 
 
@@ -106,7 +108,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.graph_rows: torch.Tensor | None = None
         self._graph_pointers: torch.Tensor | None = None
         self._graph_write: torch.Tensor | None = None
-        self._graph_plans: torch.Tensor | None = None
+        self.graph_plans: GraphPlans | None = None
         self._kv_cache = tuple(
             tensor.view(self.state.kv_dtype).unsqueeze(1)
             for tensor in (self.state.arena.keys, self.state.arena.values)
@@ -125,11 +127,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.graph_rows = torch.zeros(size, dtype=torch.int32, device="cuda")
         self._graph_pointers = torch.zeros(layout.layers * max_bs + 1, dtype=torch.int32, device="cuda")
         self._graph_write = torch.zeros((layout.layers, max_bs), dtype=torch.int32, device="cuda")
-        updater = self.indices_updater_decode
-        group = updater.num_qo_heads // updater.num_kv_heads
-        processors = torch.cuda.get_device_properties(self.workspace_buffer.device).multi_processor_count
-        size = plan_bytes(max_bs, group, updater.num_kv_heads, processors)
-        self._graph_plans = torch.zeros((layout.layers, size), dtype=torch.uint8, device="cuda")
+        self.graph_plans = GraphPlans(self, self.indices_updater_decode, layout.layers, max_bs)
 
     def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether the lists of a decode batch fit the CUDA graphs' buffer (requests may share tokens)."""
@@ -183,7 +181,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             assert self._graph_pointers is not None and self._graph_write is not None
             pointers = self._graph_pointers[: layers * requests + 1]
             lists = LayerLists(self.graph_rows, pointers, requests)
-            self.step = DecodeStep(lists, self._graph_write, self._graph_plans)
+            self.step = DecodeStep(lists, self._graph_write)
             return self.step
 
         def empty(*shape: int) -> torch.Tensor:
@@ -436,10 +434,10 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
         )
         if not (wrapper.is_cuda_graph_enabled and is_replanned(wrapper)):
             self._plan_longest(wrapper, lists, lengths, fixed_split_size, disable_split_kv)
-        if step.plans is not None:
-            group = self.num_qo_heads // self.num_kv_heads
-            layout = PlanLayout.read(wrapper._plan_info, requests, group)
-            decode_plans(step.plans, lists.pointers, requests, layout)
+        plans = self.attn_backend.graph_plans
+        if wrapper.is_cuda_graph_enabled and plans is not None:
+            plan = plans.write(wrapper, slice(None), lists.pointers, requests)
+            self.attn_backend.step = replace(step, plan=plan, plans=plans.buffer)
 
     def _plan_longest(
         self,

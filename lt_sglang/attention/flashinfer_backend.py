@@ -11,6 +11,7 @@ Source: sglang/srt/layers/attention/flashinfer_backend.py (wrapper 0: sliding wi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 )
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
 from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
@@ -66,6 +68,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
         self.prefix = PrefixAttention(self.workspace_buffer)
         self.prefix_rows: torch.Tensor | None = None
+        self.graph_plans: GraphPlans | None = None
+        self.full_plan: DecodePlan | None = None
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
         self.indices_updater_prefill = LazyPrefillUpdater(model_runner, self)
 
@@ -77,11 +81,32 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if self.lazy_layers:
             size = max_num_tokens * self.lazy_tokens
             self.cuda_graph_kv_indices[LAZY] = torch.zeros(size, dtype=torch.int32, device="cuda")
+            # The CUDA-core kernel, for few query heads a KV head, has plans of another form.
+            if self.decode_use_tensor_cores:
+                self.graph_plans = GraphPlans(self, self.indices_updater_decode, 1, max_bs)
 
     def _get_wrapper_idx(self, layer: RadixAttention) -> int:
         if not self.lazy_layers:
             return int(super()._get_wrapper_idx(layer))
         return LAZY if layer.layer_id in self.lazy_layers else FULL
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """[requests, heads * dim]."""
+        how: AbstractContextManager[None] = nullcontext()
+        if self.lazy_layers and layer.layer_id not in self.lazy_layers and self.full_plan is not None:
+            assert self.graph_plans is not None and isinstance(self.forward_metadata, stock.DecodeMetadata)
+            wrapper = self.forward_metadata.decode_wrappers[FULL]
+            how = planned(wrapper, self.full_plan, self.graph_plans.buffer[0])
+        with how:
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_extend(
         self,
@@ -197,6 +222,12 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
             plan=plan,
             req_pool_indices=req_pool_indices,
         )
+        backend, wrapper = self.attn_backend, decode_wrappers[FULL]
+        backend.full_plan = None
+        if backend.graph_plans is not None and wrapper.is_cuda_graph_enabled:
+            requests = len(seq_lens)
+            pointers = self.kv_indptr[FULL][: requests + 1]
+            backend.full_plan = backend.graph_plans.write(wrapper, slice(None), pointers, requests)
         windows = self.runner.windows()
         wrapper = decode_wrappers[LAZY]
         batch = len(seq_lens)

@@ -1,6 +1,6 @@
 """Dynamic mode on a GPU: choices and outputs against float32, prefill and decode times.
 
-    python tests/gpu/dynamic.py OUT_FOLDER [--only parity,speed,static,residual,chunk,stock] [--budget-s 540]
+    python tests/gpu/dynamic.py OUT_FOLDER [--only parity,speed,static,prefill,residual,...] [--budget-s 540]
     python tests/gpu/dynamic.py OUT_FOLDER --only parity,tp --tp 2
 
 parity: the engine in bfloat16 against transformers in float32, eager attention weights. A choice may differ
@@ -219,6 +219,7 @@ def speed_steps() -> dict[str, list[Step]]:
     profiles = [profile(32768, 1, 1), profile(16384, 8, 40)]
     # The two last fit whatever the split is: both modes decode the same batch.
     cells = [cell(16384, 48), cell(8192, 32), cell(32768, 12)]
+    stock_cells = [cell(16384, 29), cell(8192, 55), cell(32768, 14)]
 
     def step(name: str, tasks: list[dict[str, Any]], limit_s: float, **options: Any) -> Step:
         return dynamic_step(name, tasks, limit_s, MISTRAL_7B, quick, **options)
@@ -228,11 +229,13 @@ def speed_steps() -> dict[str, list[Step]]:
     lengths = [cell(16384, 34), cell(8192, 16), cell(32768, 8)]
     checked = {"score": "lighttransfer", "check_tables": True}
     return {
-        "speed": [step("dynamic_16k", [*prefill, *cells, *profiles], 240, score="lighttransfer")],
+        "speed": [step("dynamic_16k", cells, 160, score="lighttransfer")],
+        "prefill": [step("dynamic_prefill", [*prefill, *profiles], 120, score="lighttransfer")],
         "residual": [step("dynamic_residual", prefill, 90, score="residual-error")],
         "chunk": [step("dynamic_first_chunk", prefill, 90, score="lighttransfer", decide="first-chunk")],
-        "static": [lazy_step(16384, "half", [*prefill, *cells, *profiles], 240, **quick)],
-        "stock": [stock_step(backend, prefill, 100, **quick) for backend in ("flashinfer", "fa3")],
+        "static": [lazy_step(16384, "half", cells, 160, **quick)],
+        "stock": [stock_step("flashinfer", [*stock_cells, *prefill], 200, **quick)],
+        "fa3": [stock_step("fa3", prefill, 100, **quick)],
         "tp": [
             dynamic_step("dynamic_tp", lengths, 250, QWQ_32B, few, **checked),
             lazy_step(16384, "half", lengths, 250, shape=QWQ_32B, **few),
@@ -241,7 +244,7 @@ def speed_steps() -> dict[str, list[Step]]:
 
 
 def main() -> None:
-    everything = "parity,speed,static,residual,chunk,stock"
+    everything = "parity,speed,static,stock,fa3,prefill,residual,chunk"
     args, common = arguments(argparse.ArgumentParser(description=__doc__), everything)
     run = Run(args.folder, args.budget_s, common)
     chosen = args.only.split(",")

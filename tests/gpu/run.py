@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lt_sglang.loadtest.decode_log import steady_of
 from tests.gpu import parity, trace
 from tests.gpu.jobs import Job, available_gb, gpu_used_mib, task_logs
-from tests.gpu.shapes import MISTRAL_7B, QWQ_32B, Shape
+from tests.gpu.shapes import LLAMA_70B, MISTRAL_7B, QWQ_32B, Shape
 
 
 def engine_args(model: Path, **extra: Any) -> dict[str, Any]:
@@ -415,6 +415,24 @@ def run_tp(run: Run) -> None:
     )
 
 
+def run_70b(run: Run) -> None:
+    """Llama-3-70B's shape under tensor parallelism, half lazy against stock at 16K."""
+    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 4, 8, 12, 16, 24, 32, 40]}
+    quick |= {"shape": LLAMA_70B, "context_length": 40960}
+    run_cells(
+        run,
+        [
+            stock_step("flashinfer", [cell(16384, 20)], 200, **quick),
+            lazy_step(16384, "half", [cell(16384, 38)], 220, **quick),
+        ],
+    )
+
+
+def run_graph(run: Run) -> None:
+    """Parity of two engines, to be quick: stock, and lazy layers under CUDA graphs."""
+    run_parity(run, ("stock", "graph"), together=True)
+
+
 def run_fp8(run: Run) -> None:
     """Parity with an fp8 KV cache; FlashInfer compiles two kernels for it (minutes on a new machine)."""
     run_parity(run, FP8, together=True, limit_s=400)
@@ -436,6 +454,8 @@ STEPS = {
     "prefill": run_prefill,
     "long": run_long,
     "tp": run_tp,
+    "70b": run_70b,
+    "graph": run_graph,
 }
 
 

@@ -35,6 +35,7 @@ for module in (sglang.srt.utils, sglang.srt.utils.common):
 from flashinfer.page import get_seq_lens  # noqa: E402
 
 from lt_sglang.attention import dynamic_flashinfer, prefix  # noqa: E402
+from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans  # noqa: E402
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner  # noqa: E402
 from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
 from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
@@ -180,33 +181,7 @@ class GraphDecode:
     def __init__(self, requests: int) -> None:
         self.begin_forward = partial(pytest.fail, "the host planned a replay")
         self._own = self._int_workspace_buffer = torch.full((4096,), 255, dtype=torch.uint8)
-        offsets = {
-            "total_rows": 0,
-            "request": 16,
-            "query": 272,
-            "kv": 528,
-            "merge": 784,
-            "o": 912,
-            "size": 1040,
-        }
-        at = list(offsets.values())
-        self._plan_info = [
-            40,
-            requests,
-            at[0],
-            16,
-            at[1],
-            at[2],
-            at[3],
-            at[4],
-            at[5],
-            at[6],
-            0,
-            0,
-            1056,
-            1,
-            1,
-        ]
+        self._plan_info = DecodePlan(requests, 40, tile=16, places=33, partial_bytes=0).info
 
     def forward(self, query: torch.Tensor, cache: Any, **_: Any) -> torch.Tensor:
         assert self._int_workspace_buffer is not self._own
@@ -216,7 +191,7 @@ class GraphDecode:
             first = self._plan_info[field]
             return plan[first : first + 4 * count].view(torch.int32).tolist()
 
-        requests, (size,) = read(2, 1)[0], read(9, 1)
+        (requests,), (size,) = read(2, 1), read(9, 1)
         pointers = self._paged_kv_indptr_buf.tolist()
         first = self._plan_info[12]
         chunks = sum(plan[first : first + self._plan_info[0]].tolist())
@@ -330,7 +305,11 @@ class World:
         backend.graph_rows = torch.zeros(8192, dtype=torch.int32)
         backend._graph_pointers = torch.zeros(LAYERS * 16 + 1, dtype=torch.int32)
         backend._graph_write = torch.zeros((LAYERS, 16), dtype=torch.int32)
-        backend._graph_plans = torch.randint(0, 255, (LAYERS, 2048), dtype=torch.uint8)
+        backend.graph_plans = object.__new__(GraphPlans)
+        backend.graph_plans.buffer = torch.randint(0, 255, (LAYERS, 8192), dtype=torch.uint8)
+        backend.graph_plans._heads, backend.graph_plans._kv_heads = HEADS, KV_HEADS
+        backend.graph_plans._dim, backend.graph_plans._processors = DIM, 16
+        backend.graph_plans._workspace_bytes, backend.graph_plans._plans = 1 << 20, {}
         backend._kv_cache = (state.arena.keys.unsqueeze(1), state.arena.values.unsqueeze(1))
         updater: Any = object.__new__(dynamic_flashinfer.DynamicDecodeUpdater)
         updater.attn_backend, updater.runner = backend, backend.runner

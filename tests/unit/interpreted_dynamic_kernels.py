@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from lt_sglang.attention.decode_plan import (
+    CHUNKS_PER_PLACE,
+    START_TOKENS,
+    DecodePlan,
+    decode_plans,
+    plan_bytes,
+)
 from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_reference
 from lt_sglang.attention.kernels import Banks, make_tiles, merge_sinks
 from lt_sglang.dynamic import kernels, prefill_kernels
 from lt_sglang.dynamic.decide import queue_step
-from lt_sglang.dynamic.decode_plan import PlanLayout, decode_plans
 from lt_sglang.dynamic.layer_sets import banks as banks_of
 from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.dynamic.prefill import Kind, Prefill
@@ -401,68 +408,80 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
             torch.testing.assert_close(out[token], expected, atol=1e-4, rtol=1e-4)
 
 
-PLAN = PlanLayout(
-    chunks=33,
-    total_rows=16,
-    request_indices=32,
-    query_tiles=176,
-    kv_tiles=320,
-    merge_indptr=576,
-    o_indptr=464,
-    chunk_size=680,
-    valid=688,
-)
-
-
-def flashinfer_plan(lengths: list[int], chunks: int) -> tuple[int, list[tuple[int, int]], list[int]]:
-    """PrefillSplitQOKVIndptr for one query a request: the chunk size, (request, chunk) pairs, o_indptr."""
-    low, high = 128, max(lengths)
-    while low < high:
-        middle = (low + high) // 2
-        if sum(-(-max(length, 1) // middle) for length in lengths) > chunks:
-            low = middle + 1
+def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple[int, int]], list[int]]:
+    """The chunk size, (request, chunk) pairs in order, o_indptr."""
+    lengths = [max(length, 1) for length in lengths]
+    tokens, parts = sum(lengths), [*range(1, 17), *(int(16 * 2 ** (i / 8)) for i in range(1, 49))]
+    best = (math.inf, 0)
+    for size in [max(-(-max(lengths) // part), 128) for part in parts]:
+        count = sum(-(-length // size) for length in lengths)
+        if count * size < 1.15 * tokens:
+            time = -(-count // plan.places) * (size + START_TOKENS)
         else:
-            high = middle
-    counts = [-(-max(length, 1) // low) for length in lengths]
-    pairs = [(request, tile) for request, count in enumerate(counts) for tile in range(count)]
-    return low, pairs, [0, *itertools.accumulate(counts)]
+            time = (tokens + count * START_TOKENS) / plan.places + 0.7 * size
+        if count <= plan.chunks and time < best[0]:
+            best = (time, size)
+    size = best[1]
+    whole = [(request, tile) for request, length in enumerate(lengths) for tile in range(length // size)]
+    rest = [(request, length // size) for request, length in enumerate(lengths) if length % size]
+    return size, whole + rest, [0, *itertools.accumulate(-(-length // size) for length in lengths)]
 
 
 @pytest.mark.parametrize(
-    "lengths",
+    ("lengths", "chunks"),
     [
-        [[5], [1]],
-        [[32768], [1024]],
-        [[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]],
-        [[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12],
-        [[7] * 21, [100000] + [1] * 20],
-        [[900 + i for i in range(17)]],
+        ([[5], [1]], 4),
+        ([[32768], [1024]], 33),
+        ([[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]], 12),
+        ([[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12], 144),
+        ([[7] * 21, [100000] + [1] * 20], 24),
+        ([[900 + i for i in range(17)]], 300),
     ],
 )
-def test_decode_plans(lengths: list[list[int]]) -> None:
-    """Every layer gets the plan that FlashInfer would make for its lists, whatever was there before."""
+def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
+    """Every layer gets the plan of its own lists, whatever was there before."""
     requests, layers = len(lengths[0]), len(lengths)
-    pointers = torch.tensor(
-        [0, *itertools.accumulate(n for layer in lengths for n in layer)], dtype=torch.int32
-    )
-    out = torch.randint(0, 255, (layers, 768), dtype=torch.uint8)
-    decode_plans(out, pointers, requests, PLAN)
+    plan = DecodePlan(requests, chunks, tile=16, places=33, partial_bytes=0)
+    every = itertools.accumulate(length for layer in lengths for length in layer)
+    pointers = torch.tensor([0, *every], dtype=torch.int32)
+    out = torch.randint(0, 255, (layers, plan.end + 64), dtype=torch.uint8)
+    before = out.clone()
+    decode_plans(out, pointers, plan)
+    assert torch.equal(out[:, plan.end :], before[:, plan.end :])
     for layer, given in enumerate(lengths):
-        size, pairs, indptr = flashinfer_plan(given, PLAN.chunks)
+        size, pairs, indptr = expected_plan(given, plan)
 
         def read(offset: int, count: int, row: torch.Tensor = out[layer]) -> list[int]:
             return row[offset : offset + 4 * count].view(torch.int32).tolist()
 
-        assert read(PLAN.chunk_size, 1) == [size]
-        assert read(PLAN.total_rows, 1) == [requests]
-        found = zip(read(PLAN.request_indices, len(pairs)), read(PLAN.kv_tiles, len(pairs)), strict=True)
-        assert list(found) == pairs
-        assert read(PLAN.query_tiles, PLAN.chunks) == [0] * PLAN.chunks
-        assert read(PLAN.o_indptr, requests + 1) == read(PLAN.merge_indptr, requests + 1) == indptr
-        valid = out[layer, PLAN.valid : PLAN.end].tolist()
-        assert valid == [1] * len(pairs) + [0] * (PLAN.chunks - len(pairs))
+        assert read(plan.chunk_size, 1) == [size]
+        assert read(plan.total_rows, 1) == [requests]
+        assert list(zip(read(0, len(pairs)), read(plan.kv_tiles, len(pairs)), strict=True)) == pairs
+        assert read(plan.query_tiles, chunks) == [0] * chunks
+        assert read(plan.o_indptr, requests + 1) == read(plan.merge_indptr, requests + 1) == indptr
+        valid = out[layer, plan.valid : plan.valid + chunks].tolist()
+        assert valid == [1] * len(pairs) + [0] * (chunks - len(pairs))
 
 
 def test_decode_plans_that_do_not_fit_are_refused() -> None:
+    plan = DecodePlan(1, 33, tile=16, places=33, partial_bytes=0)
     with pytest.raises(LightTransferError, match="does not fit"):
-        decode_plans(torch.zeros((2, 512), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), 1, PLAN)
+        decode_plans(
+            torch.zeros((2, plan.end - 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), plan
+        )
+
+
+def test_plans_of_another_form_are_refused() -> None:
+    info = DecodePlan(7, 33, tile=16, places=33, partial_bytes=256).info
+    plan = DecodePlan.like(info, 7, heads=32, kv_heads=8, dim=128, processors=132)
+    assert plan.places == 33 and plan.chunks == CHUNKS_PER_PLACE * 33 + 7 and plan.tile == 16
+    assert plan.partial_bytes == 32 * plan.chunks * 128 * 4
+    assert plan.end <= plan_bytes(7, kv_heads=8, processors=132) <= plan_bytes(8, kv_heads=8, processors=132)
+    eager = [*info[:13], 0, 1]
+    for other in (info[:10], eager):
+        with pytest.raises(LightTransferError, match="not of the known form"):
+            DecodePlan.like(other, 7, heads=32, kv_heads=8, dim=128, processors=132)
+    with pytest.raises(LightTransferError, match="not of the known form"):
+        DecodePlan.like(info, 8, heads=32, kv_heads=8, dim=128, processors=132)
+    with pytest.raises(LightTransferError, match="not of the known form"):
+        DecodePlan.like(info, 7, heads=64, kv_heads=2, dim=128, processors=132)
