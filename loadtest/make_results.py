@@ -7,8 +7,9 @@ A result file compares one cell of a lighttransfer engine with the same cell of 
 mode with static mode (-vs-static), or the errors of log-probabilities of the two (parity), or gives the time
 that tests/gpu/identify.py measured for each score of dynamic mode, or tests/gpu/decode_plan.py for each plan
 (pass their JSON like a report). The stock engine runs on SGLang's flashinfer backend unless the
-file's name says otherwise; where the two come from different reports, its notes say so. README.md is made
-from all result files in the folder, never from the reports.
+file's name says otherwise; where the two come from different reports, its notes say so. `lt-sglang bench` and
+`lt-sglang soak` write result files themselves. README.md and decode.png are made from all result files in the
+folder, never from the reports; without reports, that is all this does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+
+from lt_sglang.config import parse_layers
+from lt_sglang.loadtest.shapes import SHAPES
+from lt_sglang.planner.roofline import decode_bound
 
 STOCK = "stock_flashinfer"
 RESULTS = Path(__file__).parent / "results"
@@ -248,11 +255,14 @@ def _write(args: argparse.Namespace, scenario: str, result: dict[str, Any]) -> N
 
 
 def write_table() -> None:
-    """README.md of the results folder, from its files."""
+    """README.md and the plot of the results folder, from its files."""
     rows = ["# Results", "", "Made by `python loadtest/make_results.py`; one file a row.", ""]
+    rows += ["![decode ratios and their bounds](decode.png)", ""]
     rows += [
-        "| date, GPU, scenario | baseline | LightTransfer | ratio | notes |",
-        "|---|---|---|---|---|",
+        "Measured / bound: lt-sglang plan's roofline for the same lengths and memory, where the file has it.",
+        "",
+        "| date, GPU, scenario | baseline | LightTransfer | ratio | measured / bound | notes |",
+        "|---|---|---|---|---|---|",
     ]
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     for stem, result in results.items():
@@ -260,7 +270,9 @@ def write_table() -> None:
             continue
         base, ours = (_short(result[side]) for side in ("baseline", "lighttransfer"))
         ratio = ", ".join(f"{value:.2f}x {key.replace('_', ' ')}" for key, value in result["ratio"].items())
-        rows.append(f"| {stem} | {base} | {ours} | {ratio} | {' '.join(result['notes'])} |")
+        reached = result.get("measured_over_bound", {})
+        share = ", ".join(f"{value:.0%} {key.replace('_', ' ')}" for key, value in reached.items())
+        rows.append(f"| {stem} | {base} | {ours} | {ratio} | {share} | {' '.join(result['notes'])} |")
     rows += [
         "",
         "## Parity",
@@ -287,6 +299,8 @@ def write_table() -> None:
         )
     rows += _identify_rows(results)
     rows += _decode_plan_rows(results)
+    rows += _alone_rows(results)
+    plot(results)
     (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
 
 
@@ -333,10 +347,86 @@ def _decode_plan_rows(results: dict[str, Any]) -> list[str]:
     return rows
 
 
+def _alone_rows(results: dict[str, Any]) -> list[str]:
+    """Long runs, and scenarios that have no baseline."""
+    rows = [
+        "",
+        "## Without a baseline",
+        "",
+        "Long runs (`lt-sglang soak`): the last sixth's throughput over the first's, and by how much memory",
+        "grew from the fourth sixth to the last. Checks (`lt-sglang bench`, one side): the scenario's gates.",
+        "",
+        "| date, GPU, scenario | what | result | held | notes |",
+        "|---|---|---|---|---|",
+    ]
+    for stem, result in results.items():
+        if "soak" in result:
+            soak = result["soak"]
+            shown = f"{soak['last_over_first']:.3f}x, memory {soak['memory_growth']:+.1%}, "
+            shown += f"{soak['summary']['completed']} answered, {soak['summary']['aborted']} aborted"
+            held = soak["passed"]
+        elif "baseline" not in result and "gates" in result:
+            shown = f"{result['lighttransfer']['completed']} answered"
+            held = {gate["metric"]: gate["passed"] for gate in result["gates"]}
+        else:
+            continue
+        verdict = ", ".join(f"{name.replace('_', ' ')}: {'yes' if v else 'no'}" for name, v in held.items())
+        rows.append(
+            f"| {stem} | {result['workload']['about']} | {shown} | {verdict} | {' '.join(result['notes'])} |"
+        )
+    return rows
+
+
+def plot(results: dict[str, Any]) -> None:
+    """decode.png: measured decode ratios on GPUs against stock's flashinfer, and their bound by KV bytes."""
+    shown: dict[str, tuple[float, float | None]] = {}
+    for stem, result in results.items():
+        ratio = result.get("ratio", {}).get("decode_tokens_per_second")
+        if ratio is None or "-vs-" in result["scenario"] or "CPU only" in result["hardware"]:
+            continue
+        # Files come in the order of their dates: the newest of a GPU and scenario stays.
+        shown[stem[len("2026-01-02-") :]] = ratio, _kv_bound(result)
+    figure = Figure(figsize=(8, 0.6 + 0.42 * max(1, len(shown))), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    names = sorted(shown, reverse=True)
+    axis.barh(names, [shown[name][0] for name in names], color="tab:blue", label="measured")
+    known = [(name, shown[name][1]) for name in names if shown[name][1] is not None]
+    axis.plot([bound for _, bound in known], [name for name, _ in known], "k|", markersize=16, label="bound")
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.set_xlabel("decode tokens/s, LightTransfer over stock SGLang")
+    figure.legend(loc="outside upper right", ncols=2)
+    figure.savefig(RESULTS / "decode.png")
+
+
+def _kv_bound(result: dict[str, Any]) -> float | None:
+    """The file's own bound; else, of a run that filled the memory, the one by KV bytes."""
+    if "bound" in result:
+        bound: float | None = result["bound"].get("decode_tokens_per_second")
+        return bound
+    workload, config = result["workload"], result["lighttransfer"]["config"]
+    if result["ratio"]["requests_running"] == 1:
+        return None
+    tokens = workload["prompt_tokens"] + workload["new_tokens"] / 2
+    shape = SHAPES[workload["model"].split(" shape")[0].lower()]
+    # In dynamic mode the list for short prompts, as long as every other.
+    share = len(parse_layers(config["lazy_layers"])) / shape["num_hidden_layers"]
+    return decode_bound(tokens, share, config["sink_tokens"] + config["recent_tokens"])
+
+
 def _short(side: dict[str, Any]) -> str:
+    """Running requests and decode tok/s, or seconds of prefill; as much as the file has."""
     if "seconds" in side:
         return f"{side['seconds']:.3f} s"
-    return f"{side['requests_running']} running, {side['decode_tokens_per_second']:.0f} tok/s"
+    if "step_ms" in side:
+        return f"{side['step_ms']:.2f} ms a step, ranks {side['rank_spread']:.1%} apart"
+    parts = []
+    if "requests_running" in side:
+        parts.append(f"{side['requests_running']} running")
+    if "decode_tokens_per_second" in side:
+        parts.append(f"{side['decode_tokens_per_second']:.0f} tok/s")
+    elif "median_ttft_ms" in side:
+        parts.append(f"{side['median_ttft_ms'] / 1000:.3f} s to the first token")
+    return ", ".join(parts) or f"{side['completed']} answered"
 
 
 def main() -> None:

@@ -12,6 +12,9 @@ from lt_sglang.errors import LightTransferError
 COMMANDS = {
     "serve": "start an SGLang server with lazy layers",
     "plan": "how many requests fit, at which length, and the gain to expect",
+    "loadtest": "send a scenario's traffic to a running server, with locust",
+    "bench": "compare stock SGLang with lazy layers on this machine",
+    "soak": "load a server for a long time: speed, memory, leaks",
     "doctor": "check this machine and a configuration without starting a server",
     "models": "list the models whose lazy layers are known",
     "calibrate": "choose a model's lazy layers by samples of your traffic",

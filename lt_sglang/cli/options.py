@@ -67,6 +67,15 @@ class LtOptions:
         """The flags given, in the order above."""
         return [f"--lt-{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
 
+    def as_flags(self) -> list[str]:
+        """What ``take_options`` would read these options from."""
+        words = {True: "on", False: "off"}
+        values = [value for value in vars(self).values() if value is not None]
+        return [
+            f"{flag}={words[value] if isinstance(value, bool) else value}"
+            for flag, value in zip(self.given(), values, strict=True)
+        ]
+
 
 def take_options(argv: list[str]) -> tuple[LtOptions, list[str]]:
     """Split our options from the others, which keep their order.

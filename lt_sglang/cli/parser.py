@@ -17,3 +17,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise LightTransferError; ``main`` prints it as one line."""
         raise LightTransferError(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """An integer from 1, for ``type=``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0, for ``type=``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lt_sglang.cli.model_config import read_model_config, unsupported_features
 from lt_sglang.cli.options import HALF, OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
-from lt_sglang.cli.parser import Parser
+from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, LengthPlan, plan_length
@@ -105,11 +105,11 @@ def _parser() -> Parser:
     parser.add_argument("--revision", help="of the hub model")
     parser.add_argument("--gpu", choices=sorted(GPUS), help=f"default {DEFAULT_GPU}")
     parser.add_argument(
-        "--gpu-memory-gib", type=_positive_float, help="memory of one GPU, instead of the known one"
+        "--gpu-memory-gib", type=positive_float, help="memory of one GPU, instead of the known one"
     )
-    parser.add_argument("--weights-gib", type=_positive_float, help="all weights, instead of counting them")
+    parser.add_argument("--weights-gib", type=positive_float, help="all weights, instead of counting them")
     parser.add_argument(
-        "--tp", "--tp-size", type=_positive, default=1, help="GPUs (tensor parallel), default 1"
+        "--tp", "--tp-size", type=positive, default=1, help="GPUs (tensor parallel), default 1"
     )
     parser.add_argument(
         "--mem-fraction-static", type=_fraction, default=0.88, help="as SGLang's, default 0.88"
@@ -118,16 +118,16 @@ def _parser() -> Parser:
         "--kv-cache-dtype", choices=sorted(KV_ELEMENT_BYTES), default="auto", help="as SGLang's"
     )
     parser.add_argument(
-        "--chunked-prefill-size", type=_positive, default=8192, help="as SGLang's, default 8192"
+        "--chunked-prefill-size", type=positive, default=8192, help="as SGLang's, default 8192"
     )
     lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument("--input-tokens", type=_positive, help="one prompt length")
+    lengths.add_argument("--input-tokens", type=positive, help="one prompt length")
     lengths.add_argument(
         "--lengths", type=_lengths, help="prompt lengths, e.g. 4096,8192; default 4096 to 131072"
     )
     parser.add_argument(
         "--output-tokens",
-        type=_positive,
+        type=positive,
         default=DEFAULT_OUTPUT,
         help=f"tokens generated, default {DEFAULT_OUTPUT}",
     )
@@ -135,28 +135,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
-    return int(text)
-
-
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part.strip()) for part in text.split(","))
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def _fraction(text: str) -> float:
-    value = _positive_float(text)
+    value = positive_float(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
     return value

@@ -20,7 +20,8 @@ KV_ELEMENT_BYTES = {"auto": 2, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m
 class Deployment:
     """A model on a tensor-parallel group with lazy layers; everything a plan depends on but the lengths.
 
-    weights_bytes: all weights of the group. chunk_tokens: --chunked-prefill-size.
+    weights_bytes: all weights of the group. chunk_tokens: --chunked-prefill-size. kv_bytes: KV memory of one
+    rank where it is known, from a server's log; otherwise it is reckoned from the GPU's memory.
     """
 
     shape: ModelShape
@@ -30,6 +31,7 @@ class Deployment:
     weights_bytes: float
     kv_cache_dtype: str = "auto"
     chunk_tokens: int = 8192
+    kv_bytes: int | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -44,6 +46,8 @@ class Deployment:
     @property
     def kv_budget(self) -> int:
         """Bytes for KV on one rank; raises LightTransferError if the weights leave none."""
+        if self.kv_bytes is not None:
+            return self.kv_bytes
         memory, tp = self.hardware.gpu.memory, self.hardware.tp
         left = memory * self.mem_fraction - RESERVE_BYTES - self.weights_bytes / tp
         if left <= 0:
@@ -59,7 +63,8 @@ class LengthPlan:
     """One length. Requests are whole; ratios are hybrid to full KV, None where full KV holds no request.
 
     bound: decode ratio if only KV bytes counted. decode_ratio, total_ratio: roofline of decode, and of
-    prefill and decode together. limit: what takes most of a hybrid decode step.
+    prefill and decode together. full_decode, hybrid_decode: roofline of decode, tokens/s. full_prefill,
+    hybrid_prefill: of one prompt, seconds. limit: what takes most of a hybrid decode step.
     """
 
     input_tokens: int
@@ -69,14 +74,23 @@ class LengthPlan:
     bound: float
     decode_ratio: float | None
     total_ratio: float | None
+    full_decode: float
+    hybrid_decode: float
+    full_prefill: float
+    hybrid_prefill: float
     full_kv_gib: float
     hybrid_kv_gib: float
     split: PoolSplit
     limit: str
 
 
-def plan_length(deployment: Deployment, input_tokens: int, output_tokens: int) -> LengthPlan:
-    """Plan requests of ``input_tokens`` + ``output_tokens``; raises LightTransferError if none fits."""
+def plan_length(
+    deployment: Deployment, input_tokens: int, output_tokens: int, at_most: int | None = None
+) -> LengthPlan:
+    """Plan requests of ``input_tokens`` + ``output_tokens``; raises LightTransferError if none fits.
+
+    at_most: requests that clients send at once, if memory holds more.
+    """
     shape, tp, lazy = deployment.shape, deployment.hardware.tp, deployment.lazy
     tokens = input_tokens + output_tokens
     if shape.max_tokens is not None and tokens > shape.max_tokens:
@@ -86,13 +100,14 @@ def plan_length(deployment: Deployment, input_tokens: int, output_tokens: int) -
     none = LazyShare(0, 0)
     budget, element = deployment.kv_budget, deployment.element_bytes
     full_bytes = kv_bytes(shape, tokens, none, element, tp)
-    full = floor(budget / full_bytes)
     split = _split(deployment, input_tokens, output_tokens, budget)
-    hybrid = floor(split.requests)
+    full, hybrid = floor(budget / full_bytes), floor(split.requests)
+    if at_most is not None:
+        full, hybrid = min(full, at_most), min(hybrid, at_most)
     decode_ratio = total_ratio = None
     ours = throughput(shape, deployment.hardware, lazy, hybrid, input_tokens, output_tokens, element)
+    stock = throughput(shape, deployment.hardware, none, full, input_tokens, output_tokens, element)
     if full:
-        stock = throughput(shape, deployment.hardware, none, full, input_tokens, output_tokens, element)
         decode_ratio = ours.decode_rate / stock.decode_rate
         total_ratio = ours.total_rate / stock.total_rate
     times = {
@@ -108,6 +123,10 @@ def plan_length(deployment: Deployment, input_tokens: int, output_tokens: int) -
         bound=decode_bound(tokens, lazy.lazy_layers / shape.layers, lazy.lazy_tokens),
         decode_ratio=decode_ratio,
         total_ratio=total_ratio,
+        full_decode=stock.decode_rate,
+        hybrid_decode=ours.decode_rate,
+        full_prefill=stock.prefill_time,
+        hybrid_prefill=ours.prefill_time,
         full_kv_gib=tp * full_bytes / GIB,
         hybrid_kv_gib=tp * kv_bytes(shape, tokens, lazy, element, tp) / GIB,
         split=split,

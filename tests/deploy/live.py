@@ -13,7 +13,7 @@ from typing import Any
 import requests
 import yaml
 
-from tests.engine.server import free_port, kill_tree, spawn
+from lt_sglang.launch.processes import free_port, kill_tree, spawn
 
 from .chart import CHART
 from .test_monitoring import SCRAPE

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from lt_sglang.launch.processes import free_port, kill_tree, spawn
 from tests.engine.models import ensure_model
-from tests.engine.server import Server, ServerSpec, free_port, kill_tree, spawn
+from tests.engine.server import Server, ServerSpec
 
 from .chart import container, one, template
 from .test_engine_metrics import FLAGS, LAZY, scrape, values

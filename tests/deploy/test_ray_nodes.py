@@ -9,9 +9,9 @@ import psutil
 import pytest
 import requests
 
+from lt_sglang.launch.processes import free_port
 from tests.engine.environment import server_environment
 from tests.engine.models import ensure_model
-from tests.engine.server import free_port
 
 from .test_ray import FLAGS, GREEDY, START_SECONDS, wait_until
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from lt_sglang.launch.cpu import cpu_server_args
+from lt_sglang.launch.processes import free_port, kill_tree, spawn
 
 from .environment import server_environment, write_plugin
 from .models import ensure_model
-from .server import free_port, kill_tree, spawn
 
 pytestmark = pytest.mark.engine
 

@@ -8,29 +8,14 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 _AVAILABLE = re.compile(r"Load weight begin\. avail mem=([0-9.]+) GB")
-_DECODE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([0-9.]+)")
-
-
-@dataclass(frozen=True)
-class Steady:
-    """running: most requests decoding at once. throughput: median tok/s of the log intervals at that
-    number, without the first (it still contains prefill). low, high: their range. intervals: how many."""
-
-    running: int
-    throughput: float
-    low: float
-    high: float
-    intervals: int
 
 
 class Job:
@@ -128,19 +113,3 @@ def task_logs(log: str) -> list[list[str]]:
         elif current is not None:
             current.append(line)
     return tasks
-
-
-def steady_of(lines: list[str]) -> Steady | None:
-    """Steady decode from the log lines of one ``steady`` task; None if it never decoded twice in a row."""
-    runs: list[list[tuple[int, float]]] = [[]]
-    for line in lines:
-        found = _DECODE.search(line)
-        if found:
-            runs[-1].append((int(found[1]), float(found[2])))
-        elif "Prefill batch" in line:
-            runs.append([])
-    most = max((n for run in runs for n, _ in run), default=0)
-    rates = [rate for run in runs for n, rate in run[1:] if n == most]
-    if not rates:
-        return None
-    return Steady(most, statistics.median(rates), min(rates), max(rates), len(rates))

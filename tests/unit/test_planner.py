@@ -293,3 +293,22 @@ def test_a_missing_key_is_named(key: str) -> None:
 def test_shape_without_known_context_plans_any_length() -> None:
     shape = ModelShape("x", 1e9, 32, 8, 8, 128)
     assert plan_length(deployment(shape=shape, weights_bytes=2e9), 300_000, 1).full_requests >= 1
+
+
+def test_known_kv_memory_is_taken_as_it_is() -> None:
+    """Stock SGLang held 454,835 tokens on an H100: 27 requests of 16,584."""
+    tokens = 454_835
+    known = deployment(hardware=Hardware(GPUS["h100-80"]), kv_bytes=tokens * 32 * MISTRAL.kv_token_layer(2))
+    plan = plan_length(known, 16384, 200)
+    assert plan.full_requests == tokens // 16584 == 27
+    assert known.kv_budget == tokens * 32 * 4096
+
+
+def test_clients_can_be_fewer_than_memory_holds() -> None:
+    free, eight = (plan_length(deployment(), 8192, 200, at_most) for at_most in (None, 8))
+    assert (eight.full_requests, eight.hybrid_requests) == (8, 8) and free.full_requests > 8
+    assert eight.decode_ratio is not None and free.decode_ratio is not None
+    # What is left at an equal batch are the smaller reads; the weights are read once on both sides.
+    assert 1 < eight.decode_ratio < free.decode_ratio
+    assert eight.full_decode * eight.decode_ratio == pytest.approx(eight.hybrid_decode)
+    assert eight.full_prefill > eight.hybrid_prefill > 0

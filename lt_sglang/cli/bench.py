@@ -1,0 +1,96 @@
+"""``lt-sglang bench``: stock SGLang against ours, on the same machine, with the same flags and traffic."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lt_sglang.cli.options import OPTIONS_HELP, take_options
+from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.run_options import add_run_options
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.loadtest import check_installed
+
+BACKENDS = ("flashinfer", "fa3", "triton", "torch_native")
+
+
+def run(argv: list[str]) -> int:
+    """Run the comparison; 1 if a scenario has no result or a gate of ours was broken."""
+    options, rest = take_options(argv)
+    args, flags = _parser().parse_known_args(rest)
+    given = [part for part in argv if part.startswith("--lt-")]
+    del given
+    check_installed()
+    from lt_sglang.loadtest.bench import Bench, Settings
+    from lt_sglang.loadtest.machine import this_machine
+    from lt_sglang.loadtest.rehearsal import rehearsal
+    from lt_sglang.loadtest.scenario import Scenario
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+
+    files = [file for path in args.scenarios for file in scenario_files(path)]
+    chosen: list[Scenario] = []
+    for file in files:
+        found = load_scenarios(file)
+        chosen += [pick(found, name) for name in args.case] or found
+    if args.rehearse:
+        chosen = [rehearsal(one) for one in chosen]
+    settings = Settings(
+        work=args.work,
+        out=args.work / "rehearsal" if args.rehearse else args.out,
+        date=args.date,
+        machine=this_machine(),
+        model=args.model_path,
+        most_tp=args.tp_size,
+        flags=tuple(flags),
+        options=tuple(options.as_flags()),
+        baselines=tuple(args.baseline or (["flashinfer"] if has_gpu() else ["torch_native"])),
+        rounds=args.rounds,
+        repeats=args.repeats,
+        budget_s=args.budget_s,
+        notes=tuple(args.note),
+    )
+    return Bench(settings).run(chosen)
+
+
+def scenario_files(path: Path) -> list[Path]:
+    """A file itself, or the scenario files of a folder in order; raises LightTransferError."""
+    if path.is_file():
+        return [path]
+    files = sorted(path.glob("*.yaml"))
+    if not files:
+        raise LightTransferError(f"{path}: neither a scenario file nor a folder with *.yaml in it")
+    return files
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lt-sglang bench",
+        description="Compare stock SGLang with lazy layers: the same machine, flags and traffic. Flags not "
+        "named here go to SGLang, on both sides.",
+        epilog=OPTIONS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scenarios", nargs="+", type=Path, help="scenario files, or folders of them")
+    parser.add_argument("--case", action="append", default=[], help="only this case of a file; repeatable")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="a tiny model, short lengths and few requests: tries scenario files on a machine without GPUs; "
+        "its figures mean nothing and go to the folder of --work",
+    )
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        choices=BACKENDS,
+        help="stock SGLang's attention backend; repeatable; default flashinfer, on a CPU torch_native",
+    )
+    parser.add_argument("--rounds", type=positive, default=2, help="starts of each server, default 2")
+    parser.add_argument("--repeats", type=positive, default=1, help="runs within a start, default 1")
+    parser.add_argument(
+        "--budget-s",
+        type=positive_float,
+        help="start nothing more after so many seconds; scenarios are then finished one by one",
+    )
+    add_run_options(parser)
+    return parser

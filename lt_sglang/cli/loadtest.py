@@ -1,0 +1,44 @@
+"""``lt-sglang loadtest``: a scenario's traffic to a running server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.loadtest import check_installed
+
+
+def run(argv: list[str]) -> int:
+    """Become locust; its exit code is 1 if a gate was broken, 2 if nothing could be measured."""
+    args = _parser().parse_args(argv)
+    check_installed()
+    from lt_sglang.loadtest.runner import locust_command, locust_environment
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+
+    scenario = pick(load_scenarios(args.scenario), args.case)
+    command = [*locust_command(args.scenario, args.url, args.out), "--lt-case", scenario.name]
+    if args.web_port is None:
+        command += ["--headless", "--only-summary"]
+    else:
+        command += ["--web-host", "127.0.0.1", "--web-port", str(args.web_port)]
+    os.execve(command[0], command, locust_environment())
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lt-sglang loadtest",
+        description="Send a scenario's traffic to a running server and write what was measured.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scenario", type=Path, help="a scenario file")
+    parser.add_argument("--url", required=True, help="the server, e.g. http://127.0.0.1:30000")
+    parser.add_argument("--case", help="which case of the file, if it has several")
+    parser.add_argument(
+        "--out", type=Path, default=Path("loadtest-out"), help="folder for the results, default loadtest-out"
+    )
+    parser.add_argument(
+        "--web-port", type=positive, help="start and watch runs on locust's page on this port of 127.0.0.1"
+    )
+    return parser

@@ -1,0 +1,58 @@
+"""``lt-sglang soak``: a long run of mixed load on a server with lazy layers."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from lt_sglang.cli.options import OPTIONS_HELP, take_options
+from lt_sglang.cli.parser import Parser, positive_float
+from lt_sglang.cli.run_options import add_run_options
+from lt_sglang.loadtest import check_installed
+
+
+def run(argv: list[str]) -> int:
+    """Start a server, load it, write the result file; 1 if something did not hold."""
+    options, rest = take_options(argv)
+    args, flags = _parser().parse_known_args(rest)
+    check_installed()
+    from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine
+    from lt_sglang.loadtest.machine import this_machine
+    from lt_sglang.loadtest.result_file import header, write
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+    from lt_sglang.loadtest.servers import specs_of
+    from lt_sglang.loadtest.soak import STRICT, soak
+
+    scenario = pick(load_scenarios(args.scenario), args.case)
+    if args.seconds is not None:
+        scenario = replace(scenario, load=replace(scenario.load, seconds=args.seconds))
+    machine = this_machine()
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    spec = specs_of(
+        scenario, work, (), args.model_path, args.tp_size, tuple(flags), tuple(options.as_flags())
+    )[LIGHTTRANSFER]
+    with Engine(spec, work / "soak.log", STRICT) as engine:
+        found = soak(scenario, engine, work / scenario.name)
+    result = {**header(scenario, machine, spec), "soak": found, "notes": args.note}
+    print(write(result, args.out, args.date, machine.label))
+    for name, held in found["passed"].items():
+        print(f"{'PASS' if held else 'FAIL'} {name}")
+    print(f"last part over first {found['last_over_first']:.3f}, memory {found['memory_growth']:+.2%}")
+    return int(not all(found["passed"].values()))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lt-sglang soak",
+        description="Load a server with lazy layers for a long time: it must stay as fast and as large as it "
+        "was, and hold nothing when it is idle again. Flags not named here go to SGLang.",
+        epilog=OPTIONS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scenario", type=Path, help="a scenario file with load.seconds")
+    parser.add_argument("--case", help="which case of the file")
+    parser.add_argument("--seconds", type=positive_float, help="instead of the scenario's load.seconds")
+    add_run_options(parser)
+    return parser

@@ -1,0 +1,113 @@
+"""What a result was measured on and with: GPU or CPU, commit, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lt_sglang import __version__
+
+PACKAGES = {
+    "sglang": "sglang",
+    "torch": "torch",
+    "flashinfer": "flashinfer-python",
+    "triton": "triton",
+    "locust": "locust",
+}
+# Part of what nvidia-smi calls it -> what lt-sglang plan calls it.
+PLANNED = (("H200", "h200-141"), ("H100", "h100-80"), ("A100", "a100-80"))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpus: nvidia-smi's names; empty on a CPU.
+
+    commit: the checkout's when the program started, with + after it where files were changed; unknown if the
+    package is installed.
+    """
+
+    gpus: tuple[str, ...]
+    driver: str
+    cores: int
+    processor: str
+    commit: str = "unknown"
+
+    @property
+    def label(self) -> str:
+        """For file names: h100, 4xh200, cpu."""
+        if not self.gpus:
+            return "cpu"
+        name = self.gpus[0].replace("NVIDIA", "").split()[0].lower()
+        return name if len(self.gpus) == 1 else f"{len(self.gpus)}x{name}"
+
+    @property
+    def planned_gpu(self) -> str | None:
+        """The GPU's name in the planner; None if it does not know it."""
+        if not self.gpus:
+            return None
+        return next((name for part, name in PLANNED if part in self.gpus[0]), None)
+
+    def __str__(self) -> str:
+        cores = f"{self.cores} CPU cores"
+        if not self.gpus:
+            return f"CPU only, {self.processor}, {cores}"
+        count = f"{len(self.gpus)} x " if len(self.gpus) > 1 else ""
+        return f"{count}{self.gpus[0]}, driver {self.driver}, {cores}"
+
+
+def this_machine() -> Machine:
+    """The machine this runs on."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    rows = [line.split(",") for line in _output(query).splitlines() if "," in line]
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _text(Path("/proc/cpuinfo")).splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    names = tuple(name.strip() for name, _ in rows)
+    return Machine(names, rows[0][1].strip() if rows else "", os.cpu_count() or 1, processor, _commit())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured and of what measured it."""
+    found = {"lt-sglang": __version__}
+    for name, package in PACKAGES.items():
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def gpu_memory_mib() -> list[int]:
+    """Memory in use on each GPU now; empty on a CPU."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return [int(line) for line in _output(query).split()]
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    head = _output(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]).strip()
+    changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return f"{head}{'+' if changed else ''}" if head else "unknown"
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,60 @@
+"""Run locust on a scenario, headless, in a process of its own: it patches the whole of Python's I/O."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lt_sglang.errors import LightTransferError
+from lt_sglang.loadtest import locustfile_path
+from lt_sglang.loadtest.outcome import SUMMARY, read_summary
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import as_mapping
+
+SCENARIO = "scenario.yaml"
+LOG_LINES = 15
+
+
+def locust_command(file: Path, url: str, out: Path) -> list[str]:
+    """locust with our file; add ``--headless`` or not."""
+    command = [sys.executable, "-m", "locust", "-f", str(locustfile_path()), "--host", url]
+    return [*command, "--lt-scenario", str(file), "--lt-out", str(out)]
+
+
+def locust_environment() -> dict[str, str]:
+    """Loaded by its path, the file must still find its package."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+
+
+def run_scenario(scenario: Scenario, url: str, out: Path, limit_s: float | None = None) -> dict[str, Any]:
+    """summary.json of a run against ``url``; raises LightTransferError if there is none after ``limit_s``.
+
+    Broken gates are in the summary, and no error here. Paths of traces must be absolute.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SCENARIO
+    file.write_text(yaml.safe_dump(as_mapping(scenario), sort_keys=False), encoding="utf-8")
+    (out / SUMMARY).unlink(missing_ok=True)
+    log = out / "locust.log"
+    command = [*locust_command(file, url, out), "--headless", "--only-summary"]
+    try:
+        with log.open("wb") as output:
+            subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=locust_environment(),
+                timeout=limit_s,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise LightTransferError(f"{scenario.name}: not done after {limit_s:.0f} s; see {log}") from None
+    if not (out / SUMMARY).is_file():
+        tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
+        raise LightTransferError(f"{scenario.name}: locust measured nothing:\n{tail}")
+    return read_summary(out)

@@ -1,0 +1,95 @@
+"""The commands: locust's web page, a bad scenario, a server that is not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+import lt_sglang.loadtest
+from lt_sglang.cli import main
+from lt_sglang.launch.processes import free_port
+from lt_sglang.loadtest.outcome import read_summary
+
+from .runs import REPOSITORY, run, scenario, write
+from .slow_server import Delays, serve
+
+
+def test_a_run_from_locust_s_web_page(tmp_path: Path) -> None:
+    port, out = free_port(), tmp_path / "out"
+    file = write(tmp_path, scenario())
+    with serve(Delays(first=0.02, between=0.01)) as url:
+        command = [sys.executable, "-m", "lt_sglang", "loadtest", str(file), "--url", url]
+        command += ["--web-port", str(port), "--out", str(out)]
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                page = f"http://127.0.0.1:{port}"
+                wait_for(lambda: requests.get(page, timeout=2).ok)
+                requests.post(f"{page}/swarm", data={"host": url}, timeout=10).raise_for_status()
+                wait_for(lambda: (out / "report.html").is_file())
+                stats = requests.get(f"{page}/stats/requests", timeout=5).json()["stats"]
+            finally:
+                process.terminate()
+                process.wait(timeout=20)
+    assert read_summary(out)["summary"]["completed"] == 8
+    counted = {row["method"]: row["num_requests"] for row in stats}
+    assert counted["POST"] == counted["TTFT"] == 8
+
+
+def wait_for(what: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if what():  # type: ignore[operator]
+                return
+        except requests.ConnectionError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError("not within the time given")
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    load = {"kind": "closed", "users": 1, "requests": 1, "warmup": 1}
+    done = run("http://127.0.0.1:9", scenario(load=load), tmp_path)
+    assert done.code == 2 and not done.out.exists()
+    assert "the warm-up failed" in done.text and "no connection" in done.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["loadtest", "FILE", "--url", "http://x", "--case", "none"], "--case none: must be one of small"),
+        (["loadtest", "FILE"], "--url"),
+        (["bench", "FILE", "--rounds", "0"], "'0' is not an integer from 1"),
+        (["bench", "EMPTY"], "neither a scenario file nor a folder"),
+        (["bench", "FILE"], "has no engine.shape; give --model-path"),
+        (["bench", "FILE", "--baseline", "magic"], "--baseline"),
+        (["soak", "FILE", "--lt-mode", "lazy"], "--lt-mode"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_bad_command_is_one_line(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"FILE": str(write(tmp_path, scenario())), "EMPTY": str(tmp_path / "empty")}
+    work = [] if argv[0] == "loadtest" else ["--work", str(tmp_path / "work")]
+    assert main([places.get(part, part) for part in argv] + work) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lt_sglang.loadtest, "EXTRA", ("locust", "no_such_package"))
+    file = str(write(tmp_path, scenario()))
+    for argv in (["loadtest", file, "--url", "http://x"], ["bench", file], ["soak", file]):
+        assert main(argv) == 2
+        assert "no_such_package: not installed; load tests need pip install" in capsys.readouterr().err

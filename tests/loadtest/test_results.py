@@ -1,0 +1,277 @@
+"""What is made of measurements: bounds, ratios, result files, reports, parts of a long run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.loadtest import metrics_page, outcome
+from lt_sglang.loadtest.bounds import bounds
+from lt_sglang.loadtest.decode_log import Steady, steady_of
+from lt_sglang.loadtest.engines import EngineSpec
+from lt_sglang.loadtest.machine import Machine
+from lt_sglang.loadtest.result_file import Measured, build, ratios, write
+from lt_sglang.loadtest.samples import Sample, summarize
+from lt_sglang.loadtest.scenario import Scenario, Slo
+from lt_sglang.loadtest.scenario_file import load_scenarios
+from lt_sglang.loadtest.servers import specs_of
+from lt_sglang.loadtest.session import Session
+from lt_sglang.loadtest.soak import Look, Part, judge, parts
+from lt_sglang.loadtest.wire import Answer, StreamError, read_event
+from lt_sglang.planner.shapes import SHAPES
+
+from .runs import REPOSITORY
+from .runs import scenario as mapping
+from .runs import write as write_file
+
+FILES = REPOSITORY / "loadtest" / "scenarios"
+H100 = Machine(("NVIDIA H100 80GB HBM3",), "580.1", 16, "Xeon")
+CPU = Machine((), "", 2, "EPYC")
+HALF = LightTransferConfig(tuple(range(8, 24)), expected_tokens=16584, expected_output_tokens=200)
+# What an H100 held with stock SGLang.
+STOCK_TOKENS = 426_000
+
+
+def table5(case: str) -> Scenario:
+    return next(one for one in load_scenarios(FILES / "table5.yaml") if one.name.endswith(case))
+
+
+def measured(output: float, running: int, decode: float, ttft: float = 0.5) -> Measured:
+    some = [Sample(0, 0, "all", "ok", 0.0, 1.0, ttft, 100, 10, itls=(0.1,))]
+    summary = {**summarize(some, Slo()), "output_throughput": output}
+    return Measured(summary, Steady(running, decode, decode - 1, decode + 1, 9), {}, None, [])
+
+
+def test_bounds_of_table_5_are_the_planner_s() -> None:
+    found = bounds(table5("16k"), SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS, {})
+    assert found.ratios["requests_running"] == pytest.approx(1.88, abs=0.08)
+    assert found.ratios["decode_tokens_per_second"] == pytest.approx(1.85, abs=0.1)
+    # With prefill the gain is smaller, and still one.
+    assert 1 < found.ratios["output_throughput"] < found.ratios["decode_tokens_per_second"]
+
+
+def test_an_equal_batch_has_the_same_requests() -> None:
+    one = replace(table5("16k"), load=replace(table5("16k").load, users=8))
+    found = bounds(one, SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS, {})
+    assert found.ratios["requests_running"] == 1
+    assert found.ratios["decode_tokens_per_second"] == pytest.approx(1.35, abs=0.05)
+
+
+def test_a_cpu_has_no_bound_on_speed() -> None:
+    found = bounds(table5("16k"), SHAPES["mistral-7b"], HALF, 1, None, STOCK_TOKENS, {})
+    assert set(found.ratios) == {"requests_running"} and "CPU" in found.remark
+
+
+def test_traffic_that_shares_prefixes_has_no_bound() -> None:
+    for name in ("prefix-shared", "chat"):
+        for one in load_scenarios(FILES / f"{name}.yaml"):
+            found = bounds(one, SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS, {})
+            assert not found.ratios and found.remark.startswith("No bound")
+
+
+def test_ratios_are_of_medians_and_their_spread_of_pairs() -> None:
+    base = [measured(100, 10, 50), measured(110, 10, 52), measured(90, 10, 48)]
+    ours = [measured(180, 18, 90), measured(180, 18, 91), measured(198, 18, 96)]
+    found, spread = ratios(base, ours, ("requests_running", "decode_tokens_per_second", "output_throughput"))
+    assert found == {"requests_running": 1.8, "decode_tokens_per_second": 1.82, "output_throughput": 1.8}
+    assert spread["output_throughput"] == [pytest.approx(180 / 110, abs=1e-4), 2.2]
+    faster, _ = ratios([measured(1, 1, 1, ttft=0.9)], [measured(1, 1, 1, ttft=0.6)], ("prefill_speed",))
+    assert faster == {"prefill_speed": 1.5}
+
+
+@pytest.mark.parametrize("machine", [H100, CPU], ids=["gpu", "cpu"])
+def test_a_result_file_feeds_the_table(machine: Machine, tmp_path: Path) -> None:
+    one = table5("16k")
+    specs = specs_of(one, tmp_path, ["flashinfer"])
+    limits = bounds(one, SHAPES["mistral-7b"], HALF, 1, machine.planned_gpu, STOCK_TOKENS, {})
+    result = build(
+        one,
+        machine,
+        {"baseline": specs["flashinfer"], "lighttransfer": specs["lighttransfer"]},
+        {"baseline": [measured(300, 25, 1035)], "lighttransfer": [measured(380, 47, 1901)]},
+        limits,
+        ["a note"],
+    )
+    path = write(result, tmp_path, "2026-01-02", machine.label)
+    assert path.name == f"2026-01-02-{machine.label}-table5-16k.json"
+    data = json.loads(path.read_text())
+    assert data["workload"]["model"] == "mistral-7b shape, dummy weights, tp 1"
+    assert data["baseline"]["engine"] == "stock_flashinfer" and data["baseline"]["requests_running"] == 25
+    assert data["ratio"]["decode_tokens_per_second"] == pytest.approx(1.837, abs=0.001)
+    for name, bound in data["bound"].items():
+        assert data["measured_over_bound"][name] == pytest.approx(data["ratio"][name] / bound, abs=2e-4)
+    # A CPU's speed is nobody's business; only ratios and counts are kept.
+    times = re.findall(
+        r'"(\w+(?:_ms|_seconds|_throughput|tokens_per_second))": [0-9]',
+        json.dumps([data["baseline"], data["lighttransfer"]]),
+    )
+    assert bool(times) == bool(machine.gpus)
+
+
+def test_both_sides_get_the_same_flags(tmp_path: Path) -> None:
+    for file in sorted(FILES.rglob("*.yaml")):
+        for one in load_scenarios(file):
+            specs = specs_of(one, tmp_path, ["flashinfer"], "m", flags=("--log-level", "info"))
+            ours = specs.pop("lighttransfer")
+            for stock in specs.values():
+                common = [flag for flag in stock.flags if flag in ours.flags]
+                own = len(one.engine.baseline_flags), len(one.engine.lighttransfer_flags)
+                assert len(stock.flags) - own[0] == len(ours.flags) - own[1] <= len(common)
+                assert "{tp}" not in " ".join(stock.flags)
+                assert (stock.tp, stock.model) == (ours.tp, ours.model)
+
+
+def test_command_lines(tmp_path: Path) -> None:
+    specs = specs_of(table5("16k"), tmp_path, ["triton"], options=("--lt-recent-tokens=508",))
+    stock, env = specs["triton"].command(1234)
+    assert stock[stock.index("--attention-backend") + 1] == "triton" and env["SGLANG_PLUGINS"] == "none"
+    ours, _ = specs["lighttransfer"].command(1234)
+    assert ours[ours.index("--attention-backend") + 1] == "lighttransfer"
+    config = json.loads(ours[ours.index("--json-model-override-args") + 1])["lighttransfer"]
+    assert config["lazy_layers"] == "8-23" and config["recent_tokens"] == 508
+    for part in (
+        "--decode-log-interval",
+        "--enable-metrics",
+        "--load-format",
+        "--disable-prefill-cuda-graph",
+    ):
+        assert part in stock and part in ours
+
+
+def test_a_scenario_without_a_shape_needs_a_model(tmp_path: Path) -> None:
+    (one,) = load_scenarios(write_file(tmp_path, mapping()))
+    with pytest.raises(LightTransferError, match="--model-path"):
+        specs_of(one, tmp_path, [])
+    assert specs_of(one, tmp_path, [], "m")["lighttransfer"] == EngineSpec(
+        "lighttransfer", "m", 1, (), lighttransfer={}
+    )
+    # A model takes a shape's place, and has weights and a tokenizer.
+    real = specs_of(table5("16k"), tmp_path, ["triton"], "m")
+    assert {spec.model for spec in real.values()} == {"m"}
+    assert not any("--load-format" in spec.flags for spec in real.values())
+
+
+def test_steady_decode_leaves_prefill_out() -> None:
+    def line(running: int, rate: float) -> str:
+        return f"Decode batch, #running-req: {running}, #token: 5, gen throughput (token/s): {rate}, #queue"
+
+    lines = [line(4, 9.0), "Prefill batch", line(8, 3.0), line(8, 80.0), line(8, 90.0), line(8, 82.0)]
+    assert steady_of(lines) == Steady(8, 82.0, 80.0, 90.0, 3)
+    assert steady_of(["Prefill batch", line(8, 3.0)]) is None
+
+
+def test_outputs_of_a_run(tmp_path: Path) -> None:
+    (one,) = load_scenarios(write_file(tmp_path, mapping(about='1 < 2 & "3"', slo={"ttft_ms": 600})))
+    session = Session(one, "http://127.0.0.1:1", lambda _: None)
+    session.samples = [
+        Sample(0, 0, "all", "ok", 0.0, 1.5, 0.5, 100, 11, itls=(0.1,) * 10),
+        Sample(1, 0, "all", "error", 0.5, 1.0, None, 0, 0, error="HTTP 500: <b>"),
+    ]
+    verdicts = outcome.finish(session, tmp_path / "out")
+    assert [str(one) for one in verdicts] == ["FAIL errors <= 0: 1"]
+    rows = outcome.read_samples(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "error"]
+    assert float(rows[0]["ttft"]) == 0.5 and rows[1]["ttft"] == ""
+    assert next(csv.reader(io.StringIO((tmp_path / "out" / "samples.csv").read_text()))) == list(
+        outcome.COLUMNS
+    )
+    data = outcome.read_summary(tmp_path / "out")
+    assert data["summary"]["median_ttft_ms"] == 500 and data["gates"][0]["passed"] is False
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "1 &lt; 2" in page and "&lt;b&gt;" in page and "FAIL errors" in page
+    # One file that can be mailed: it loads nothing.
+    assert not re.search(r'(?:src|href)="(?!data:)', page) and "<script" not in page
+    for name in ("latencies", "timeline", "in_flight"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_the_server_counted() -> None:
+    page = """\
+# TYPE sglang:prompt_tokens_total counter
+sglang:prompt_tokens_total{is_streaming="true"} 100.0
+sglang:prompt_tokens_total{is_streaming="false"} 20.0
+# TYPE sglang:time_to_first_token_seconds histogram
+sglang:time_to_first_token_seconds_bucket{le="+Inf"} 4.0
+sglang:time_to_first_token_seconds_sum 2.0
+sglang:time_to_first_token_seconds_count 4.0
+"""
+    before = metrics_page.read(page)
+    assert before["input_tokens"] == 120 and before["requests"] == 0
+    after = {**before, "input_tokens": 220.0, "ttft_seconds": 5.0, "ttft_count": 10.0}
+    change = metrics_page.between(before, after)
+    assert change is not None and change["input_tokens"] == 100
+    assert change["mean_ttft_ms"] == pytest.approx(500) and "mean_e2e_ms" not in change
+    assert metrics_page.read(page.replace("sglang:", "sglang_")) == before
+    assert metrics_page.between(None, after) is None
+
+
+def event(tokens: int, ids: list[int], **meta: Any) -> bytes:
+    info = {"completion_tokens": tokens, "prompt_tokens": 7, "finish_reason": None, **meta}
+    return json.dumps({"output_ids": ids, "meta_info": info}).encode()
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_events_of_generate(incremental: bool) -> None:
+    answer = Answer()
+    for chunk, total in (([5], [5]), ([6, 7], [5, 6, 7]), ([8], [5, 6, 7, 8])):
+        read_event("generate", event(len(total), chunk if incremental else total), answer)
+        assert answer.tokens and answer.output_ids == tuple(total)
+    read_event("generate", event(4, [] if incremental else [5, 6, 7, 8]), answer)
+    assert not answer.tokens and answer.output_tokens == 4
+
+
+def test_errors_inside_a_stream() -> None:
+    aborted = json.dumps({"meta_info": {"finish_reason": {"type": "abort", "message": "no memory"}}})
+    for data, message in (
+        (aborted, "aborted by the server: no memory"),
+        ('{"error": {"message": "too long"}}', "too long"),
+        ("{", "not JSON"),
+    ):
+        with pytest.raises(StreamError, match=message):
+            read_event("generate", data.encode(), Answer())
+
+
+def test_parts_of_a_long_run() -> None:
+    """One request a second that makes 10 tokens in its second half; the server uses half a core."""
+    samples = [{"start": str(at), "ttft": "0.5", "e2e": "1.0", "output_tokens": "10"} for at in range(60)]
+    looks = [Look(1000.0 + at, 7 + at / 2, 100.0 + at, 0) for at in range(-1, 62)]
+    found = parts(samples, looks, 1000.0, 60.0)
+    assert [one.tokens_per_second for one in found] == [10.0] * 6
+    assert [one.tokens_per_cpu_second for one in found] == [20.0] * 6
+    assert [one.rss_mib for one in found] == [110.0, 120.0, 130.0, 140.0, 150.0, 160.0]
+    # Twice as slow in the end.
+    slow = [row for at, row in enumerate(samples) if at < 50 or at % 2]
+    assert parts(slow, looks, 1000.0, 60.0)[-1].tokens_per_second == 5.0
+
+
+@pytest.mark.parametrize("gpu", [0, 1000], ids=["cpu", "gpu"])
+def test_a_long_run_is_judged_by_its_parts(gpu: int) -> None:
+    def run_of(speeds: list[float], memory: list[float]) -> dict[str, bool]:
+        # The clock counts on a GPU, the server's CPU time on a CPU; the other one is made to fail.
+        made = [(one, 100.0 - at) if gpu else (100.0 - at, one) for at, one in enumerate(speeds)]
+        some = [Part(*pair, rss, gpu) for pair, rss in zip(made, memory, strict=True)]
+        passed: dict[str, bool] = judge(some, True, [])["passed"]
+        return passed
+
+    flat = [2000.0] * 6
+    filling = [1000.0, 1600.0, 1900.0, 2000.0, 2005.0, 2010.0]
+    leaking = [1000.0 + 100 * at for at in range(6)]
+    assert all(run_of([50.0, 49, 50, 51, 50, 48.6], filling).values())
+    assert run_of([50.0, 49, 50, 51, 50, 48.4], flat) == {
+        "errors": True,
+        "throughput": False,
+        "memory": True,
+        "nothing_left": True,
+    }
+    assert not run_of([50.0] * 6, leaking)["memory"]
+    assert not judge([Part(1.0, 1.0, 1.0, 0)] * 6, True, ["a request"])["passed"]["nothing_left"]
