@@ -144,6 +144,9 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
     else:
         windows = {"sink": SINKS, "recent": spec["recent_tokens"], "expected": longest, "output": 64}
         engine |= hybrid(**windows, **config)
+        if config.get("score") == "all":  # no layer keeps all tokens, so that no number of them is given
+            del engine["max_total_tokens"]
+            engine["mem_fraction_static"] = 0.1
     tasks: list[dict[str, Any]] = [
         {
             "kind": "answers",
@@ -266,7 +269,12 @@ def main() -> None:
     parser.add_argument("--baseline-backend", help="of full attention; triton, on a CPU torch_native")
     parser.add_argument("--kv-cache-dtype", help="of every engine, e.g. fp8_e4m3")
     parser.add_argument("--together", type=int, default=4, help="engines at a time")
-    parser.add_argument("--pool-tokens", type=int, default=160000, help="of each engine")
+    parser.add_argument(
+        "--pool-tokens",
+        type=int,
+        default=400000,
+        help="of each engine; its streaming pool must hold the windows of all --kl texts, or none is cached",
+    )
     parser.add_argument("--memory", type=float, default=0.5, help="mem_fraction_static of each engine")
     parser.add_argument("--top", type=int, default=512, help="log-probabilities a position")
     parser.add_argument("--limit-s", type=float, default=240)
