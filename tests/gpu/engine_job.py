@@ -10,7 +10,7 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "steady", "prompt_tokens": s, "requests": n, "new_tokens": m}   fill the memory, then decode
     {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
     {"kind": "answers", "prompts": [[ids]], "new_tokens": n}   greedy tokens
-    {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see _continuations
+    {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see there; k >= 0
     {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
 
 Prompts that are not given are random and new, so the radix cache, which stays on, never hits.
@@ -103,9 +103,11 @@ def _continuations(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "cached_tokens": out["meta_info"]["cached_tokens"],
             "decision": (before["meta_info"].get("lighttransfer") or [None])[0],
+            # Of the continuation's tokens but the first, whose distribution was computed with the prompt.
+            "logprobs": [item[0] for item in out["meta_info"]["input_token_logprobs"][1:]],
             "tops": [
                 [[item[1], item[0]] for item in position]
-                for position in out["meta_info"]["input_top_logprobs"]
+                for position in out["meta_info"].get("input_top_logprobs") or []
                 if position
             ],
         }

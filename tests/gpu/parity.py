@@ -8,6 +8,7 @@ The error with lazy layers may be 1.25 times that (mean) and 1.5 times (largest 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,36 @@ def prompts() -> list[list[int]]:
     """Seeded prompts of LENGTHS tokens."""
     rng = random.Random(3)
     return [[rng.randrange(10, 2048) for _ in range(length)] for length in LENGTHS]
+
+
+def continuations() -> list[list[int]]:
+    """Seeded tokens that follow the prompts."""
+    rng = random.Random(4)
+    return [[rng.randrange(10, 2048) for _ in range(NEW_TOKENS)] for _ in LENGTHS]
+
+
+def hits_task() -> dict[str, Any]:
+    """Prompts, then prompts and continuations, which find their prompts in the prefix cache."""
+    return {"kind": "continuations", "prompts": prompts(), "continuations": continuations(), "top": 0}
+
+
+def hit_errors(
+    outs: list[dict[str, Any]], expected: Callable[[list[int], int, dict[str, Any]], torch.Tensor]
+) -> dict[str, float]:
+    """Errors on the continuations whose prompts were found in the cache whole; hits: how many.
+
+    expected: log-probabilities of all tokens but the first, of tokens, the prompt's length and the output.
+    """
+    differences = []
+    for prompt, continuation, out in zip(prompts(), continuations(), outs, strict=True):
+        count = len(prompt)
+        if count > SINK + RECENT and out["cached_tokens"] >= count:
+            want = expected(prompt + continuation, count, out)[count:]
+            differences.append((torch.tensor(out["logprobs"]) - want).abs())
+    if not differences:
+        return {"hits": 0}
+    every = torch.cat(differences)
+    return {"mean": every.mean().item(), "max": every.max().item(), "hits": len(differences)}
 
 
 class Reference:
@@ -89,13 +120,15 @@ class Reference:
 Work = tuple[str, list[dict[str, Any]], tuple[int, ...]]
 
 
-def compare(folder: Path, work: list[Work]) -> dict[str, dict[str, float]]:
-    """``errors`` of every piece of work, and how many tokens of its prompts came from the prefix cache."""
+def compare(folder: Path, work: list[Work], hits: list[Work]) -> dict[str, dict[str, float]]:
+    """``errors`` of every piece of work and ``hit_errors`` of ``hits``."""
     reference = Reference(folder, "cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for label, scored, lazy in work:
         found[label] = errors(scored, reference, lazy)
         found[label]["cached"] = sum(out["cached_tokens"] for out in scored)
+    for label, outs, lazy in hits:
+        found[label] = hit_errors(outs, lambda tokens, *_, lazy=lazy: reference.logprobs(tokens, lazy))
     return found
 
 
