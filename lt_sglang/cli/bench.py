@@ -19,8 +19,6 @@ def run(argv: list[str]) -> int:
     """Run the comparison; 1 if a scenario has no result or a gate of ours was broken."""
     options, rest = take_options(argv)
     args, flags = _parser().parse_known_args(rest)
-    given = [part for part in argv if part.startswith("--lt-")]
-    del given
     check_installed()
     from lt_sglang.loadtest.bench import Bench, Settings
     from lt_sglang.loadtest.machine import this_machine
