@@ -160,7 +160,12 @@ def test_engines_are_started_and_ended(tmp_path: Path) -> None:
     done = main(
         [
             *("eval", "--model-path", str(ensure_model()), "--out", str(tmp_path), "--engine", "full"),
-            *("--engine", f"error={window} --lt-score error-mass", "--engine", f"paper={window}"),
+            *(
+                "--engine",
+                f"error={window} --lt-score error-mass",
+                "--engine",
+                f"paper={window} --lt-score lighttransfer",
+            ),
             *("--tasks", "passkey,text", "--lengths", "700", "--trials", "6", "--texts", "2"),
             *("--recent-tokens", str(RECENT), "--clients", "2"),
             *("--", "--max-total-tokens", "16000", "--mem-fraction-static", "0.3"),
