@@ -36,6 +36,14 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
+def _places(kv_heads: int, processors: int) -> int:
+    return max(2 * processors // kv_heads, 1)
+
+
+def _most_chunks(requests: int, places: int) -> int:
+    return CHUNKS_PER_PLACE * places + requests
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """Where a plan of ``requests`` queries and at most ``chunks`` chunks lies in FlashInfer's workspaces.
@@ -66,8 +74,8 @@ class DecodePlan:
                 f"FlashInfer's decode plan {fields} of {requests} requests, {heads} query and {kv_heads} KV "
                 "heads is not of the known form; use flashinfer-python 0.7.2"
             )
-        places = max(2 * processors // kv_heads, 1)
-        chunks = CHUNKS_PER_PLACE * places + requests
+        places = _places(kv_heads, processors)
+        chunks = _most_chunks(requests, places)
         return cls(requests, chunks, fields[3], places, _aligned(heads * chunks * dim * 4))
 
     @property
@@ -128,8 +136,8 @@ class DecodePlan:
 
 def plan_bytes(requests: int, kv_heads: int, processors: int) -> int:
     """Bytes of the largest plan of up to ``requests`` requests; a multiple of 256."""
-    places = max(2 * processors // kv_heads, 1)
-    end = DecodePlan(requests, CHUNKS_PER_PLACE * places + requests, 0, places, 0).end
+    places = _places(kv_heads, processors)
+    end = DecodePlan(requests, _most_chunks(requests, places), 0, places, 0).end
     return -(-end // 256) * 256
 
 
@@ -252,20 +260,20 @@ def decode_plans(out: torch.Tensor, pointers: torch.Tensor, plan: DecodePlan) ->
 
 
 class GraphPlans:
-    """The plans of ``rows`` kinds of lists for the CUDA graphs of an attention backend."""
+    """The plans of ``layers`` different lists for the CUDA graphs of an attention backend."""
 
-    def __init__(self, backend: Any, updater: Any, rows: int, max_requests: int) -> None:
+    def __init__(self, backend: Any, updater: Any, layers: int, max_requests: int) -> None:
         self._heads, self._kv_heads = updater.num_qo_heads, updater.num_kv_heads
         self._dim = updater.head_dim
         device = backend.workspace_buffer.device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         size = plan_bytes(max_requests, self._kv_heads, self._processors)
-        self.buffer = torch.zeros((rows, size), dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros((layers, size), dtype=torch.uint8, device=device)
         self._workspace_bytes = backend.workspace_buffer.numel() * backend.workspace_buffer.element_size()
         self._plans: dict[int, DecodePlan] = {}
 
-    def write(self, wrapper: Any, row: slice, pointers: torch.Tensor, requests: int) -> DecodePlan:
-        """Plan the lists at ``pointers`` into ``row``; ``wrapper`` must have been planned once."""
+    def write(self, wrapper: Any, pointers: torch.Tensor, requests: int) -> DecodePlan:
+        """Plan the lists at ``pointers``, of all layers; ``wrapper`` must have been planned once."""
         plan = self._plans.get(requests)
         if plan is None:
             plan = DecodePlan.like(
@@ -278,5 +286,5 @@ class GraphPlans:
                     f"{self._workspace_bytes}; raise SGLANG_FLASHINFER_WORKSPACE_SIZE"
                 )
             self._plans[requests] = plan
-        decode_plans(self.buffer[row], pointers, plan)
+        decode_plans(self.buffer, pointers, plan)
         return plan

@@ -428,7 +428,7 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             self._plan_longest(wrapper, lists, lengths, fixed_split_size, disable_split_kv)
         plans = self.attn_backend.graph_plans
         if wrapper.is_cuda_graph_enabled and plans is not None:
-            plan = plans.write(wrapper, slice(None), lists.pointers, requests)
+            plan = plans.write(wrapper, lists.pointers, requests)
             self.attn_backend.step = replace(step, plan=plan, plans=plans.buffer)
 
     def _plan_longest(

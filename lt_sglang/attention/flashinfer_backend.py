@@ -227,7 +227,7 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         if backend.graph_plans is not None and wrapper.is_cuda_graph_enabled:
             requests = len(seq_lens)
             pointers = self.kv_indptr[FULL][: requests + 1]
-            backend.full_plan = backend.graph_plans.write(wrapper, slice(None), pointers, requests)
+            backend.full_plan = backend.graph_plans.write(wrapper, pointers, requests)
         windows = self.runner.windows()
         wrapper = decode_wrappers[LAZY]
         batch = len(seq_lens)

@@ -70,16 +70,18 @@ def is_replanned(wrapper: Any) -> bool:
     return hasattr(wrapper.begin_forward, "func")
 
 
-def plan_ragged(updater: Any, wrapper: Any, extends: list[int]) -> None:
-    """Plan the ragged wrapper for causal attention among ``extends`` new tokens, request by request."""
-    indptr = host_indptr(extends)
+def plan_ragged(updater: Any, wrapper: Any, extends: list[int], over: list[int] | None = None) -> None:
+    """Plan a ragged wrapper for ``extends`` new tokens, request by request: causal among themselves.
+
+    over: instead over all of so many other tokens.
+    """
     wrapper.begin_forward(
-        indptr,
-        indptr,
+        host_indptr(extends),
+        host_indptr(extends if over is None else over),
         updater.num_qo_heads,
         updater.num_kv_heads,
         updater.head_dim,
-        causal=True,
+        causal=over is None,
         q_data_type=updater.q_data_type,
     )
 

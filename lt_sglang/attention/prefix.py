@@ -14,7 +14,7 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from flashinfer import prefill as flashinfer_prefill
 from flashinfer.utils import PosEncodingMode
 
-from lt_sglang.attention.flashinfer_plans import host_indptr, plan_prefill
+from lt_sglang.attention.flashinfer_plans import plan_prefill, plan_ragged
 
 # More cached tokens in one batch are read where they are: a copy of one layer of them would take
 # hundreds of MB beside the KV pools (65,536 tokens, 8 KV heads of 128, bfloat16: 268 MB).
@@ -47,15 +47,7 @@ class PrefixAttention:
         )
         self._gather = backend == "fa3" and sum(prefixes) <= GATHER_TOKENS
         if self._gather:
-            self._dense.begin_forward(
-                host_indptr(extends),
-                host_indptr(prefixes),
-                updater.num_qo_heads,
-                updater.num_kv_heads,
-                updater.head_dim,
-                causal=False,
-                q_data_type=updater.q_data_type,
-            )
+            plan_ragged(updater, self._dense, extends, over=prefixes)
         else:
             rows = torch.empty(1, dtype=torch.int32, device=self._device)  # each layer's come later
             plan_prefill(updater, self._paged, extends, prefixes, rows, causal=False)

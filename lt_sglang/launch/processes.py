@@ -20,15 +20,18 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 
-def spawn(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, its output in ``log``; it dies with the thread that starts it.
 
-    It runs in the log's folder, not in the checkout, where ``python -m`` would find the plug-in's code.
+    Without ``cwd`` it runs in the log's folder, not in the checkout, where ``python -m`` would find the
+    plug-in's code.
     """
     with log.open("wb") as out:
         return subprocess.Popen(
             command,
-            cwd=log.parent,
+            cwd=cwd or log.parent,
             env=env,
             stdout=out,
             stderr=subprocess.STDOUT,

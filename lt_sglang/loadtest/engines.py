@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import requests
 
 from lt_sglang.cli.serve import plan_launch
+from lt_sglang.cli.server import is_ready
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_environment, cpu_server_args, has_gpu
@@ -102,7 +102,8 @@ class Engine:
     def __enter__(self) -> Engine:
         """Start it and wait until it generates; raises LightTransferError."""
         command, env = self.spec.command(self.port)
-        self._process = spawn(command, {**env, **self._env}, self.log)
+        # In this folder, which the paths among the flags are relative to.
+        self._process = spawn(command, {**env, **self._env}, self.log, cwd=Path.cwd())
         try:
             self._wait()
         except BaseException:
@@ -150,16 +151,11 @@ class Engine:
     def _wait(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
-        while not self._ready():
+        while not is_ready(self.url):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
                 raise LightTransferError(f"{self.spec.name} did not start; the end of {self.log}:\n{tail}")
             time.sleep(0.5)
-
-    def _ready(self) -> bool:
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
-        return False
 
     def _stop(self) -> None:
         if self._process is not None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,10 +15,10 @@ from lt_sglang.cli.server import is_ready
 from lt_sglang.cli.sglang_args import TP_SIZE, SglangArgs
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.launch.processes import free_port, kill_tree, spawn
 from lt_sglang.quality.endpoint import Endpoint
 
 START_SECONDS = 3600.0
-STOP_SECONDS = 30.0
 LOG_LINES = 20
 
 
@@ -68,10 +65,8 @@ def running(spec: EngineSpec, folder: Path, clients: int) -> Iterator[Endpoint]:
     command, env = spec.command(port, os.environ)
     log = folder / f"{spec.name}.log"
     url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-        )
+    # In this folder, which the paths among the flags are relative to.
+    process = spawn(command, env, log, cwd=Path.cwd())
     try:
         end = time.monotonic() + START_SECONDS
         while not is_ready(url):
@@ -83,23 +78,4 @@ def running(spec: EngineSpec, folder: Path, clients: int) -> Iterator[Endpoint]:
             time.sleep(1)
         yield Endpoint(spec.name, url, clients)
     finally:
-        _stop(process)
-
-
-def free_port() -> int:
-    """A TCP port nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-            break
-    # The group may outlive its first process.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process)

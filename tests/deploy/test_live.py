@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.models import ensure_model
-from tests.engine.server import Server, ServerSpec
+from tests.engine.server import Server, ServerSpec, running
 from tests.engine.specs import RETRACT
 
 from .live import Prometheus, as_grafana
@@ -32,13 +32,8 @@ def quick(rules: str) -> str:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # SGLang's own test switch makes it retract requests, whose count is not shown before there is one.
     spec = ServerSpec("live", partial(ensure_model, "llama"), DYNAMIC, FLAGS, env=RETRACT)
-    server = Server(spec, tmp_path_factory.mktemp("engine") / "log")
-    server.launch()
-    try:
-        server.wait_until_ready()
+    with running(spec, tmp_path_factory.mktemp("engine")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")

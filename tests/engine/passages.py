@@ -10,17 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model, find_gguf
+from lt_sglang.quality.tasks.haystack import SENTENCES
 
-SENTENCES = (
-    "The harbour was quiet before the boats came back.",
-    "She counted the coins twice and put them in the blue box.",
-    "Nobody in the village remembered who had planted the oak.",
-    "At noon the train to the mountains left four minutes late.",
-    "A letter from the bank lay unopened on the kitchen table.",
-    "He repaired the clock with a spring from an old radio.",
-    "Rain fell on the vineyards until the end of September.",
-    "The teacher drew a map of the river on the blackboard.",
-)
 DIGITS = 5
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ class Reply:
     cached: int
     finish: str
     choice: dict[str, Any] | None = None
+
+
+@contextmanager
+def running(spec: ServerSpec, folder: Path) -> Iterator[Server]:
+    """A server of one's own, ready; its log is ``folder/log``. Raises ServerFailed."""
+    server = Server(spec, folder / "log")
+    server.launch()
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
 
 
 class Server:

