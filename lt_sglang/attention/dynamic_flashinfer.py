@@ -5,9 +5,9 @@ long ones where the request keeps full attention, short ones where it is lazy. T
 and as fast with lists shorter than planned (the CUDA-core kernel is not).
 
 A prefill whose requests are all undecided, or too short to have a window, is stock SGLang's: ragged attention
-over the new tokens, paged over cached ones, merged. Any other prefill runs two paged calls a layer, one over
-the requests that are full there, one windowed over those that are lazy; the lists of the others are empty.
-Nothing waits for the device.
+over the new tokens, another call over cached ones, merged. Any other prefill attends so for the requests that
+are full in a layer (on FA2 in one paged call), and in a windowed paged call for those that are lazy there;
+the lists of the others are empty. Nothing waits for the device.
 
 Source: sglang/srt/layers/attention/flashinfer_backend.py.
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from lt_sglang.attention.dynamic_prefill import PrefillMetadata
+    from lt_sglang.attention.dynamic_prefill import PagedCall, PrefillMetadata
     from lt_sglang.model_runner import LightTransferModelRunner
 
 
@@ -241,13 +241,18 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.head_dim)
         new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)
-        if prefill.ragged:
+        if prefill.windowed:
+            self._place(new_k, new_v, layer, prefill, before=True)
+        if prefill.full is None:
             out, lse = self._ragged(query, k, v, layer, prefill)
         else:
-            self._place(new_k, new_v, layer, prefill, before=True)
-            out, lse = self._paged(query, layer, prefill)
+            out, lse = prefill.full.run(
+                layer.layer_id, query, self._kv_cache, causal=True, **self._scales(layer)
+            )
+        if prefill.lazy is not None:
+            self._windows(out, query, layer, prefill, prefill.lazy)
         self.decider.decide(prefill, layer, query, out, lse, k, v, forward_batch)
-        self._place(new_k, new_v, layer, prefill, before=prefill.ragged, after=True)
+        self._place(new_k, new_v, layer, prefill, before=not prefill.windowed, after=True)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def stored(self, tensor: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -268,6 +273,8 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         prefill: PrefillMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         wrapper = self.prefill_wrapper_ragged
+        for lengths in prefill.lengths:
+            lengths.use(layer.layer_id)
         if prefill.prefix_rows is None and not prefill.undecided:
             return wrapper.forward(query, k, v, causal=True, sm_scale=layer.scaling), None
         out, lse = wrapper.forward_return_lse(query, k, v, causal=True, sm_scale=layer.scaling)
@@ -278,24 +285,31 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, *cached)
         return merged
 
-    def _paged(
-        self, query: torch.Tensor, layer: RadixAttention, prefill: PrefillMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert prefill.full is not None and prefill.lazy is not None
-        scales = {
+    @staticmethod
+    def _scales(layer: RadixAttention) -> dict[str, Any]:
+        return {
             "sm_scale": layer.scaling,
             "k_scale": layer.k_scale_float,
             "v_scale": layer.v_scale_float,
         }
-        out, lse = prefill.full.run(layer.layer_id, query, self._kv_cache, causal=True, **scales)
+
+    def _windows(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        layer: RadixAttention,
+        prefill: PrefillMetadata,
+        lazy: PagedCall,
+    ) -> None:
+        """Streaming attention into ``out``, for the requests that are lazy in this layer."""
         windows: Windows = self.runner.windows()
-        window, window_lse = prefill.lazy.run(
+        window, window_lse = lazy.run(
             layer.layer_id,
             query,
             self._kv_cache,
             causal=True,
             window_left=windows.recent_tokens - 1,
-            **scales,
+            **self._scales(layer),
         )
         layout = self.state.layout
         merge_sinks(
@@ -318,7 +332,6 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 layout.streaming_rows,
             ),
         )
-        return out, lse
 
     def _place(
         self,

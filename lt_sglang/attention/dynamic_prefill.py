@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lt_sglang.attention.fa3_lengths import LayerLengths
 from lt_sglang.attention.flashinfer_plans import LayerLists, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
     from lt_sglang.model_runner import LightTransferModelRunner
 
-# FA2, which reads as it runs where a list begins and ends; FA3 would keep what it was planned with.
+# SGLang's paged wrappers; FA2, which reads as it runs where a list begins and ends.
 LAZY, FULL = 0, 1
 
 
@@ -55,9 +56,11 @@ class PagedCall:
 class PrefillMetadata:
     """What the layers of one prefill share.
 
-    ragged: new tokens are attended ragged, cached ones at ``prefix_rows``, int32 [L, cached tokens], None if
-    there are none. Else ``full`` and ``lazy`` are the two paged calls. undecided: some request is staged or
-    decided in this prefill.
+    windowed: some request has lazy layers here: ``lazy`` attends to their windows. undecided: some request is
+    staged or decided in this prefill.
+    Full attention is ragged over the new tokens and over cached ones at ``prefix_rows``, int32 [L, cached
+    tokens], None if there are none; ``lengths`` (FA3) empties what is lazy. On FA2 a windowed batch has one
+    paged call instead, ``full``.
     new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
     stage_tiles: of the staged request, whose rows another one may still be read from until then.
     banks: int32 [bs, L], of the decided requests. sink_rows: int [bs, w_sink], within a streaming bank.
@@ -65,7 +68,7 @@ class PrefillMetadata:
 
     plans: list[Prefill]
     requests: Requests
-    ragged: bool
+    windowed: bool
     undecided: bool
     new_tiles: Tiles
     cut_tiles: Tiles
@@ -75,6 +78,7 @@ class PrefillMetadata:
     sink_rows: torch.Tensor
     lazy_tiles: SinkTiles
     prefix_rows: torch.Tensor | None = None
+    lengths: tuple[LayerLengths, ...] = ()
     full: PagedCall | None = None
     lazy: PagedCall | None = None
 
@@ -96,10 +100,10 @@ class PrefillPlanner:
         given = self._requests(plans, rows)
         undecided = [plan.kind != Kind.DECIDED for plan in plans]
         # Nothing of a decided request is out of its window yet: full attention is the same.
-        ragged = all(
-            late or plan.end <= windows.lazy_tokens for late, plan in zip(undecided, plans, strict=True)
+        windowed = any(
+            not late and plan.end > windows.lazy_tokens for late, plan in zip(undecided, plans, strict=True)
         )
-        if not ragged and any(undecided) and sum(plan.extend for plan in plans) > state.layout.scratch_rows:
+        if windowed and any(undecided) and sum(plan.extend for plan in plans) > state.layout.scratch_rows:
             raise LightTransferError(
                 f"prefill: a batch of {sum(plan.extend for plan in plans)} tokens does not fit the "
                 f"{state.layout.scratch_rows} scratch rows; lower --chunked-prefill-size"
@@ -109,33 +113,41 @@ class PrefillPlanner:
         cut = [
             (index, 0 if plan.kind == Kind.DECIDE else plan.prefix, plan.end)
             for index, plan in enumerate(plans)
-            if plan.kind == Kind.DECIDE or (ragged and plan.kind == Kind.DECIDED)
+            if plan.kind == Kind.DECIDE or (not windowed and plan.kind == Kind.DECIDED)
         ]
         stage = [run for run, plan in zip(new, plans, strict=True) if plan.kind == Kind.STAGE]
         extends = [plan.extend for plan in plans]
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
-        windowed = [not ragged and not late for late in undecided]
         prefix_rows = None
+        lengths: list[LayerLengths] = []
         calls: dict[str, PagedCall] = {}
+        updater, prefix = self._backend.indices_updater_prefill, self._backend.prefix
         paged = self._backend.prefill_wrappers_paged
-        if ragged:
-            updater = self._backend.indices_updater_prefill
-            plan_ragged(updater, self._backend.prefill_wrapper_ragged, extends)
+        fa3 = windowed and prefix.kernels(updater) == "fa3"
+        full = ((banks < state.keep) | (given.kind != Kind.DECIDED).unsqueeze(1)).t()
+        if fa3 or not windowed:
+            ragged = self._backend.prefill_wrapper_ragged
+            plan_ragged(updater, ragged, extends)
+            lengths += [LayerLengths(ragged, full)] if fa3 else []
             if any(prefixes):
-                self._backend.prefix.plan(updater, extends, prefixes)
+                prefix.plan(updater, extends, prefixes)
+                lengths += [LayerLengths(prefix.wrapper, full)] if fa3 else []
                 rows_of_all = self._lists(plans, given, [0] * len(plans), prefixes, EVERY).rows
                 prefix_rows = rows_of_all.view(state.layout.layers, -1)
         else:
+            ends = [plan.end for plan in plans]
+            calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
+        if windowed:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
             ends = [plan.end for plan in plans]
-            calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
             calls["lazy"] = self._call(paged[LAZY], plans, given, firsts, ends, LAZY_ONLY, window_left=before)
+        lazy_here = [windowed and not late for late in undecided]
         return PrefillMetadata(
             plans=plans,
             requests=given,
-            ragged=ragged,
+            windowed=windowed,
             undecided=any(undecided),
             new_tiles=make_tiles(new, block, device),
             cut_tiles=make_tiles(cut, block, device),
@@ -143,8 +155,9 @@ class PrefillPlanner:
             popped=torch.empty(max(len(plans), 1), dtype=torch.int32, device=device),
             banks=banks,
             sink_rows=sink_rows(rows, tables, windows),
-            lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=windowed),
+            lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=lazy_here),
             prefix_rows=prefix_rows,
+            lengths=tuple(lengths),
             **calls,
         )
 

@@ -30,12 +30,9 @@ class PrefixAttention:
         self._device = workspace.device
         self._gather = False
 
-    def plan(self, updater: Any, extends: list[int], prefixes: list[int]) -> None:
-        """Plan for ``extends`` new tokens over ``prefixes`` cached ones, request by request; no waiting.
-
-        updater: SGLang's indices updater, for heads and dtypes. Some prefix must be longer than 0.
-        """
-        backend = flashinfer_prefill.determine_attention_backend(
+    def kernels(self, updater: Any) -> str:
+        """FlashInfer's kernels for prefills of these heads and dtypes: fa2 or fa3."""
+        backend: str = flashinfer_prefill.determine_attention_backend(
             self._device,
             PosEncodingMode.NONE.value,
             False,
@@ -45,7 +42,19 @@ class PrefixAttention:
             head_dim_qk=updater.head_dim,
             head_dim_vo=updater.head_dim,
         )
-        self._gather = backend == "fa3" and sum(prefixes) <= GATHER_TOKENS
+        return backend
+
+    @property
+    def wrapper(self) -> Any:
+        """What was planned last."""
+        return self._dense if self._gather else self._paged
+
+    def plan(self, updater: Any, extends: list[int], prefixes: list[int]) -> None:
+        """Plan for ``extends`` new tokens over ``prefixes`` cached ones, request by request; no waiting.
+
+        updater: SGLang's indices updater, for heads and dtypes. Some prefix must be longer than 0.
+        """
+        self._gather = self.kernels(updater) == "fa3" and sum(prefixes) <= GATHER_TOKENS
         if self._gather:
             plan_ragged(updater, self._dense, extends, over=prefixes)
         else:

@@ -211,10 +211,14 @@ def dynamic_step(
     limit_s: float,
     shape: Shape,
     engine: dict[str, Any],
+    tokens: int = 16384,
     **options: Any,
 ) -> Step:
-    """The true shape, layers drawn at random for each request; ``options`` are keys of the configuration."""
-    on = dynamic(shape.keep, shape.sink, shape.recent, 16384 + NEW_TOKENS, NEW_TOKENS, **options)
+    """The true shape, split for prompts of ``tokens``, layers drawn at random for each request.
+
+    options: keys of the configuration.
+    """
+    on = dynamic(shape.keep, shape.sink, shape.recent, tokens + NEW_TOKENS, NEW_TOKENS, **options)
     engine = engine_args(shape.folder(), load_format="dummy", **on, **engine)
     return Step(name, engine, tasks, limit_s, vocab=shape.vocab, env={"LT_SHUFFLE_LAYERS": "1"})
 

@@ -339,54 +339,6 @@ def run_steady(run: Run) -> None:
     )
 
 
-def run_rest(run: Run) -> None:
-    """The decode cells of ``steady`` with as little else as possible, where GPU time is short."""
-    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 8, 48, 88, 152]}
-    run_cells(
-        run,
-        [
-            lazy_step(8192, "half", [cell(8192, 88)], 120, **quick),
-            lazy_step(16384, "three_quarters", [cell(16384, 83)], 140, **quick),
-            lazy_step(4096, "half", [cell(4096, 152)], 120, **quick),
-        ],
-    )
-    run_fp8(run)
-    run_cells(run, [lazy_step(16384, "half", [cell(16384, 48)], 120, **quick)])
-
-
-def run_remaining(run: Run) -> None:
-    """Half lazy against stock at 4K, 8K and 16K, stock's fa3 and triton, fp8 and FA2 parity: ten minutes.
-
-    All engines import at the same time, while the small ones of the parity checks run; then the GPU belongs
-    to one of them after the other, and the CPU is idle but for it.
-    """
-    quick = {"disable_prefill_cuda_graph": True}
-    quick["cuda_graph_bs_decode"] = [1, 2, 4, *range(8, 168, 8)]
-    prefill = {**PREFILL_32K, "repeats": 2}
-    cells = [cell(16384, 29), prefill]
-    steps = [
-        stock_step("flashinfer", [*cells, cell(8192, 55), cell(4096, 106)], 170, **quick),
-        lazy_step(16384, "half", [cell(16384, 50), prefill], 110, **quick),
-        lazy_step(8192, "half", [cell(8192, 92)], 100, **quick),
-        lazy_step(4096, "half", [cell(4096, 158)], 100, **quick),
-        stock_step("fa3", cells, 100, **quick),
-        stock_step("triton", cells, 120, **quick),
-    ]
-    run.launch(steps)
-    try:
-        run_parity(run, FP8 + FA2, together=True, limit_s=130)
-    except Exception as error:
-        run.say(f"parity: {type(error).__name__}: {error}")
-    run.save()
-    run_cells(run, steps)
-
-
-def run_backends(run: Run) -> None:
-    """Stock SGLang's other backends at 16K, to know which is the best baseline."""
-    cells = [PREFILL_32K, cell(16384, 8), cell(16384, 32)]
-    run_cells(run, [stock_step(backend, cells, 170) for backend in ("fa3", "triton")])
-
-
 def run_prefill(run: Run) -> None:
     """One 32K prompt, half lazy against stock's backends, and where the GPU's time goes."""
     quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 8]}
@@ -397,23 +349,6 @@ def run_prefill(run: Run) -> None:
             lazy_step(16384, "half", cells, 110, **quick),
             stock_step("fa3", cells, 110, **quick),
             stock_step("flashinfer", cells, 110, **quick),
-        ],
-    )
-
-
-def run_long(run: Run) -> None:
-    """Half lazy at 4K to 32K against stock's fa3, the best of its backends on Hopper."""
-    quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 168, 8)]}
-    lengths = {4096: (106, 165), 8192: (55, 96), 16384: (29, 52), 32768: (14, 28)}
-    stock = [cell(tokens, requests) for tokens, (requests, _) in lengths.items()]
-    run_cells(
-        run,
-        [
-            stock_step("fa3", stock, 240, **quick),
-            *(
-                lazy_step(tokens, "half", [cell(tokens, n)], 120, **quick)
-                for tokens, (_, n) in lengths.items()
-            ),
         ],
     )
 
@@ -466,11 +401,7 @@ STEPS = {
     "fp8": run_fp8,
     "fa2": run_fa2,
     "steady": run_steady,
-    "backends": run_backends,
-    "rest": run_rest,
-    "remaining": run_remaining,
     "prefill": run_prefill,
-    "long": run_long,
     "tp": run_tp,
     "70b": run_70b,
     "graph": run_graph,
@@ -494,7 +425,7 @@ def arguments(parser: argparse.ArgumentParser, only: str) -> tuple[argparse.Name
 
 
 def main() -> None:
-    args, common = arguments(argparse.ArgumentParser(description=__doc__), "parity,fp8,fa2,steady,backends")
+    args, common = arguments(argparse.ArgumentParser(description=__doc__), "parity,fp8,fa2,steady")
     run = Run(args.folder, args.budget_s, common)
     try:
         for step in args.only.split(","):

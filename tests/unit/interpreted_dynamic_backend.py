@@ -107,44 +107,85 @@ class Paged:
         return out, lse
 
 
-class PlannedPaged(Paged):
-    """The same where each list begins where it was planned (FA3 insists on it)."""
+class Planned:
+    """A plan as PrefillSM90Plan writes it: an entry for each tile of queries and each head, in any order."""
 
-    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *rest: Any, **options: Any) -> None:
-        super().begin_forward(qo_indptr, kv_indptr, *rest, **options)
-        self._paged_kv_indptr_buf = kv_indptr
+    tile = 4
+
+    def __init__(self) -> None:
+        self._int_workspace_buffer = torch.randint(0, 255, (1 << 14,), dtype=torch.uint8)
+        self._plan_info: list[int] = []
+
+    def write(self, qo: list[int], lengths: list[int]) -> None:
+        works = [
+            (tile, qo[request], qo[request + 1] - qo[request], length, head, request)
+            for request, length in enumerate(lengths)
+            for tile in range(-(-(qo[request + 1] - qo[request]) // self.tile))
+            for head in range(HEADS)
+        ]
+        random.Random(len(works)).shuffle(works)
+        self.works = len(works)
+        tiles, starts, queries, kv, heads, requests = (list(column) for column in zip(*works, strict=True))
+        columns = (tiles, starts, [0] * len(works), queries, kv, heads, [0] * 17, requests)
+        self._plan_info, at = [], 0
+        for column in columns:
+            raw = torch.tensor(column, dtype=torch.int32).view(torch.uint8)
+            self._int_workspace_buffer[at : at + len(raw)] = raw
+            self._plan_info.append(at)
+            at += -(-len(raw) // 16) * 16
+        self._plan_info.append(0)
+
+    def lengths(self, requests: int) -> list[int]:
+        """What the kernel would take each request's list to be long; every tile and head must agree."""
+
+        def column(field: int) -> list[int]:
+            first = self._plan_info[field]
+            values = self._int_workspace_buffer[first : first + 4 * self.works].view(torch.int32)
+            return list(values.tolist())
+
+        found: dict[int, set[int]] = {}
+        for request, length in zip(column(7), column(4), strict=True):
+            found.setdefault(request, set()).add(length)
+        return [min(found[request]) if len(found[request]) == 1 else -1 for request in range(requests)]
 
 
-class Dense:
-    """BatchPrefillWithRaggedKVCacheWrapper over gathered prefixes."""
+class PlannedPaged(Planned):
+    """BatchPrefillWithPagedKVCacheWrapper on FA3: lists begin where they were planned, and are as long."""
 
-    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, causal: bool, **__: Any) -> None:
-        assert not causal
+    def begin_forward(
+        self, qo_indptr: Any, kv_indptr: Any, rows: Any, last_page_len: Any, *_: Any, **__: Any
+    ) -> None:
         self.qo, self.kv = qo_indptr.tolist(), kv_indptr.tolist()
+        self.write(self.qo, get_seq_lens(kv_indptr, last_page_len, 1).tolist())
+
+    def forward_return_lse(self, query: torch.Tensor, cache: Any, **options: Any) -> Any:
+        keys, values = (part[self._paged_kv_indices_buf.long(), 0] for part in cache)
+        return self.attend(query, keys, values, **options)
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> Any:
+        out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
+        self.ran = self.lengths(len(self.qo) - 1)
+        for index, length in enumerate(self.ran):
+            one = slice(self.qo[index], self.qo[index + 1])
+            own = slice(self.kv[index], self.kv[index] + length)
+            assert length in (0, self.kv[index + 1] - self.kv[index])
+            if length:
+                out[one], lse[one] = attention(query[one], keys[own], values[own], options["causal"], -1)
+        return out, lse
+
+
+class Ragged(PlannedPaged):
+    """BatchPrefillWithRaggedKVCacheWrapper on FA3: over new tokens, or over gathered prefixes."""
+
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, **__: Any) -> None:
+        self.qo, self.kv = qo_indptr.tolist(), kv_indptr.tolist()
+        self.write(self.qo, kv_indptr.diff().tolist())
 
     def forward_return_lse(
         self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> Any:
-        assert not options["causal"] and len(k) == len(v) == self.kv[-1]
-        out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
-        for index in range(len(self.qo) - 1):
-            one = slice(self.qo[index], self.qo[index + 1])
-            keys = slice(self.kv[index], self.kv[index + 1])
-            if keys.start < keys.stop:
-                out[one], lse[one] = attention(query[one], k[keys], v[keys], False, -1)
-        return out, lse
-
-
-class Ragged:
-    """BatchPrefillWithRaggedKVCacheWrapper."""
-
-    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, **__: Any) -> None:
-        self.qo = qo_indptr.tolist()
-
-    def forward_return_lse(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> Any:
-        parts = [slice(a, b) for a, b in zip(self.qo, self.qo[1:], strict=False)]
-        done = [attention(query[one], k[one], v[one], True, -1) for one in parts]
-        return torch.cat([out for out, _ in done]), torch.cat([lse for _, lse in done])
+        assert len(k) == len(v) == self.kv[-1] and options["causal"] == (self.kv == self.qo)
+        return self.attend(query, k, v, **options)
 
     def forward(self, *args: Any, **options: Any) -> torch.Tensor:
         return self.forward_return_lse(*args, **options)[0]
@@ -236,11 +277,12 @@ class World:
 
     def __init__(self, seed: int, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dynamic_flashinfer.stock, "_safe_merge_state", merge)
-        # Both ways of attending over a prefix.
-        kernels = "fa3" if seed % 2 else "fa2"
+        # Every way of attending over a prefix.
+        self.kernels = "fa3" if seed % 2 else "fa2"
         monkeypatch.setattr(
-            prefix.flashinfer_prefill, "determine_attention_backend", lambda *_, **__: kernels
+            prefix.flashinfer_prefill, "determine_attention_backend", lambda *_, **__: self.kernels
         )
+        monkeypatch.setattr(prefix, "GATHER_TOKENS", 0 if seed == 5 else 65536)
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.full = iter(rng.sample(range(1, FULL + 1), FULL))
@@ -294,7 +336,7 @@ class World:
         backend.prefill_wrapper_ragged = Ragged()
         backend.prefill_wrappers_paged = [Paged(), Paged()]
         backend.prefix = object.__new__(PrefixAttention)
-        backend.prefix._paged, backend.prefix._dense = PlannedPaged(), Dense()
+        backend.prefix._paged, backend.prefix._dense = PlannedPaged(), Ragged()
         backend.prefix._device = torch.device("cpu")
         backend.indices_updater_prefill = SimpleNamespace(
             num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
@@ -414,14 +456,29 @@ class World:
         ours, theirs = self.cuda_state, self.torch_state
         assert torch.equal(ours.sets.bank_of, theirs.sets.bank_of), number
         torch.testing.assert_close(ours.sets.laziness, theirs.sets.laziness, atol=2e-5, rtol=2e-5)
+        if function == "forward_extend" and self.kernels == "fa3":
+            self._no_work_where_lazy(number)
         used = slice(0, LAYOUT.scratch_start)
         for name in ("keys", "values"):
             a, b = getattr(ours.arena, name)[used], getattr(theirs.arena, name)[used]
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after layer {number}")
 
+    def _no_work_where_lazy(self, layer: int) -> None:
+        """Outputs would be right without it: what is lazy is written over."""
+        backend, banks = self.cuda_backend, self.cuda_state.sets.bank_of
+        lazy = [
+            backend.prefill.windowed and one.kind == Kind.DECIDED and int(banks[one.layer_set, layer]) >= KEEP
+            for one in self.plans
+        ]
+        new = [0 if skip else one.extend for skip, one in zip(lazy, self.plans, strict=True)]
+        cached = [0 if skip else one.prefix for skip, one in zip(lazy, self.plans, strict=True)]
+        assert backend.prefill_wrapper_ragged.ran == new
+        assert backend.prefill.prefix_rows is None or backend.prefix.wrapper.ran == cached
+
 
 @pytest.mark.parametrize(
-    ("score", "seed"), [("lighttransfer", 0), ("lighttransfer", 3), ("residual-error", 1), ("squeeze", 2)]
+    ("score", "seed"),
+    [("lighttransfer", 0), ("lighttransfer", 3), ("lighttransfer", 5), ("residual-error", 1), ("squeeze", 2)],
 )
 def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Staged, decided, inherited and short requests in all the company they can meet."""
@@ -430,29 +487,29 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
         Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (4, 0), (9, 0), (11, 8))
     )
     meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
-    assert meta.ragged and meta.prefix_rows is None
+    assert not meta.windowed and meta.prefix_rows is None
     world.slide(a, 1, copy=False)  # reserved: written when it is decided
     # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
     meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
-    assert meta.ragged and meta.prefix_rows is not None
+    assert not meta.windowed and meta.prefix_rows is not None
     world.slide(b, 2, copy=True)
     world.decode([a, b, d, f])
     world.share(e, b, 28)
-    # Staged, inherited and new requests in one batch: two paged calls a layer.
+    # Staged, inherited and new requests in one batch: full and windowed attention in every layer.
     new = Request(13, 9)
     meta = world.prefill([(Kind.DECIDE, c, 15, 6), (Kind.DECIDED, e, 25, 0), (Kind.DECIDE, new, 19, 6)])
-    assert not meta.ragged and meta.full is not None
+    assert meta.windowed and (meta.full is None) == (world.kernels == "fa3")
     # A chunk that decides early, and the one behind it.
     early = Request(14, 10)
     world.prefill([(Kind.DECIDE, early, 30, 12)])
     meta = world.prefill([(Kind.DECIDED, early, 9, 0), (Kind.STAGE, Request(15, 11), 20, 0)])
-    assert not meta.ragged
+    assert meta.windowed
     world.decode([a, b, c, d, e, new, early])
     # Short requests with a cached prefix.
     short = Request(3, 0)
     world.share(short, d, 9)
     meta = world.prefill([(Kind.DECIDED, short, 4, 0)])
-    assert meta.ragged
+    assert not meta.windowed
     for step in range(4):
         world.decode([short, e, a], graph=step > 0)
     world.decode([a, b, c, d, e, new, early], graph=True)
