@@ -20,11 +20,11 @@ def register() -> None:
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-    from lt_sglang.resolve import apply_config, settle_graphs
+    from lt_sglang.resolve import apply_config, settle_runtime
 
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
         register_resolution_hook("handle_model_source_paths")(apply_config)
-        register_resolution_hook("handle_attention_backend_compatibility")(settle_graphs)
+        register_resolution_hook("handle_attention_backend_compatibility")(settle_runtime)
     if os.environ.get(ACTIVE_VARIABLE) == "1":
         _install()
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
@@ -37,9 +37,11 @@ def _install() -> None:
 
     from lt_sglang.attention import factory
     from lt_sglang.hooks import table
+    from lt_sglang.launch import warmup
     from lt_sglang.memory import radix
 
     table.install()
+    warmup.register()
     if BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(BACKEND, radix.create)
     register_attention_backend(BACKEND)(factory.create)

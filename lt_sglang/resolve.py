@@ -15,6 +15,7 @@ from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import warmup
 from lt_sglang.models import find_known
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
 from lt_sglang.refusals import check_dynamic_args, check_server_args
@@ -94,11 +95,16 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     )
     # Children inherit it; see plugin.register.
     os.environ[ACTIVE_VARIABLE] = "1"
+    warmup.register()
     logger.info("LightTransfer: %s", config)
 
 
-def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Wraps handle_attention_backend_compatibility: what cannot be captured runs eagerly."""
+def settle_runtime(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Wraps handle_attention_backend_compatibility, once the device is known.
+
+    What cannot be captured runs eagerly; on a GPU the kernels of lazy layers are compiled before the server
+    is ready.
+    """
     previous(server_args)
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
@@ -108,6 +114,8 @@ def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     if args.device != "cpu":
+        if not args.skip_server_warmup:
+            declare_resolution(server_args, _SOURCE, warmups=warmup.with_warm_up(args.warmups))
         if args.cuda_graph_config.prefill.backend == Backend.FULL:
             raise LightTransferError(
                 "--cuda-graph-backend-prefill full: not supported with lazy layers; use breakable or disabled"

@@ -14,6 +14,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": "name",
     "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
     "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
+    "sglang.srt.entrypoints.warmup.warmup": "name",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend": "name",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (
         "self, model_runner, skip_prefill=, kv_indptr_buf=, kv_last_page_len_buf=, init_new_workspace="
@@ -62,6 +63,8 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": (
         "self, forward_batch"
     ),
+    "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache": "self, timeout_s=",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request=",
     "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
         "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
@@ -171,7 +174,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "customized_info",
     ),
     "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager": (
+        "server_args",
+        "context_len",
+        "max_req_input_len",
+    ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
     "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (

@@ -1,0 +1,105 @@
+"""Which prompts warm a server up, and when it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.arg_groups.overrides as overrides
+
+from lt_sglang.config import CONFIG_KEY
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.warmup import BEYOND, NEW_TOKENS, prompt_lengths, warm_up, with_warm_up
+from lt_sglang.names import BACKEND
+from lt_sglang.resolve import settle_runtime
+
+LAZY = {"lazy_layers": [0, 1], "sink_tokens": 4, "recent_tokens": 60}
+
+
+def test_one_prompt_in_a_chunk_and_one_in_several() -> None:
+    one, more = prompt_lengths(1024, 8192, 32768)
+    assert 1024 < one <= 8192 < more
+    assert more > 8192 + 1024, "the second chunk is longer than the window"
+    assert prompt_lengths(1024, 512, 32768)[1] > 2 * 1024
+    assert prompt_lengths(1024, None, 32768) == prompt_lengths(1024, -1, 32768) == [1024 + BEYOND]
+
+
+@pytest.mark.parametrize("most", [0, 1024, 1024 + 2 * BEYOND + 2 * NEW_TOKENS])
+def test_a_server_too_small_for_long_prompts_needs_none(most: int) -> None:
+    assert prompt_lengths(1024, 8192, most) == []
+    assert prompt_lengths(1024, 8192, 1024 + 2 * BEYOND + 2 * NEW_TOKENS + 1) == [1024 + BEYOND]
+
+
+def test_other_warm_ups_stay() -> None:
+    assert with_warm_up(None) == with_warm_up("") == BACKEND
+    assert with_warm_up("prefill_shapes") == f"prefill_shapes,{BACKEND}"
+    assert with_warm_up(f"{BACKEND},prefill_shapes") == f"{BACKEND},prefill_shapes"
+
+
+@pytest.mark.parametrize(
+    ("device", "skip", "expected"), [("cuda", False, BACKEND), ("cuda", True, None), ("cpu", False, None)]
+)
+def test_switched_on_by_itself_on_a_gpu(
+    device: str, skip: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared: dict[str, Any] = {}
+    args = SimpleNamespace(
+        device=device,
+        attention_backend=BACKEND,
+        prefill_attention_backend=None,
+        decode_attention_backend=None,
+        skip_server_warmup=skip,
+        warmups=None,
+        cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend=None)),
+        json_model_override_args=json.dumps({CONFIG_KEY: LAZY}),
+    )
+    monkeypatch.setattr(overrides, "resolving_view", lambda given: given)
+    monkeypatch.setattr(overrides, "declare_resolution", lambda *_, **fields: declared.update(fields))
+    monkeypatch.setattr(
+        "sglang.srt.model_executor.cuda_graph_config.with_phase", lambda config, *_, **__: config
+    )
+    settle_runtime(args, lambda _: None)
+    assert declared.get("warmups") == expected
+
+
+class Manager:
+    """A tokenizer manager whose answers have ``tokens`` tokens."""
+
+    context_len, max_req_input_len = 4096, 4000
+
+    def __init__(self, tokens: int, flushes: bool = True) -> None:
+        given = {CONFIG_KEY: LAZY}
+        self.server_args = SimpleNamespace(
+            json_model_override_args=json.dumps(given), chunked_prefill_size=256
+        )
+        self.tokens, self.flushes = tokens, flushes
+        self.asked: list[list[int]] = []
+
+    async def generate_request(self, request: Any, _: Any) -> Any:
+        self.asked.append(request.input_ids)
+        yield {"output_ids": [7] * self.tokens}
+
+    async def flush_cache(self, timeout_s: float) -> Any:
+        return SimpleNamespace(success=self.flushes)
+
+
+def test_every_prompt_has_a_second_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overrides, "resolving_view", lambda given: given)
+    manager = Manager(NEW_TOKENS)
+    asyncio.run(warm_up("null", manager))
+    first, again, second, last = manager.asked
+    assert again[: len(first) + NEW_TOKENS] == [*first, 7, 7, 7, 7] and len(again) > len(first) + NEW_TOKENS
+    assert last[: len(second)] == second
+    assert first[0] != second[0], "no prefix in common"
+
+
+@pytest.mark.parametrize("manager", [Manager(0), Manager(NEW_TOKENS, flushes=False)])
+def test_a_server_that_does_not_answer_must_not_start(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overrides, "resolving_view", lambda given: given)
+    with pytest.raises(LightTransferError, match="--warmups lighttransfer"):
+        asyncio.run(warm_up("null", manager))
