@@ -393,7 +393,7 @@ def run_fp8(run: Run) -> None:
 
 def run_fa2(run: Run) -> None:
     """Parity as on an A100: FlashInfer's FA2 kernels for everything, also where the GPU has FA3."""
-    run_parity(run, FA2)
+    run_parity(run, FA2, together=True, limit_s=200)
 
 
 STEPS = {
