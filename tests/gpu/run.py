@@ -194,15 +194,13 @@ def parity_steps(model: Path, names: tuple[str, ...], limit_s: float) -> list[St
     return steps
 
 
-def run_parity(
-    run: Run, names: tuple[str, ...] = PARITY, together: bool = False, limit_s: float = 150
-) -> None:
+def run_parity(run: Run, names: tuple[str, ...] = PARITY, limit_s: float = 200) -> None:
     """Log-probabilities of the engines ``names`` against float32."""
     # A process of its own, so that the float32 model's GPU memory is gone when engines are measured.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as reference:
         model = reference.submit(parity.make_model, Path("/tmp/lt-parity-model")).result()
         steps = parity_steps(model, names, limit_s)
-        results = run.jobs_together(steps) if together else run.jobs(steps)
+        results = run.jobs_together(steps)
         outs = {step.name: result for step, result in results if result and result["tasks"]}
         work: list[parity.Work] = []
         hits: list[parity.Work] = []
@@ -355,7 +353,7 @@ def run_prefill(run: Run) -> None:
 
 def run_tp(run: Run) -> None:
     """Parity, then QwQ-32B's shape, its own 32 lazy layers and windows, against stock at 16K."""
-    run_parity(run, together=True)
+    run_parity(run)
     run.save()
     quick = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, *range(8, 72, 8)]}
     quick["shape"] = QWQ_32B
@@ -383,17 +381,17 @@ def run_70b(run: Run) -> None:
 
 def run_graph(run: Run) -> None:
     """Parity of two engines, to be quick: stock, and lazy layers under CUDA graphs."""
-    run_parity(run, ("stock", "graph"), together=True)
+    run_parity(run, ("stock", "graph"))
 
 
 def run_fp8(run: Run) -> None:
     """Parity with an fp8 KV cache; FlashInfer compiles two kernels for it (minutes on a new machine)."""
-    run_parity(run, FP8, together=True, limit_s=400)
+    run_parity(run, FP8, limit_s=400)
 
 
 def run_fa2(run: Run) -> None:
     """Parity as on an A100: FlashInfer's FA2 kernels for everything, also where the GPU has FA3."""
-    run_parity(run, FA2, together=True, limit_s=200)
+    run_parity(run, FA2)
 
 
 STEPS = {
