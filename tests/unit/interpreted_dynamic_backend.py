@@ -446,8 +446,11 @@ class World:
             k_scale_float=None,
             v_scale_float=None,
         )
-        q = torch.randn(tokens, HEADS * DIM)
-        k, v = torch.randn(tokens, KV_HEADS, DIM), torch.randn(tokens, KV_HEADS, DIM)
+        # As the projection leaves them: side by side in every row.
+        q, k, v = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * DIM).split(
+            [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=1
+        )
+        k, v = k.view(-1, KV_HEADS, DIM), v.view(-1, KV_HEADS, DIM)
         if function == "forward_extend":
             batch.residual_stream.residual = torch.randn(tokens, HIDDEN)
         expected = getattr(self.torch_backend, function)(q, k, v, layer, batch)
