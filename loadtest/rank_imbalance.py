@@ -198,11 +198,6 @@ def compare(work: Work, device: torch.device, seed: int) -> dict[str, dict[str, 
     return found
 
 
-def _kept(work: Work, masks: list[Mask], heads: range) -> int:
-    """Tokens that these heads keep of one request, over all layers."""
-    return sum(work.window if mask[head] else work.tokens for mask in masks for head in heads)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-70b")

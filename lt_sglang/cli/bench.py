@@ -27,12 +27,16 @@ def run(argv: list[str]) -> int:
     from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 
     files = [file for path in args.scenarios for file in scenario_files(path)]
-    chosen: list[Scenario] = []
+    groups: list[list[Scenario]] = []
     for file in files:
         found = load_scenarios(file)
-        chosen += [pick(found, name) for name in args.case] or found
+        groups.append([pick(found, name) for name in args.case] or list(found))
     if args.rehearse:
-        chosen = [rehearsal(one) for one in chosen]
+        groups = [[rehearsal(one) for one in group] for group in groups]
+    # A server is started once for all scenarios of a group that need it; where time may run out, files are
+    # finished one by one.
+    if args.budget_s is None:
+        groups = [[one for group in groups for one in group]]
     settings = Settings(
         work=args.work,
         out=args.work / "rehearsal" if args.rehearse else args.out,
@@ -46,9 +50,11 @@ def run(argv: list[str]) -> int:
         rounds=args.rounds,
         repeats=args.repeats,
         budget_s=args.budget_s,
+        limit_s=args.limit_s,
+        overlap=args.overlap_starts,
         notes=tuple(args.note),
     )
-    return Bench(settings).run(chosen)
+    return Bench(settings).run(groups)
 
 
 def scenario_files(path: Path) -> list[Path]:
@@ -88,7 +94,19 @@ def _parser() -> Parser:
     parser.add_argument(
         "--budget-s",
         type=positive_float,
-        help="start nothing more after so many seconds; scenarios are then finished one by one",
+        help="start nothing more after so many seconds; files are then finished one by one",
+    )
+    parser.add_argument(
+        "--limit-s",
+        type=positive_float,
+        default=3600.0,
+        help="give up a server that is not ready, and a scenario that is not done, after so many seconds, "
+        "default 3600",
+    )
+    parser.add_argument(
+        "--overlap-starts",
+        action="store_true",
+        help="let the next server import while one starts; it takes the GPUs when that one has ended",
     )
     add_run_options(parser)
     return parser

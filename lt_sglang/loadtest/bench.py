@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,19 @@ from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.bounds import Bounds, bounds
 from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine, EngineSpec
-from lt_sglang.loadtest.machine import Machine, gpu_memory_mib
+from lt_sglang.loadtest.machine import Machine, gpu_memory_mib, wait_for_gpu_memory
 from lt_sglang.loadtest.result_file import Measured, build, write
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import as_mapping
 from lt_sglang.loadtest.servers import specs_of
 from lt_sglang.planner.shapes import shape_from_config
 
 # Below this an engine is not worth starting.
 LEAST_SECONDS = 60.0
+LIMIT_SECONDS = 3600.0
+# What of a scenario two servers must share to be compared.
+WORK = ("api", "load", "traffic", "seed", "aborts", "slo", "gates")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Settings:
     ``--lt-*``. most_tp: GPUs, where a scenario asks for more. baselines: attention backends of stock SGLang,
     one comparison each. rounds: starts of each server; their order alternates. repeats: runs of a scenario
     within a start. work: folder for logs and reports. out: folder for result files. budget_s: stop starting
-    things after so long.
+    things after so long. limit_s: give up a server that is not ready, and a scenario that is not done, within
+    so long. overlap: let the next server import while one starts and is measured.
     """
 
     work: Path
@@ -50,52 +57,103 @@ class Settings:
     rounds: int = 2
     repeats: int = 1
     budget_s: float | None = None
+    limit_s: float = LIMIT_SECONDS
+    overlap: bool = False
     notes: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
-    """One scenario, the servers it runs on, and what was measured on each."""
+    """One scenario and the servers it runs on, by side."""
 
     scenario: Scenario
     specs: dict[str, EngineSpec]
-    runs: dict[str, list[Measured]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+
+    @property
+    def work(self) -> str:
+        """What is sent and judged; equal for scenarios that differ in their engines alone."""
+        data = as_mapping(self.scenario)
+        return json.dumps([data[name] for name in WORK], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a server in round ``number``, and one cell of each work that it does."""
+
+    spec: EngineSpec
+    number: int
+    cells: tuple[Cell, ...]
+
+
+# A server and a work: what is measured once, for every cell that wants it.
+Key = tuple[str, str]
+
+
+def plan(groups: Sequence[Sequence[Cell]], rounds: int) -> list[Start]:
+    """Starts in order. In a group each server is started once a round; a group reuses what others measure."""
+    starts, planned = [], set()
+    for cells in groups:
+        specs = {spec.key: spec for cell in cells for spec in cell.specs.values()}
+        for number in range(rounds):
+            order = list(specs.values())
+            for spec in order if number % 2 == 0 else reversed(order):
+                wanted = {
+                    cell.work: cell
+                    for cell in reversed(cells)
+                    if _wants(cell, spec) and (spec.key, cell.work, number) not in planned
+                }
+                planned |= {(spec.key, work, number) for work in wanted}
+                if wanted:
+                    starts.append(Start(spec, number, tuple(reversed(wanted.values()))))
+    return starts
 
 
 class Bench:
-    """Runs cells and writes a result file for each comparison that is complete."""
+    """Runs scenarios and writes a result file for each comparison that is complete."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._end = time.monotonic() + (settings.budget_s or float("inf"))
-        self._starts = 0
+        self._engines = 0
         self._info: dict[str, dict[str, Any]] = {}
+        self._runs: dict[Key, list[Measured]] = {}
+        self._problems: dict[Key, list[str]] = {}
         settings.work.mkdir(parents=True, exist_ok=True)
 
-    def run(self, scenarios: Sequence[Scenario]) -> int:
-        """Measure every scenario and write the result files.
+    def run(self, groups: Sequence[Sequence[Scenario]]) -> int:
+        """Measure the scenarios, one group after the other, and write the result files.
 
         Returns 1 if a scenario has no result file, or one of its gates was broken on ours; else 0.
         """
-        cells = [self._cell(scenario) for scenario in scenarios]
-        # Each server is started once a round for all scenarios that need it; where time may run out,
-        # scenarios are finished one by one.
-        groups = [cells] if self._settings.budget_s is None else [[cell] for cell in cells]
-        paths: dict[str, list[Path]] = {}
-        for group in groups:
-            specs = {spec.key: spec for cell in group for spec in cell.specs.values()}
-            for number in range(self._settings.rounds):
-                order = list(specs.values())
-                for spec in order if number % 2 == 0 else reversed(order):
-                    self._run_engine(spec, group, number)
-                    paths |= {cell.scenario.name: self._write(cell) for cell in group}
+        cells = [[self._cell(scenario) for scenario in group] for group in groups]
+        starts = plan(cells, self._settings.rounds)
+        everything = [cell for group in cells for cell in group]
+        idle = gpu_memory_mib()
+        waiting: Engine | None = None
+        try:
+            for start, then in zip_longest(starts, starts[1:]):
+                engine = waiting or self._engine(start)
+                waiting = None
+                if self._left() < LEAST_SECONDS:
+                    engine.stop()
+                    for cell in start.cells:
+                        self._problem(start.spec, cell, "was skipped: the time was up")
+                    continue
+                if self._settings.overlap and then is not None:
+                    waiting = self._engine(then)
+                    waiting.hold()
+                wait_for_gpu_memory(idle)
+                self._run_engine(engine, start, everything)
+        finally:
+            if waiting is not None:
+                waiting.stop()
+        paths = {cell.scenario.name: self._write(cell) for cell in everything}
         for name, some in paths.items():
             print(f"{name}: {', '.join(map(str, some)) or 'no result'}")
         broken = [
             gate
-            for cell in cells
-            for one in cell.runs.get(LIGHTTRANSFER, ())
+            for cell in everything
+            for one in self._runs.get(_key(cell, LIGHTTRANSFER), ())
             for gate in one.gates
             if not gate["passed"]
         ]
@@ -110,40 +168,45 @@ class Bench:
             ),
         )
 
-    def _run_engine(self, spec: EngineSpec, cells: Sequence[Cell], number: int) -> None:
-        mine = [(cell, side) for cell in cells for side, one in cell.specs.items() if one.key == spec.key]
-        if self._left() < LEAST_SECONDS:
-            for cell, side in mine:
-                self._problem(cell, f"round {number + 1} of {side} was skipped: the time was up")
-            return
-        self._starts += 1
-        log = self._settings.work.absolute() / f"{self._starts:02d}-{spec.name}.log"
-        print(f"{spec.name}: starting, log {log}", flush=True)
-        left = list(mine)
+    def _engine(self, start: Start) -> Engine:
+        self._engines += 1
+        log = self._settings.work.absolute() / f"{self._engines:02d}-{start.spec.name}.log"
+        return Engine(start.spec, log, start_seconds=self._settings.limit_s)
+
+    def _run_engine(self, engine: Engine, start: Start, cells: Sequence[Cell]) -> None:
+        spec, left = start.spec, list(start.cells)
+        print(f"{spec.name}: starting, log {engine.log}", flush=True)
+        began = time.monotonic()
         try:
-            with Engine(spec, log) as engine:
+            with engine:
+                print(f"{spec.name}: ready after {time.monotonic() - began:.0f} s", flush=True)
                 self._info[spec.key] = engine.info()
-                for cell, side in mine:
+                for cell in start.cells:
                     for repeat in range(self._settings.repeats):
-                        self._run_cell(engine, cell, side, f"{number + 1}-{repeat + 1}")
-                    left.remove((cell, side))
+                        self._run_cell(engine, cell, f"{start.number + 1}-{repeat + 1}")
+                    left.remove(cell)
+                    # A run that is cut off keeps what it has.
+                    for other in cells:
+                        if other.work == cell.work and _wants(other, spec):
+                            self._write(other)
         except (LightTransferError, requests.RequestException) as error:
             # One server that does not start, or ends, must not cost the others their results.
-            for cell, side in left:
-                self._problem(cell, f"{side}: {error}")
+            for cell in left:
+                self._problem(spec, cell, str(error))
 
-    def _run_cell(self, engine: Engine, cell: Cell, side: str, number: str) -> None:
-        scenario, left = cell.scenario, self._left()
+    def _run_cell(self, engine: Engine, cell: Cell, number: str) -> None:
+        scenario, spec = cell.scenario, engine.spec
+        left = min(self._left(), self._settings.limit_s)
         if left <= 0:
-            self._problem(cell, f"run {number} on {side} was skipped: the time was up")
+            self._problem(spec, cell, f"run {number} was skipped: the time was up")
             return
         engine.flush()
         position = engine.log_position()
-        out = self._settings.work / "runs" / f"{scenario.name}-{side}-{number}"
+        out = self._settings.work / "runs" / f"{scenario.name}-{spec.name}-{number}"
         try:
-            data = run_scenario(scenario, engine.url, out, None if left == float("inf") else left)
+            data = run_scenario(scenario, engine.url, out, left)
         except LightTransferError as error:
-            self._problem(cell, str(error))
+            self._problem(spec, cell, str(error))
             return
         state = engine.info()["internal_states"][0]
         memory = {"server": state.get("memory_usage")}
@@ -157,23 +220,23 @@ class Bench:
             config=state.get("lighttransfer"),
             gates=data["gates"],
         )
-        cell.runs.setdefault(side, []).append(one)
+        self._runs.setdefault((spec.key, cell.work), []).append(one)
         shown = f", {one.steady.running} running, {one.steady.throughput:.0f} tok/s" if one.steady else ""
         print(
-            f"{scenario.name} on {side}: {one.summary['completed']} answered, "
-            f"{one.summary['errors']} errors, {one.summary['output_throughput']:.1f} tok/s in all{shown}",
+            f"{scenario.name} on {spec.name}: {one.summary['completed']} answered, "
+            f"{one.summary['errors']} errors, {one.summary['output_throughput']:.1f} tok/s in "
+            f"{one.summary['duration']:.0f} s{shown}",
             flush=True,
         )
 
     def _write(self, cell: Cell) -> list[Path]:
-        if LIGHTTRANSFER not in cell.runs:
+        measured = [side for side in cell.specs if self._runs.get(_key(cell, side))]
+        if LIGHTTRANSFER not in measured:
             return []
-        baselines = [side for side in cell.runs if side != LIGHTTRANSFER]
+        baselines: list[str | None] = [side for side in measured if side != LIGHTTRANSFER]
         if cell.scenario.engine.sides == "both" and not baselines:
             return []
-        if not baselines:
-            return [self._write_one(cell, None)]
-        return [self._write_one(cell, backend) for backend in baselines]
+        return [self._write_one(cell, backend) for backend in baselines or [None]]
 
     def _write_one(self, cell: Cell, backend: str | None) -> Path:
         settings = self._settings
@@ -183,9 +246,12 @@ class Bench:
             cell.scenario,
             settings.machine,
             {name: cell.specs[side] for name, side in sides.items()},
-            {name: cell.runs[side] for name, side in sides.items()},
+            {name: self._runs[_key(cell, side)] for name, side in sides.items()},
             Bounds({}, "") if backend is None else self._bounds(cell, backend),
-            (*settings.notes, *cell.problems),
+            (
+                *settings.notes,
+                *(line for side in sides.values() for line in self._problems.get(_key(cell, side), ())),
+            ),
         )
         if backend not in (None, settings.baselines[0]):
             result["scenario"] += f"-vs-{backend}"
@@ -206,11 +272,19 @@ class Bench:
         gpu = self._settings.machine.planned_gpu
         return bounds(cell.scenario, shape, config, spec.tp, gpu, int(capacity), server)
 
-    def _problem(self, cell: Cell, text: str) -> None:
+    def _problem(self, spec: EngineSpec, cell: Cell, text: str) -> None:
         # Ends of logs are long; where the log is comes first.
-        line = " ".join(text.split())[:400]
-        cell.problems.append(line)
+        line = f"{spec.name}: {' '.join(text.split())[:400]}"
+        self._problems.setdefault((spec.key, cell.work), []).append(line)
         print(f"{cell.scenario.name}: {line}", flush=True)
 
     def _left(self) -> float:
         return self._end - time.monotonic()
+
+
+def _wants(cell: Cell, spec: EngineSpec) -> bool:
+    return any(one.key == spec.key for one in cell.specs.values())
+
+
+def _key(cell: Cell, side: str) -> Key:
+    return cell.specs[side].key, cell.work

@@ -41,7 +41,7 @@ def bounds(
         stock_tokens: what the stock server's KV memory holds: both servers have the same bytes.
         server: the stock server's /server_info.
     """
-    lengths = _mean_lengths(scenario)
+    lengths = mean_lengths(scenario)
     if lengths is None:
         return Bounds({}, "No bound: prompts share prefixes or follow a trace.")
     if "--enable-dp-attention" in scenario.engine.baseline_flags:
@@ -77,7 +77,8 @@ def bounds(
     return Bounds(found, f"Bound: lt-sglang plan's roofline{mean}, with stock's measured KV memory.")
 
 
-def _mean_lengths(scenario: Scenario) -> tuple[int, int] | None:
+def mean_lengths(scenario: Scenario) -> tuple[int, int] | None:
+    """Mean tokens of prompts and outputs; None where prompts share tokens or follow a trace."""
     total = sum(kind.weight for kind in scenario.traffic)
     inputs = outputs = 0.0
     for kind in scenario.traffic:

@@ -21,6 +21,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_environment, cpu_server_args, has_gpu
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
 from lt_sglang.loadtest.decode_log import Steady, steady_of
+from lt_sglang.loadtest.held_server import HOLD_VARIABLE
 
 START_SECONDS = 1800.0
 LOG_LINES = 25
@@ -89,30 +90,57 @@ class Engine:
         spec: what to serve.
         log: its output.
         env: further environment variables.
+        start_seconds: within which it must be ready.
     """
 
-    def __init__(self, spec: EngineSpec, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
         self.spec = spec
         self._env = env or {}
+        self._start_seconds = start_seconds
         self.log = log
+        self._hold = log.with_suffix(".go")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
+    def hold(self) -> None:
+        """Let it import in the background; it takes no GPU before it is entered."""
+        self._hold.unlink(missing_ok=True)
+        (python, *module), env = self.spec.command(self.port)
+        command = [python, "-m", "lt_sglang.loadtest.held_server", *module[1:]]
+        self._spawn(command, {**env, HOLD_VARIABLE: str(self._hold)})
+
     def __enter__(self) -> Engine:
         """Start it and wait until it generates; raises LightTransferError."""
-        command, env = self.spec.command(self.port)
-        # In this folder, which the paths among the flags are relative to.
-        self._process = spawn(command, {**env, **self._env}, self.log, cwd=Path.cwd())
+        if self._process is None:
+            self._spawn(*self.spec.command(self.port))
+        self._hold.touch()
         try:
             self._wait()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, with all its processes."""
+        if self._process is not None:
+            kill_tree(self._process)
+            self._process = None
+        self._hold.unlink(missing_ok=True)
+
+    def _spawn(self, command: list[str], env: dict[str, str]) -> None:
+        # In this folder, which the paths among the flags are relative to.
+        self._process = spawn(command, {**env, **self._env}, self.log, cwd=Path.cwd())
 
     @property
     def pid(self) -> int:
@@ -150,14 +178,9 @@ class Engine:
 
     def _wait(self) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while not is_ready(self.url):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
                 raise LightTransferError(f"{self.spec.name} did not start; the end of {self.log}:\n{tail}")
             time.sleep(0.5)
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            kill_tree(self._process)
-            self._process = None

@@ -20,6 +20,7 @@ from locust.event import EventHook
 from locust.runners import LocalRunner
 
 from lt_sglang.errors import LightTransferError
+from lt_sglang.loadtest.fill import fitted
 from lt_sglang.loadtest.outcome import finish
 from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 from lt_sglang.loadtest.session import Session
@@ -80,7 +81,7 @@ def _read_scenario(environment: Any, runner: Any, **_: Any) -> None:
         scenario = pick(load_scenarios(Path(options.lt_scenario)), options.lt_case)
     except LightTransferError as error:
         raise SystemExit(str(error)) from None
-    environment.lt_scenario = scenario
+    environment.lt_given = environment.lt_scenario = scenario
     environment.lt_session = None
     environment.lt_failed = False
     StreamingUser.network_timeout = scenario.load.timeout_seconds
@@ -88,11 +89,12 @@ def _read_scenario(environment: Any, runner: Any, **_: Any) -> None:
 
 @events.test_start.add_listener
 def _start(environment: Any, **_: Any) -> None:
-    session = Session(environment.lt_scenario, environment.host, gevent.sleep)
     client = FastHttpSession(
         environment.host, EventHook(), None, max_retries=0, network_timeout=StreamingUser.network_timeout
     )
     try:
+        environment.lt_scenario = fitted(environment.lt_given, environment.host)
+        session = Session(environment.lt_scenario, environment.host, gevent.sleep)
         session.prepare(client)
     except LightTransferError as error:
         logging.error("%s", error)

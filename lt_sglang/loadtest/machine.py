@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,9 @@ PACKAGES = {
     "triton": "triton",
     "locust": "locust",
 }
+COMMIT_VARIABLE = "LT_SGLANG_COMMIT"
+# What contexts of processes that wait may hold on a GPU.
+SLACK_MIB = 2048
 # Part of what nvidia-smi calls it -> what lt-sglang plan calls it.
 PLANNED = (("H200", "h200-141"), ("H100", "h100-80"), ("A100", "a100-80"))
 
@@ -26,8 +31,8 @@ PLANNED = (("H200", "h200-141"), ("H100", "h100-80"), ("A100", "a100-80"))
 class Machine:
     """gpus: nvidia-smi's names; empty on a CPU.
 
-    commit: the checkout's when the program started, with + after it where files were changed; unknown if the
-    package is installed.
+    commit: LT_SGLANG_COMMIT, or the checkout's when the program started, with + after it where files were
+    changed; unknown if the package is installed.
     """
 
     gpus: tuple[str, ...]
@@ -92,7 +97,22 @@ def gpu_memory_mib() -> list[int]:
     return [int(line) for line in _output(query).split()]
 
 
+def wait_for_gpu_memory(idle_mib: Sequence[int], seconds: float = 20.0) -> None:
+    """Until the memory in use is steady and near ``idle_mib``: an ended process gives it back late."""
+    end, last = time.monotonic() + seconds, None
+    while idle_mib and time.monotonic() < end:
+        used = gpu_memory_mib()
+        if used == last and all(now <= idle + SLACK_MIB for now, idle in zip(used, idle_mib, strict=True)):
+            return
+        last = used
+        time.sleep(0.3)
+
+
 def _commit() -> str:
+    # A copy of the sources without their history can be told.
+    given = os.environ.get(COMMIT_VARIABLE)
+    if given:
+        return given
     folder = Path(__file__).parent
     head = _output(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]).strip()
     changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"]).strip()

@@ -28,6 +28,7 @@ RATES = (
     *("median_e2e_latency_ms", "p90_e2e_latency_ms", "p99_e2e_latency_ms"),
 )
 HIGHER_IS_BETTER = ("requests_running", "decode_tokens_per_second", "output_throughput")
+FILL_NOTE = "Each server got as many requests as its KV memory holds, all at once."
 CPU_NOTE = (
     "CPU: absolute times and rates are left out, and ratios of speed compare two plain-torch backends: they "
     "are not the gain of lazy layers."
@@ -74,7 +75,7 @@ def build(
     result = header(scenario, machine, specs["lighttransfer"])
     for side, some in runs.items():
         result[side] = {"engine": specs[side].name, **_side(some, on_cpu)}
-    remarks = [*notes]
+    remarks = [*notes, *([FILL_NOTE] if scenario.load.fill else [])]
     if "baseline" in runs:
         ratio, spread = ratios(runs["baseline"], ours, _compared(scenario))
         result["ratio"], result["ratio_spread"] = ratio, spread

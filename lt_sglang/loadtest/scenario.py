@@ -81,7 +81,8 @@ class Load:
     ``requests`` conversations or ``seconds``, whichever comes first; what was sent is waited for. warmup:
     requests before it, not measured. period: after so many conversations lengths, kinds and aborts repeat,
     with other text, so that parts of a long run can be compared. timeout_seconds: without a byte from the
-    server for so long, a request is an error.
+    server for so long, a request is an error. fill: of users and requests no more than the server's KV memory
+    holds at once, so that memory is filled once and nothing is prefilled that measures nothing.
     """
 
     kind: str
@@ -92,6 +93,7 @@ class Load:
     warmup: int = 2
     period: int | None = None
     timeout_seconds: float = 600.0
+    fill: bool = False
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,8 @@ def _scenario(data: dict[str, Any], folder: Path) -> Scenario:
     kinds = tuple(_traffic(one, f"traffic[{index}]", api, folder) for index, one in enumerate(traffic))
     if load.kind == "trace" and (len(kinds) != 1 or kinds[0].trace is None):
         raise LightTransferError("load.kind: trace needs traffic of one kind with a trace")
+    if load.fill and any(kind.input is None or kind.shared is not None or kind.turns > 1 for kind in kinds):
+        raise LightTransferError("load.fill: needs prompts of known lengths that share nothing")
     return Scenario(
         name=fields.text("name"),
         about=fields.text("about"),
@@ -147,7 +149,10 @@ def _load(fields: Fields) -> Load:
         warmup=fields.integer("warmup", 0, 2),
         period=fields.maybe_integer("period", 1),
         timeout_seconds=fields.number("timeout_seconds", 0.1, default=600.0),
+        fill=fields.boolean("fill", False),
     )
+    if load.fill and kind != "closed":
+        raise LightTransferError("load.fill: only with kind closed, where users wait for their answers")
     if load.requests is None and load.seconds is None:
         raise LightTransferError("load: one of requests and seconds must be given")
     return load

@@ -169,6 +169,19 @@ def test_steady_decode_leaves_prefill_out() -> None:
     assert steady_of(["Prefill batch", line(8, 3.0)]) is None
 
 
+def test_steady_decode_of_dp_attention_is_the_ranks_sum() -> None:
+    def line(rank: int, running: int, rate: float) -> str:
+        mark = f"[2026-01-02 DP{rank} TP{rank}]"
+        return f"{mark} Decode batch, #running-req: {running}, gen throughput (token/s): {rate}, #queue"
+
+    prefill = "[2026-01-02 DP1 TP1] Prefill batch"
+    # One rank's prefill stops the others' decode.
+    lines = [line(0, 2, 9.0), prefill, line(0, 2, 1.0), line(1, 3, 2.0), line(0, 2, 20.0), line(1, 3, 30.0)]
+    lines += [line(0, 2, 22.0), line(1, 3, 32.0), line(1, 3, 34.0)]
+    assert steady_of(lines) == Steady(5, 53.0, 50.0, 56.0, 2)
+    assert steady_of([*lines, line(2, 1, 5.0)]) is None
+
+
 def test_outputs_of_a_run(tmp_path: Path) -> None:
     (one,) = load_scenarios(write_file(tmp_path, mapping(about='1 < 2 & "3"', slo={"ttft_ms": 600})))
     session = Session(one, "http://127.0.0.1:1", lambda _: None)

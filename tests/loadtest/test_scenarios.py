@@ -20,6 +20,7 @@ from .runs import REPOSITORY, scenario, write
 
 FILES = sorted((REPOSITORY / "loadtest" / "scenarios").rglob("*.yaml"))
 SCENARIOS = [(path, one) for path in FILES for one in load_scenarios(path)]
+SHARED = {"input": 8, "output": 1, "shared": {"prefixes": 1, "tokens": 8}}
 NAMES = [one.name for _, one in SCENARIOS]
 
 
@@ -83,6 +84,14 @@ def test_cases_are_laid_over_the_file(tmp_path: Path) -> None:
         ({"load": {"kind": "poisson", "rate": -1, "requests": 1}}, "load.rate: -1 is not a number from"),
         ({"load": {"kind": "trace", "requests": 1}}, "load.kind: trace needs traffic of one kind with"),
         ({"load": {"kind": "closed", "users": 1, "request": 3}}, "load.request: unknown, allowed are kind"),
+        (
+            {"load": {"kind": "poisson", "rate": 1, "requests": 1, "fill": True}},
+            "load.fill: only with kind closed",
+        ),
+        (
+            {"load": {"kind": "closed", "users": 2, "requests": 2, "fill": True}, "traffic": SHARED},
+            "load.fill: needs prompts of known lengths",
+        ),
         ({"load": [1]}, "load: must be a mapping with kind, users"),
         ({"traffic": []}, "traffic: must be a mapping, or a list"),
         ({"traffic": {"input": 0, "output": 1}}, "traffic[0].input: 0 is not a number of tokens from 1"),

@@ -36,7 +36,8 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any
 
 def test_bench(tmp_path: Path) -> None:
     file = str(SCENARIOS / "cpu.yaml")
-    code, text, results = command(tmp_path, "bench", file, "--case", "memory-full", "--rounds", "1")
+    case = ("--case", "memory-full", "--rounds", "1", "--overlap-starts")
+    code, text, results = command(tmp_path, "bench", file, *case)
     assert code == 0, text
     (result,) = results
     assert result["scenario"] == "tiny-memory-full"
