@@ -82,6 +82,7 @@ def _engine(engine: Engine) -> Engine:
     return replace(
         engine,
         shape=SHAPE,
+        baseline_shape=None,
         tp=min(engine.tp, 2),
         lighttransfer={**own, **_layers(given), "sink_tokens": SINK, "recent_tokens": RECENT},
         flags=FLAGS,

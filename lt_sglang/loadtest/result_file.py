@@ -77,6 +77,10 @@ def build(
         result[side] = {"engine": specs[side].name, **_side(some, on_cpu)}
     remarks = [*notes, *([FILL_NOTE] if scenario.load.fill else [])]
     if "baseline" in runs:
+        if specs["baseline"].model != specs["lighttransfer"].model:
+            remarks.append(
+                f"The baseline's model is {Path(specs['baseline'].model).name}, of the same sizes."
+            )
         ratio, spread = ratios(runs["baseline"], ours, _compared(scenario))
         result["ratio"], result["ratio_spread"] = ratio, spread
         result["bound"] = {name: round(value, 4) for name, value in limits.ratios.items()}

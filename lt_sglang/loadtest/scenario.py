@@ -130,12 +130,14 @@ class Gate:
 class Engine:
     """What ``lt-sglang bench`` starts.
 
-    shape: a known shape with dummy weights; None needs --model-path. tp: GPUs. sides: both, or only ours.
+    shape: a known shape with dummy weights; None needs --model-path. baseline_shape: stock's, where it needs
+    the same sizes in another model's code. tp: GPUs. sides: both, or only ours.
     lighttransfer: the configuration of ours (keys as in ``--lt-config``). flags: SGLang's, for both.
     baseline_flags, lighttransfer_flags: for one side only; ``{tp}`` in the former is the number of GPUs.
     """
 
     shape: str | None = None
+    baseline_shape: str | None = None
     tp: int = 1
     sides: str = "both"
     lighttransfer: Mapping[str, Any] = field(default_factory=dict)

@@ -241,9 +241,13 @@ def _gate(name: str, limits: Any) -> Gate:
 
 
 def _engine(fields: Fields) -> Engine:
-    shape = fields.raw("shape")
+    shape, baseline = (
+        None if fields.raw(key) is None else fields.text(key, None, tuple(SHAPES))
+        for key in ("shape", "baseline_shape")
+    )
     return Engine(
-        shape=None if shape is None else fields.text("shape", None, tuple(SHAPES)),
+        shape=shape,
+        baseline_shape=baseline,
         tp=fields.integer("tp", 1, 1),
         sides=fields.text("sides", "both", SIDES),
         lighttransfer=fields.mapping("lighttransfer"),

@@ -33,15 +33,19 @@ def specs_of(
     """
     engine = scenario.engine
     common = (*engine.flags, *flags)
+    stock_model = model
     if model is None and engine.shape is not None:
-        model = str(write_shape(engine.shape, work.absolute() / "models" / engine.shape))
+        model, stock_model = (
+            str(write_shape(shape, work.absolute() / "models" / shape))
+            for shape in (engine.shape, engine.baseline_shape or engine.shape)
+        )
         common = (*SHAPE_FLAGS, *common)
-    if model is None:
+    if model is None or stock_model is None:
         raise LightTransferError(f"{scenario.name}: has no engine.shape; give --model-path")
     tp = min(engine.tp, most_tp or engine.tp)
     alone = tuple(flag.replace("{tp}", str(tp)) for flag in engine.baseline_flags)
     stock = {
-        backend: EngineSpec(STOCK, model, tp, (*common, *alone), backend)
+        backend: EngineSpec(STOCK, stock_model, tp, (*common, *alone), backend)
         for backend in (baselines if engine.sides == "both" else ())
     }
     ours = EngineSpec(

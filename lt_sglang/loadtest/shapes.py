@@ -48,6 +48,15 @@ _LLAMA_70B: dict[str, Any] = {
     "eos_token_id": 128001,
 }
 
+# The same sizes in Qwen3's code, which SGLang has DP attention for; it adds two norms over heads to a layer.
+_LLAMA_70B_QWEN3: dict[str, Any] = {
+    **_LLAMA_70B,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+
 _QWQ_32B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -95,6 +104,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # A longer context costs memory for tables, so only where it is needed.
     "mistral-7b-128k": {**_MISTRAL, "max_position_embeddings": 135168},
     "llama-3-70b": _LLAMA_70B,
+    "llama-3-70b-qwen3": _LLAMA_70B_QWEN3,
     "qwq-32b": _QWQ_32B,
     "tiny": _TINY,
 }

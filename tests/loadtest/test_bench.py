@@ -52,6 +52,7 @@ def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
         (LIGHTTRANSFER, ["32k-three-quarters"]),
     ]
     dp = cells(tmp_path, "2-dp-attention.yaml")[0].specs["flashinfer"]
+    assert Path(dp.model).name == "llama-3-70b-qwen3"
     assert dp.flags[-3:] == ("--enable-dp-attention", "--dp-size", "4")
 
 
