@@ -109,7 +109,23 @@ def _flashinfer(
     )
     # [rows, page of 1, one head, dim]
     cache = keys.unsqueeze(1), values.unsqueeze(1)
-    return lambda: wrapper.run(query, cache).reshape(work.requests, -1)
+    return _captured(lambda: wrapper.run(query, cache).reshape(work.requests, -1))
+
+
+def _captured(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """``call`` as a CUDA graph: a lazy layer takes the GPU less time than Python takes to launch it."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog thread asks the driver meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def _torch(

@@ -41,6 +41,11 @@ def steady_of(lines: Iterable[str]) -> Steady | None:
             stretches.append(defaultdict(list))
     ranks = sorted({rank for stretch in stretches for rank in stretch})
     each = [_steady([stretch[rank] for stretch in stretches if rank in stretch]) for rank in ranks]
+    return together(each)
+
+
+def together(each: Sequence[Steady | None]) -> Steady | None:
+    """The sum of what decoded side by side; None if one of them has no steady decode."""
     known = [one for one in each if one]
     if not known or len(known) < len(each):
         return None

@@ -120,13 +120,17 @@ class Engine:
         """Start it and wait until it generates; raises LightTransferError."""
         if self._process is None:
             self._spawn(*self.spec.command(self.port))
-        self._hold.touch()
+        self.release()
         try:
             self._wait()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def release(self) -> None:
+        """Let a held engine go on, before it is entered."""
+        self._hold.touch()
 
     def __exit__(self, *_: object) -> None:
         self.stop()

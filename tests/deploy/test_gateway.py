@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -128,3 +129,18 @@ def test_one_engine_down_and_back_again(url: str, engines: list[Server]) -> None
 
     wait_until(back, 120)
     assert other.alive
+
+
+def test_replicas_of_a_scenario(gateway_path: Path, tmp_path: Path) -> None:
+    """The script that measures them, with a tiny model."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "loadtest/replicas.py"), "loadtest/scenarios/tp8/5-qwq.yaml"]
+    command += ["--rehearse", "--replicas", "2", "--tp-size", "1"]
+    command += ["--gateway", str(gateway_path), "--work", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sides = [line for line in done.stdout.splitlines() if line.startswith(("baseline", "lighttransfer"))]
+    assert len(sides) == 2 and all("completed 6, errors 0" in line for line in sides)
+    for number in range(2):
+        log = (tmp_path / f"lighttransfer-{number}.log").read_text(errors="replace")
+        assert "Decode batch" in log

@@ -1,0 +1,156 @@
+"""A scenario on several replicas behind SGLang's model gateway, stock against ours, on this machine's GPUs.
+
+    python loadtest/replicas.py loadtest/scenarios/tp8/5-qwq.yaml --replicas 4 --date 2026-11-22 [FLAGS]
+
+FLAGS are SGLang's. Each replica has GPUs of its own (on a CPU they share the cores); with ``load.fill`` there
+are as many clients as all of them hold. Writes one result file. Needs sglang-router: here, or ``--gateway``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import requests
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.loadtest.bounds import Bounds
+from lt_sglang.loadtest.decode_log import together
+from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine, EngineSpec
+from lt_sglang.loadtest.fill import filled
+from lt_sglang.loadtest.machine import gpu_memory_mib, this_machine, wait_for_gpu_memory
+from lt_sglang.loadtest.rehearsal import rehearsal
+from lt_sglang.loadtest.result_file import Measured, build, write
+from lt_sglang.loadtest.runner import run_scenario
+from lt_sglang.loadtest.scenario import Scenario
+from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+from lt_sglang.loadtest.servers import specs_of
+
+READY_SECONDS = 120.0
+
+
+@contextmanager
+def gateway(urls: Sequence[str], log: Path, folder: Path | None) -> Iterator[str]:
+    """SGLang's gateway in front of ``urls``, with the chart's arguments; its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--host=127.0.0.1", f"--port={port}"]
+    command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", "--policy=cache_aware"]
+    command += ["--health-check-endpoint=/ready", "--worker-urls", *urls]
+    process = spawn(command, {**os.environ, **({"PYTHONPATH": str(folder)} if folder else {})}, log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_SECONDS
+    try:
+        while not _ready(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the gateway did not start; see {log}")
+            time.sleep(0.3)
+        yield url
+    finally:
+        kill_tree(process)
+
+
+def _ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/readiness", timeout=2).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def replicas(spec: EngineSpec, count: int, work: Path) -> list[Engine]:
+    """Engines that import side by side, each with its GPUs."""
+    engines = []
+    for number in range(count):
+        gpus = range(number * spec.tp, (number + 1) * spec.tp)
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if has_gpu() else {}
+        engines.append(Engine(spec, work / f"{spec.name}-{number}.log", env))
+        engines[-1].hold()
+    return engines
+
+
+def measure(scenario: Scenario, engines: Sequence[Engine], work: Path, folder: Path | None) -> Measured:
+    """The scenario through a gateway in front of ``engines``, which are started and ended."""
+    name = engines[0].spec.name
+    with ExitStack() as stack:
+        for engine in engines:
+            engine.release()
+        for engine in engines:
+            stack.enter_context(engine)
+        infos = [engine.info() for engine in engines]
+        states = [state for info in infos for state in info["internal_states"]]
+        if scenario.load.fill:
+            scenario = filled(scenario, {"internal_states": states})
+            scenario = replace(scenario, load=replace(scenario.load, fill=False))
+        url = stack.enter_context(
+            gateway([engine.url for engine in engines], work / f"{name}-gateway.log", folder)
+        )
+        positions = [engine.log_position() for engine in engines]
+        data = run_scenario(scenario, url, work / "runs" / name)
+        steady = [one.steady_since(at) for one, at in zip(engines, positions, strict=True)]
+        memory: dict[str, Any] = {"server": states[0].get("memory_usage"), "gpu_used_mib": gpu_memory_mib()}
+        return Measured(
+            data["summary"], together(steady), memory, states[0].get("lighttransfer"), data["gates"]
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenario", type=Path)
+    parser.add_argument("--case")
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument(
+        "--baseline", help="stock's attention backend; default flashinfer, on a CPU torch_native"
+    )
+    parser.add_argument("--tp-size", type=int, help="GPUs of a replica, if fewer than the scenario's")
+    parser.add_argument("--gateway", type=Path, help="a folder that holds sglang-router")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, and without a result file")
+    parser.add_argument("--date", default="undated")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--work", type=Path, default=Path("loadtest-out"))
+    args, flags = parser.parse_known_args()
+    scenario = pick(load_scenarios(args.scenario), args.case)
+    if args.rehearse:
+        scenario = rehearsal(scenario)
+    backend = args.baseline or ("flashinfer" if has_gpu() else "torch_native")
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    specs = specs_of(scenario, work, (backend,), most_tp=args.tp_size, flags=tuple(flags))
+    sides = {"baseline": specs[backend], "lighttransfer": specs[LIGHTTRANSFER]}
+    machine, idle = this_machine(), gpu_memory_mib()
+    runs: dict[str, list[Measured]] = {}
+    engines: dict[str, list[Engine]] = {}
+    try:
+        for side in sides:
+            # With GPUs both sides import at once; the second takes them when the first has ended.
+            for one in sides if has_gpu() else (side,):
+                if one not in engines:
+                    engines[one] = replicas(sides[one], args.replicas, work)
+            wait_for_gpu_memory(idle)
+            runs[side] = [measure(scenario, engines[side], work, args.gateway)]
+            print(f"{side}: {_shown(runs[side][0].summary)}", flush=True)
+    finally:
+        for engine in (one for some in engines.values() for one in some):
+            engine.stop()
+    if args.rehearse:
+        return
+    result = build(scenario, machine, sides, runs, Bounds({}, "No bound: several replicas."), ())
+    result["scenario"] += f"-{args.replicas}-replicas"
+    result["notes"].insert(0, f"{args.replicas} replicas behind the gateway; figures are of all together.")
+    print(write(result, args.out, args.date, machine.label))
+
+
+def _shown(summary: Mapping[str, float | None]) -> str:
+    names = ("completed", "errors", "output_throughput", "median_tpot_ms")
+    return ", ".join(f"{name} {summary[name]:.4g}" for name in names if summary[name] is not None)
+
+
+if __name__ == "__main__":
+    main()
