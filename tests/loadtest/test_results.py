@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -18,6 +19,7 @@ from lt_sglang.loadtest import metrics_page, outcome
 from lt_sglang.loadtest.bounds import bounds
 from lt_sglang.loadtest.decode_log import Steady, steady_of
 from lt_sglang.loadtest.engines import EngineSpec
+from lt_sglang.loadtest.file_bounds import roofline
 from lt_sglang.loadtest.machine import Machine
 from lt_sglang.loadtest.result_file import Measured, build, ratios, write
 from lt_sglang.loadtest.samples import Sample, summarize
@@ -288,3 +290,21 @@ def test_a_long_run_is_judged_by_its_parts(gpu: int) -> None:
     }
     assert not run_of([50.0] * 6, leaking)["memory"]
     assert not judge([Part(1.0, 1.0, 1.0, 0)] * 6, True, ["a request"])["passed"]["nothing_left"]
+
+
+def test_the_roofline_of_a_file_that_does_not_hold_it() -> None:
+    results = REPOSITORY / "loadtest" / "results"
+
+    def of(name: str) -> dict[str, float]:
+        return roofline(json.loads((results / f"{name}.json").read_text()))
+
+    # What the planner says for stock's 413,160 tokens of an H100, whole requests and weights included.
+    full = of("2026-11-22-h100-lt-half-16k-decode-16384")
+    assert full == {"requests_running": pytest.approx(47 / 25), "decode_tokens_per_second": ANY}
+    assert full["decode_tokens_per_second"] == pytest.approx(1.87, abs=0.03)
+    # The same eight requests on both sides: weights count for more.
+    eight = of("2026-11-21-h100-lt-half-16k-decode-16384-batch8")
+    assert eight["requests_running"] == 1 and 1.2 < eight["decode_tokens_per_second"] < 1.4
+    assert set(of("2026-11-22-h100-lt-half-16k-prefill-32768")) == {"prefill_speed"}
+    # Lazy layers on both sides.
+    assert of("2026-11-22-h200-dynamic-16k-decode-16384-vs-static") == {}
