@@ -68,7 +68,12 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "random-50": dynamic("random", 0.5),
     "pyramid-50": dynamic("pyramid", 0.5),
     "all": dynamic("all", 0.5),
+    "full-fp8": None,
+    "residual-50-fp8": dynamic("residual-error", 0.5),
+    "residual-75-fp8": dynamic("residual-error", 0.25),
 }
+# Further engine arguments of some of them.
+ENGINES = {name: {"kv_cache_dtype": "fp8_e4m3"} for name in CONFIGS if name.endswith("-fp8")}
 
 
 def write_prompts(
@@ -137,6 +142,7 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
         engine |= {"device": "cpu", "sleep_on_idle": True}
     if args.kv_cache_dtype:
         engine["kv_cache_dtype"] = args.kv_cache_dtype
+    engine |= ENGINES.get(name, {})
     if config is None:
         engine["attention_backend"] = args.baseline_backend or (
             "torch_native" if args.device == "cpu" else "triton"
@@ -188,8 +194,9 @@ def kl_of(
     return found
 
 
-def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
-    """The table, and the report beside it."""
+def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
+    """Write the report of the engines so far, and return its table."""
+    table = []
     hits = {name: found(spec, result["tasks"][0]) for name, result in results.items()}
     cells = [(key["task"], key["cell"]["tokens"]) for key in spec["keys"]]
     full_tasks = results[FULL]["tasks"] if FULL in results else None
@@ -231,7 +238,7 @@ def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]
             try:
                 texts = kl_of(spec, full_tasks[1], tasks[1])
             except ValueError as error:
-                run.say(f"{name}: no KL divergence: {error}")
+                table.append(f"{name}: no KL divergence: {error}")
             else:
                 means = [text.mean for text in texts]
                 report["kl"] = {
@@ -244,8 +251,9 @@ def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]
                 }
                 line.append(f"KL {report['kl']['mean']:.5f} (seen {report['kl']['seen']:.4f})")
         run.report[name] = report
-        run.say("  ".join(line))
+        table.append("  ".join(line))
     run.save()
+    return table
 
 
 def main() -> None:
@@ -297,18 +305,21 @@ def main() -> None:
     run = Run(args.out, args.budget_s)
     steps = [step_of(name, spec, args) for name in dict.fromkeys(names)]
     results: dict[str, dict[str, Any]] = {}
+    table: list[str] = []
     try:
         for start in range(0, len(steps), args.together):
+            # The next ones import SGLang meanwhile.
+            run.launch(steps[start : start + 2 * args.together])
             for step, result in run.jobs_together(steps[start : start + args.together]):
                 if result and len(result["tasks"]) == len(step.tasks):
                     results[step.name] = result
                 else:
                     run.say(f"{step.name}: FAILED, see {run.folder / f'{step.name}.log'}")
+            # Whatever ends this run, the engines so far are in the report.
+            table = summarise(run, spec, results)
     finally:
         run.close()
-        run.table.append("")
-        summarise(run, spec, results)
-    print("\n" + "\n".join(run.table), flush=True)
+    print("\n" + "\n".join([*run.table, *table]), flush=True)
 
 
 if __name__ == "__main__":
