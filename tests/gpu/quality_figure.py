@@ -41,6 +41,21 @@ def dots(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> float:
+    """The figure; returns Spearman's rank correlation over all dots."""
+    figure, axis = require_matplotlib().subplots(figsize=(7, 4.5))
+    for name, pairs in found.items():
+        mass, kl = zip(*pairs, strict=True)
+        axis.scatter(mass, [max(value, 1e-6) for value in kl], s=10, label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("mean discarded attention mass, summed over lazy layers")
+    axis.set_ylabel("KL divergence, nats")
+    axis.legend(fontsize=6)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    every = [pair for pairs in found.values() for pair in pairs]
+    return float(spearmanr(*zip(*every, strict=True)).statistic)
+
+
 def main() -> None:
     """Draw, and print the correlation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -48,19 +63,11 @@ def main() -> None:
     parser.add_argument("figure", type=Path)
     args = parser.parse_args()
     found = dots(json.loads(args.report.read_text()))
-    pyplot = require_matplotlib()
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
     for name, pairs in found.items():
-        mass, kl = zip(*pairs, strict=True)
-        axis.scatter(mass, [max(value, 1e-6) for value in kl], s=10, label=name)
-        print(f"{name:26s} discarded mass {statistics.fmean(mass):.3f}  KL {statistics.fmean(kl):.5f}")
-    axis.set_yscale("log")
-    axis.set_xlabel("mean discarded attention mass, summed over lazy layers")
-    axis.set_ylabel("KL divergence, nats")
-    axis.legend(fontsize=6)
-    figure.savefig(args.figure, dpi=150, bbox_inches="tight")
-    every = [pair for pairs in found.values() for pair in pairs]
-    print(f"Spearman {spearmanr(*zip(*every, strict=True)).statistic:.3f} over {len(every)} dots")
+        mass, kl = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+        print(f"{name:26s} discarded mass {mass:.3f}  KL {kl:.5f}")
+    rank = draw(found, args.figure)
+    print(f"Spearman {rank:.3f} over {sum(map(len, found.values()))} dots")
 
 
 if __name__ == "__main__":
