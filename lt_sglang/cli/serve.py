@@ -41,8 +41,8 @@ examples:
   lt-sglang serve"""
 
 # Half of SmolLM2's 30 layers: those whose attention output changes least without the middle of a prompt (the
-# largest error relative to the residual stream, over the last 32 queries of three passkey prompts). With
-# them it still finds a passkey 3,000 tokens back, 6 of 6; with every second layer lazy, 1 of 6.
+# largest error relative to the residual stream, over the last 32 queries of three passkey prompts). What they
+# cost is in docs/quality.md (static-demo-50 of tests/gpu/quality.py).
 DEMO_LAZY_LAYERS = "0-3,10-13,16,19,24-25,27-29"
 # Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
 DEMO_ARGS = (
