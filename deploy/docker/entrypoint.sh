@@ -1,15 +1,12 @@
 #!/bin/sh
-# Kernels compiled with the image are copied to a place that can be written: FlashInfer locks its cache, and the
-# root file system may be read-only. Then this becomes lt-sglang.
+# What is compiled at run time goes to a place that can be written: the root file system may be read-only. Then
+# this becomes lt-sglang.
 set -eu
 cache="${LT_CACHE:-/scratch/.cache/lt}"
-mkdir -p "$cache/flashinfer" "$cache/triton" "$cache/inductor"
-if [ -d /opt/lt/kernels/.cache ] && [ ! -d "$cache/flashinfer/.cache" ]; then
-    cp -a /opt/lt/kernels/.cache "$cache/flashinfer/"
-fi
-export FLASHINFER_WORKSPACE_BASE="$cache/flashinfer"
+mkdir -p "$cache/flashinfer" "$cache/sglang" "$cache/triton" "$cache/inductor"
+export FLASHINFER_WORKSPACE_BASE="$cache/flashinfer" SGLANG_JIT_CACHE_DIR="$cache/sglang"
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
 case "${1:-}" in
-    serve | plan | doctor | models | --*) exec lt-sglang "$@" ;;
+    serve | plan | loadtest | bench | soak | doctor | models | calibrate | eval | --*) exec lt-sglang "$@" ;;
     *) exec "$@" ;;
 esac

@@ -1,37 +1,31 @@
-"""Compile the FlashInfer kernels that full and lazy layers run on a GPU, in bfloat16 with heads of 128.
+"""Compile the FlashInfer kernels that full and lazy layers run on a GPU, in bfloat16.
 
-Usage: ``python kernels.py [--list]``; needs nvcc, and no GPU. The result goes to FLASHINFER_WORKSPACE_BASE,
-for the GPUs of FLASHINFER_CUDA_ARCH_LIST. A model with other heads compiles its own at its first start.
+Usage: ``python kernels.py [--list] [--head-dims 64,128] [--into FOLDER]``; needs nvcc, and no GPU. They are
+compiled for the GPUs of FLASHINFER_CUDA_ARCH_LIST and put where FlashInfer looks for kernels that came with
+it. There they are loaded as they are; in its cache they would be compiled again wherever a path, a header or
+the compiler is another.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-HEAD_DIM = 128
 
-
-def specs() -> list[Any]:
+def specs(head_dims: Sequence[int] = (128,)) -> list[Any]:
     """What to compile: FlashInfer's own build recipes."""
-    import torch
-    from flashinfer.jit.attention import modules as attention
     from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.quantization import gen_quantization_module
     from flashinfer.jit.sampling import gen_sampling_module
 
-    bf16, index = torch.bfloat16, torch.int32
-    types = (bf16, bf16, bf16, index, HEAD_DIM, HEAD_DIM, 0)
-    # FA2: decode, and prefill over a prefix; with a window for lazy layers. FA3: ragged prefill on Hopper.
     return [
-        *(
-            attention._gen_batch_prefill_primary_module("fa2", *types, window, False, False)
-            for window in (False, True)
-        ),
-        attention.gen_batch_prefill_module("fa3", *types, False, False, False),
-        attention.gen_batch_decode_module(*types, False, False),
+        *(spec for head_dim in head_dims for spec in attention_specs(head_dim)),
         gen_cascade_module(),
         gen_quantization_module(),
         gen_sampling_module(),
@@ -40,15 +34,43 @@ def specs() -> list[Any]:
     ]
 
 
-def main(arguments: list[str]) -> int:
+def attention_specs(head_dim: int) -> list[Any]:
+    """FA2: decode, and prefill over a prefix; with a window for lazy layers. FA3: ragged prefill, Hopper."""
+    import torch
+    from flashinfer.jit.attention import modules as attention
+
+    bf16, index = torch.bfloat16, torch.int32
+    types = (bf16, bf16, bf16, index, head_dim, head_dim, 0)
+    return [
+        *(
+            attention._gen_batch_prefill_primary_module("fa2", *types, window, False, False)
+            for window in (False, True)
+        ),
+        attention.gen_batch_prefill_module("fa3", *types, False, False, False),
+        attention.gen_batch_decode_module(*types, False, False),
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
     """Compile, or print the names."""
     from flashinfer.jit import build_jit_specs
+    from flashinfer.jit import env as places
 
-    found = specs()
+    parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="print the names only")
+    parser.add_argument("--head-dims", default="128", help="of the models to be served")
+    parser.add_argument("--into", type=Path, default=places.FLASHINFER_AOT_DIR)
+    args = parser.parse_args(arguments)
+    found = specs([int(dim) for dim in args.head_dims.split(",")])
     for spec in found:
         print(spec.name, flush=True)
-    if "--list" not in arguments:
-        build_jit_specs(found, verbose=False)
+    if args.list:
+        return 0
+    build_jit_specs(found, verbose=False)
+    for spec in found:
+        target = args.into / spec.name / f"{spec.name}.so"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(spec.jit_library_path, target)
     return 0
 
 

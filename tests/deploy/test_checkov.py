@@ -14,12 +14,14 @@ from k8s.render import MANIFESTS
 
 pytestmark = pytest.mark.slow
 
+DOCKER = MANIFESTS.parents[1] / "deploy" / "docker"
 CONFIG = MANIFESTS.parent / "checkov.yaml"
 
 
-def check(folder: Path, path: Path, home: Path) -> dict[str, Any]:
+def check(folder: Path, path: Path, home: Path, framework: str = "kubernetes") -> dict[str, Any]:
     """checkov's report on ``folder``."""
     command = [sys.executable, "-m", "checkov.main", "--config-file", str(CONFIG), "--directory", str(folder)]
+    command += ["--framework", framework]
     env = {"PYTHONPATH": str(path), "PATH": "/usr/bin:/bin", "HOME": str(home)}
     done = subprocess.run(
         [*command, "--output", "json"], env=env, capture_output=True, text=True, timeout=600
@@ -36,6 +38,17 @@ def test_no_check_fails(checkov_path: Path, tmp_path: Path) -> None:
     }
     assert not failed
     assert report["summary"]["resource_count"] > 50
+
+
+def test_images(checkov_path: Path, tmp_path: Path) -> None:
+    """The Dockerfile, read by checkov's parser; and one that is worse."""
+    report = check(DOCKER, checkov_path, tmp_path, "dockerfile")
+    assert report["results"]["failed_checks"] == []
+    assert report["summary"]["passed"] > 100 and report["summary"]["parsing_errors"] == 0
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    (tmp_path / "Dockerfile").write_text(text.replace("USER 10001:10001", "RUN sudo true"))
+    worse = check(tmp_path, checkov_path, tmp_path, "dockerfile")
+    assert {item["check_id"] for item in worse["results"]["failed_checks"]} >= {"CKV_DOCKER_3"}
 
 
 def test_every_left_out_check_has_a_reason() -> None:
