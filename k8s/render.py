@@ -2,6 +2,7 @@
 
 Usage:
     python k8s/render.py MODEL --tp 4 --lazy-layers 8-23 --expected-tokens 16384 > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --mode dynamic --keep 0.5 > my-model.yaml
     python k8s/render.py --all      write k8s/manifests/ again, one file for each of the chart's values files
 
 MODEL is a hub name or a folder with its config.json. What the chart checks (weights, heads, context) is read
@@ -26,14 +27,18 @@ sys.path.insert(0, str(HERE.parent))
 
 from deploy.tools.fetch import FetchFailed, folder  # noqa: E402 - a script, not a package
 from lt_sglang.cli.model_config import read_model_config, unsupported_features  # noqa: E402
-from lt_sglang.cli.options import LtOptions, resolve_config  # noqa: E402
-from lt_sglang.config import format_layers  # noqa: E402
+from lt_sglang.cli.options import resolve_config, take_options  # noqa: E402
+from lt_sglang.config import MODES, format_layers  # noqa: E402
 from lt_sglang.errors import LightTransferError  # noqa: E402
 from lt_sglang.planner.shapes import GIB, shape_from_config  # noqa: E402
 
 CHART = HERE / "charts" / "lt-sglang"
 MANIFESTS = HERE / "manifests"
 RELEASE = NAMESPACE = "lt-sglang"
+LT_OPTIONS = (
+    *("mode", "lazy_layers", "keep", "sink_tokens", "recent_tokens"),
+    *("expected_tokens", "expected_output_tokens"),
+)
 
 
 def helm() -> Path:
@@ -82,12 +87,9 @@ def committed() -> Iterator[tuple[Path, Path]]:
 
 def model_values(args: argparse.Namespace) -> dict[str, Any]:
     """Chart values for a model of the user's; raises LightTransferError."""
-    options = LtOptions(
-        lazy_layers=args.lazy_layers,
-        sink_tokens=args.sink_tokens,
-        recent_tokens=args.recent_tokens,
-        expected_tokens=args.expected_tokens,
-        expected_output_tokens=args.expected_output_tokens,
+    given = {name: getattr(args, name) for name in LT_OPTIONS}
+    options, _ = take_options(
+        [f"--lt-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     )
     model_config = read_model_config(args.config or args.model, args.revision)
     config = resolve_config(options, args.model, model_config, {})
@@ -115,6 +117,7 @@ def model_values(args: argparse.Namespace) -> dict[str, Any]:
         values["lightTransfer"] = {
             "mode": config.mode,
             "lazyLayers": format_layers(config.lazy_layers),
+            "keep": config.keep if config.dynamic else None,
             "sinkTokens": config.sink_tokens,
             "recentTokens": config.recent_tokens,
             "expectedTokens": config.expected_tokens,
@@ -134,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, help="GPUs of one engine")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--lazy-layers", help="5-24,26, none or half; default: the model's own")
+    parser.add_argument("--mode", choices=MODES, help="dynamic: each request's lazy layers, from its prompt")
+    parser.add_argument("--keep", help="dynamic mode: layers that keep full attention, a number or a share")
     parser.add_argument("--sink-tokens", type=int)
     parser.add_argument("--recent-tokens", type=int)
     parser.add_argument("--expected-tokens", type=int, help="prompt + output of a typical request")

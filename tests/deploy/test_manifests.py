@@ -25,6 +25,7 @@ SWITCHES = (
     "monitoring.podMonitor=false,monitoring.rules=false,monitoring.dashboard=false",
     "networkPolicy.enabled=false",
     "engine.kind=LeaderWorkerSet,engine.nodesPerReplica=2,engine.tensorParallel=16,autoscaling.enabled=true",
+    "engine.extraResources.rdma/hca_shared_devices_a=1,gateway.serviceType=LoadBalancer",
     "engine.podAnnotations.a=b,engine.priorityClassName=high,engine.runtimeClassName=nvidia",
     "engine.extraEnv[0].name=NCCL_DEBUG,engine.extraEnv[0].value=INFO",
     "gateway.allowFrom[0].namespaceSelector.matchLabels.team=chat",
@@ -128,6 +129,22 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
         assert part in text
     assert main([*asked, "--tp", "16"]) == 2
     assert "LeaderWorkerSet" in capsys.readouterr().err
+
+
+def test_one_command_for_dynamic_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Needs no list: the ends of the stack are lazy for short prompts."""
+    (tmp_path / "config.json").write_text(QWEN2)
+    asked = ["me/my-model", "--config", str(tmp_path), "--tp", "4", "--mode", "dynamic", "--keep"]
+    assert main([*asked, "0.75"]) == 0
+    text = capsys.readouterr().out
+    assert [fault for item in objects(text) for fault in faults(item, KUBERNETES[-1])] == []
+    for part in ("--lt-mode=dynamic", "--lt-keep=48", "--lt-lazy-layers=0-7,56-63"):
+        assert part in text
+    assert main([*asked, "64"]) == 2
+    assert "keep: 64 of 64 layers" in capsys.readouterr().err
+    assert main([*asked, "most"]) == 2
+    assert main(["me/my-model", "--config", str(tmp_path), "--lazy-layers", "1-9", "--keep", "9"]) == 2
+    assert "only with --lt-mode dynamic" in capsys.readouterr().err
 
 
 def test_known_models_need_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,10 @@ def pod(workload: dict) -> dict:
     return workload["spec"]["template"]["spec"]
 
 
+def pod_labels(workload: dict) -> dict:
+    return workload["spec"]["template"]["metadata"]["labels"]
+
+
 def test_every_template_has_a_test() -> None:
     names = {file.stem for file in (CHART / "templates").rglob("*.yaml")}
     tested = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
@@ -49,6 +53,8 @@ def test_engine_deployment() -> None:
     assert "--enable-metrics" in given and given["--random-seed"] == "1"
     assert engine_container["resources"]["limits"] == engine_container["resources"]["requests"]
     assert engine_container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    more = container(engine("engine.extraResources.rdma/hca=2"))["resources"]
+    assert more["limits"]["rdma/hca"] == more["requests"]["rdma/hca"] == 2
     rolling = found["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxSurge": 0, "maxUnavailable": 1}, "no spare node"
     assert found["spec"]["template"]["metadata"]["labels"]["lt-sglang/serves"] == "http"
@@ -154,6 +160,12 @@ def test_engine_serviceaccount() -> None:
 def test_engine_pdb() -> None:
     budget = one(template(), "PodDisruptionBudget", ENGINE)["spec"]
     assert budget["maxUnavailable"] == 1 and budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+    group = template(*LWS)
+    chosen = one(group, "PodDisruptionBudget", ENGINE)["spec"]["selector"]["matchLabels"].items()
+    parts = one(group, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    for part in ("leaderTemplate", "workerTemplate"):
+        assert chosen <= parts[part]["metadata"]["labels"].items(), "an engine is gone with any of its pods"
+    assert not chosen <= pod_labels(one(group, "Deployment", GATEWAY)).items()
 
 
 def test_models_pvc() -> None:
@@ -246,6 +258,22 @@ def test_networkpolicy() -> None:
         "ports": [{"port": 443, "protocol": "TCP"}]
     }
     assert "NetworkPolicy" not in kinds(template("networkPolicy.enabled=false"))
+
+
+def test_networkpolicy_lets_clients_in_where_the_gateway_is_offered() -> None:
+    """Who comes through a load balancer is in no namespace, so a namespace selector would keep him out."""
+
+    def clients(*sets: str) -> list[dict] | None:
+        rules = one(template(*sets), "NetworkPolicy", GATEWAY)["spec"]["ingress"]
+        (rule,) = [rule for rule in rules if rule["ports"][0]["port"] == 8000]
+        return rule.get("from")
+
+    inside = clients()
+    assert inside is not None and {"namespaceSelector": {}} in inside
+    assert clients("gateway.serviceType=LoadBalancer") is None
+    chosen = clients("gateway.serviceType=LoadBalancer", "gateway.allowFrom[0].ipBlock.cidr=10.0.0.0/8")
+    assert chosen is not None and {"ipBlock": {"cidr": "10.0.0.0/8"}} in chosen
+    assert {"namespaceSelector": {}} not in chosen
 
 
 def test_podmonitor() -> None:

@@ -32,6 +32,7 @@ REFUSED_BY_SCHEMA = {
     "a-fraction-above-one": "engine.gpu.memoryFraction=1.5",
     "a-path-outside-the-volume": "model.path=/etc/model",
     "a-policy-that-does-not-exist": "gateway.policy=best",
+    "a-resource-of-kubernetes": "engine.extraResources.memory=1",
 }
 REFUSED_BY_ARITHMETIC = {
     "no-model": (("model.name=",), "model.name: required"),
@@ -40,6 +41,7 @@ REFUSED_BY_ARITHMETIC = {
     "tp-not-a-divisor": (("engine.tensorParallel=3",), "does not divide the 8 GPUs"),
     "two-nodes-in-a-deployment": (("engine.nodesPerReplica=2",), "LeaderWorkerSet"),
     "one-node-in-a-group": (("engine.kind=LeaderWorkerSet",), "at least 2"),
+    "gpus-twice": (("engine.extraResources.nvidia\\.com/gpu=4",), "follows from engine.tensorParallel"),
     "group-not-filled": (
         ("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2", "engine.tensorParallel=8"),
         "2 nodes of 8 GPUs have 16",

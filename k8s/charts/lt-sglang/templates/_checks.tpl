@@ -17,6 +17,7 @@
 {{- define "lt.checkGpus" -}}
 {{- $e := .Values.engine -}}
 {{- $tp := int $e.tensorParallel -}}{{- $node := int $e.gpu.perNode -}}{{- $nodes := int $e.nodesPerReplica -}}
+{{- if hasKey $e.extraResources $e.gpu.resource }}{{ fail (printf "engine.extraResources: %s follows from engine.tensorParallel" $e.gpu.resource) }}{{ end -}}
 {{- if eq $e.kind "Deployment" -}}
 {{- if ne $nodes 1 }}{{ fail "engine.nodesPerReplica: a Deployment's engine is on one node; set engine.kind to LeaderWorkerSet" }}{{ end -}}
 {{- if gt $tp $node }}{{ fail (printf "engine.tensorParallel: %d GPUs are more than a node's %d; set engine.kind to LeaderWorkerSet" $tp $node) }}{{ end -}}

@@ -105,6 +105,9 @@ resources:
     cpu: {{ $e.cpu }}
     memory: {{ int $e.memoryGiB }}Gi
     {{ $e.gpu.resource }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
+    {{- with $e.extraResources }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- end }}
 securityContext:
   {{- include "lt.containerSecurity" $ | nindent 2 }}
