@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -324,6 +326,36 @@ def test_completion(helm4: Path) -> None:
     code = (CHART / "files" / "completion.py").read_text(encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", code], env={"URL": "http://127.0.0.1:9", "MODEL": "m"})
     assert done.returncode != 0, "no gateway, no success"
+
+
+@pytest.mark.parametrize(("tokens", "key", "success"), [(8, "k", True), (0, "k", False), (8, "other", False)])
+def test_completion_judges_the_answer(tokens: int, key: str, success: bool) -> None:
+    """Its program against a gateway's stand-in: a completion with tokens, for the key of the Secret."""
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known = asked["model"] == "m" and self.headers["Authorization"] == "Bearer k"
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            reply = {"usage": {"completion_tokens": tokens}, "choices": [{"text": " Paris"}]}
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    code = (CHART / "files" / "completion.py").read_text(encoding="utf-8")
+    with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        env = {
+            "URL": f"http://127.0.0.1:{gateway.server_port}/v1/completions",
+            "MODEL": "m",
+            "LT_API_KEY": key,
+        }
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        gateway.shutdown()
+    assert (done.returncode == 0) == success, done.stderr
+    assert ("Paris" in done.stdout) == success
 
 
 def test_notes(helm4: Path) -> None:
