@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang.attention.indices import StreamingTables, Windows
@@ -132,7 +133,8 @@ class LightTransferModelRunner(ModelRunner):
     def begin_batch(self, batch: Any) -> None:
         """Plan the layers of a prefill batch (a ScheduleBatch); called right before its forward."""
         if self.prefills is not None and batch.forward_mode.is_extend():
-            self._plans = self.prefills.begin([(request_id(req), req) for req in batch.reqs])
+            probes = {request_id(req) for req in batch.reqs if is_health_check_generate_req(req)}
+            self._plans = self.prefills.begin([(request_id(req), req) for req in batch.reqs], probes)
 
     def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
         """The plan of the prefill that is running; a warm-up run, which no request is behind, uses set 0."""

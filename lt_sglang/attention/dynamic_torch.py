@@ -164,22 +164,24 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         out = _causal(query, keys, values, prefill.prefix, layer)
         chunk = LastQueries(query, out, torch.empty(0), hidden)
         count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
-        chunk = chunk.last(count)
-        lse = _log2_sum(chunk.query, keys, layer)
-        chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
+        with state.stopwatch:
+            chunk = chunk.last(count)
+            lse = _log2_sum(chunk.query, keys, layer)
+            chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
         if prefill.kind == Kind.STAGE:
             self._store(rows[prefill.prefix :], k, v)
             state.tails.keep(number, chunk, first=prefill.prefix == 0)
             return out
-        last = state.tails.join(number, chunk, prefill.last_queries)
-        positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
-        chosen = torch.tensor(positions, dtype=torch.int32)
-        evidence = single_evidence(
-            state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
-        )
-        sets = torch.tensor([prefill.layer_set])
-        state.sets.laziness[sets, number] = state.score.laziness(evidence)
-        popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
+        with state.stopwatch:
+            last = state.tails.join(number, chunk, prefill.last_queries)
+            positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
+            chosen = torch.tensor(positions, dtype=torch.int32)
+            evidence = single_evidence(
+                state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
+            )
+            sets = torch.tensor([prefill.layer_set])
+            state.sets.laziness[sets, number] = state.score.laziness(evidence)
+            popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
         self._move(index, prefill, number, popped, keys, values)
         return out
 

@@ -83,11 +83,15 @@ class Decider:
             return
         assert lse is not None
         batch = LastQueries(query, attention, lse, hidden)
-        if self._deciding:
-            self._decide(prefill, layer, batch, k, v)
-        for plan, token in self._staged:  # after the one whose own earlier queries are kept there
-            chunk = batch.part(token, plan.extend)
-            self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
+        with self._state.stopwatch:
+            if self._deciding:
+                self._decide(prefill, layer, batch, k, v)
+            for plan, token in self._staged:  # after the one whose own earlier queries are kept there
+                chunk = batch.part(token, plan.extend)
+                self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
+        if self._deciding and layer.layer_id == self._state.layout.layers - 1:
+            self._state.finish(prefill.plans)
+            self._together, self._alone = None, []
 
     def _decide(
         self,
@@ -122,9 +126,6 @@ class Decider:
             number,
             state.keep,
         )
-        if number == state.layout.layers - 1:
-            state.finish(prefill.plans)
-            self._together, self._alone = None, []
 
 
 class _Together:

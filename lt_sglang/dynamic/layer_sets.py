@@ -120,10 +120,10 @@ class LayerSetStore:
         entry.heirs.add(request)
         self.stats.inherited += 1
 
-    def use_default(self, request: str) -> None:
+    def use_default(self, request: str, *, counted: bool = True) -> None:
         """Let ``request``, whose prompt is short, use set 0."""
         self._use(request, self.default)
-        self.stats.short += 1
+        self.stats.short += counted
 
     def create(self, request: str, block: BlockKey) -> LayerSet:
         """Give ``request`` a new, undecided set; a stored set nobody uses makes room if it must."""

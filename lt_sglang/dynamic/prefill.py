@@ -10,7 +10,7 @@ SGLang prefills at most one request in chunks at a time, so at most one is stage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -85,11 +85,14 @@ class PrefillTracker:
             raise RuntimeError(f"request {request}: the layer set of its cached prefix is gone")
         self.sets.inherit(request, entry)
 
-    def begin(self, requests: Sequence[tuple[str, Req]]) -> list[Prefill]:
-        """Plan the prefill of a batch, in its order; called once, right before its forward."""
+    def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
+        """Plan the prefill of a batch, in its order; called once, right before its forward.
+
+        probes: health checks among them, which no counter shows.
+        """
         for name, req in requests:
             if self.sets.of(name) is None:
-                self._admit(name, req)
+                self._admit(name, req, counted=name not in probes)
             self.sets.place(name, req.kv.req_pool_idx)
         # The request that was staged comes before the one that will be, whatever the order of the batch.
         order = sorted(range(len(requests)), key=lambda i: requests[i][0] != self.staged)
@@ -102,12 +105,12 @@ class PrefillTracker:
             self.staged = None
         self.sets.release(request, row)
 
-    def _admit(self, name: str, req: Req) -> None:
+    def _admit(self, name: str, req: Req, *, counted: bool) -> None:
         tokens = req.origin_input_ids + req.output_ids
         if req.prefix_len:
             raise RuntimeError(f"request {name}: a cached prefix without a layer set")
         if len(tokens) <= self.block_tokens:
-            self.sets.use_default(name)
+            self.sets.use_default(name, counted=counted)
             return
         block = self.block(tokens, req.extra_key, req.cache_salt)
         self.sets.forget(block)

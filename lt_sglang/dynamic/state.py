@@ -13,6 +13,7 @@ from lt_sglang.dynamic.arena import Arena
 from lt_sglang.dynamic.layer_sets import LayerSetStore
 from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.dynamic.stopwatch import Stopwatch
 from lt_sglang.dynamic.tails import Tails
 from lt_sglang.errors import LightTransferError
 from lt_sglang.selection.base import Score
@@ -34,12 +35,23 @@ class Ranks:
     reduce_min: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass
+class TableChecks:
+    """Prefills after which ``check_tables`` compared the ranks' tables, by what it found."""
+
+    same: int = 0
+    different: int = 0
+
+
 class DynamicState:
     """Memory, layer tables and score of one rank.
 
     Attributes:
         projections: by layer, [n, heads * dim] -> [n, hidden], this rank's part of the output projection.
         tails: last queries of the staged request.
+        stopwatch: runs while layers are scored and queues popped.
+        table_checks: counters.
+        before_stop: called, on every rank, before different tables stop the server.
     """
 
     def __init__(
@@ -59,6 +71,9 @@ class DynamicState:
         self.score = score
         self.ranks = ranks
         self.projections = projections
+        self.stopwatch = Stopwatch.of(arena.keys.device)
+        self.table_checks = TableChecks()
+        self.before_stop: Callable[[], None] = lambda: None
         first_chunk = config.decide == "first-chunk"
         self.tails = Tails(LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES)
 
@@ -104,12 +119,16 @@ class DynamicState:
         """
         table = self.sets.bank_of[torch.tensor(sets, device=self.sets.bank_of.device)].float()
         low, high = self.ranks.reduce_min(table.clone()), self.ranks.reduce_max(table.clone())
-        if not torch.equal(low, high):
-            layer = int((low != high).any(0).nonzero()[0])
-            raise LightTransferError(
-                f"check_tables: the ranks put layer {layer} of a request into different banks "
-                f"({low[:, layer].tolist()} and {high[:, layer].tolist()})"
-            )
+        if torch.equal(low, high):
+            self.table_checks.same += 1
+            return
+        self.table_checks.different += 1
+        layer = int((low != high).any(0).nonzero()[0])
+        self.before_stop()
+        raise LightTransferError(
+            f"check_tables: the ranks put layer {layer} of a request into different banks "
+            f"({low[:, layer].tolist()} and {high[:, layer].tolist()})"
+        )
 
 
 def projections_of(model: torch.nn.Module) -> dict[int, Callable[[torch.Tensor], torch.Tensor]]:

@@ -133,6 +133,22 @@ LAYER_SETS = Metric(
     "decided ones whose set nobody inherits, another request having begun alike first. evicted: stored sets "
     "given up.",
 )
+IDENTIFICATION_SECONDS = Metric(
+    "lt_identification_seconds_total",
+    Kind.COUNTER,
+    Scope.ENGINE,
+    (),
+    "Dynamic mode: seconds in which the first GPU scored layers and chose among them, waiting for the other "
+    "ranks' scores included.",
+)
+TABLE_CHECKS = Metric(
+    "lt_table_checks_total",
+    Kind.COUNTER,
+    Scope.ENGINE,
+    ("result",),
+    "Dynamic mode with check_tables: prefills after which the ranks' layer tables were compared, by result: "
+    "same or different. The first different one stops the engine.",
+)
 SCORED_REQUESTS = Metric(
     "lt_scored_requests_total",
     Kind.COUNTER,
@@ -165,6 +181,8 @@ CATALOG: tuple[Metric, ...] = (
     SINK_REQUESTS,
     SINK_SETS,
     LAYER_SETS,
+    IDENTIFICATION_SECONDS,
+    TABLE_CHECKS,
     SCORED_REQUESTS,
     LAYER_LAZINESS,
 )

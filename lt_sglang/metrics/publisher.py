@@ -48,6 +48,10 @@ def samples(state: EngineState) -> Iterator[Sample]:
         yield catalog.SINK_SETS, (event,), count
     for event, count in state.layer_set_events.items():
         yield catalog.LAYER_SETS, (event,), count
+    if state.identification_seconds is not None:
+        yield catalog.IDENTIFICATION_SECONDS, (), state.identification_seconds
+    for result, count in state.table_checks.items():
+        yield catalog.TABLE_CHECKS, (result,), count
     if state.laziness:
         yield catalog.SCORED_REQUESTS, (), state.scored_requests
     for layer, total in enumerate(state.laziness):
@@ -119,6 +123,12 @@ class Ticker:
         if now - self._last < INTERVAL_SECONDS and not fell_idle:
             return
         self._last = now
+        self.publish()
+
+    def publish(self) -> None:
+        """Take a reading now, unless an earlier one failed."""
+        if self._publish is None:
+            return
         try:
             self._publish()
         except Exception:

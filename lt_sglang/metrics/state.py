@@ -31,6 +31,8 @@ class EngineState:
     pools: by name. extra_token_bytes: KV bytes of one token in the lazy layers, if they kept it.
     requests: finished requests with lazy layers. layer_requests: of them, by lazy layer. scored_requests: of
     them, in dynamic mode, those with layers found in a prompt. laziness: by layer, the sum of their scores.
+    identification_seconds: in dynamic mode, what scoring and popping took on this rank's device.
+    table_checks: comparisons of the ranks' tables, by result; empty where nothing compares them.
     """
 
     config: LightTransferConfig
@@ -46,6 +48,8 @@ class EngineState:
     layer_set_events: Mapping[str, int] = field(default_factory=dict)
     scored_requests: int = 0
     laziness: Sequence[float] = ()
+    identification_seconds: float | None = None
+    table_checks: Mapping[str, int] = field(default_factory=dict)
 
     def kv_bytes(self, state: str) -> int:
         """Bytes held by slots that are ``used`` or ``cached``."""
@@ -77,7 +81,8 @@ def read_state(scheduler: Any) -> EngineState | None:
     lazy_bytes = bytes_of.streaming_bytes
     requests = scheduler.tree_cache.finished_requests
     layer_requests = dict.fromkeys(config.lazy_layers, requests)
-    layer_sets = None if runner.dynamic is None else runner.dynamic.sets
+    dynamic = runner.dynamic
+    layer_sets = None if dynamic is None else dynamic.sets
     laziness: list[float] = []
     scored = 0
     if layer_sets is not None:
@@ -106,4 +111,6 @@ def read_state(scheduler: Any) -> EngineState | None:
         layer_set_events={} if layer_sets is None else vars(layer_sets.stats),
         scored_requests=scored,
         laziness=laziness,
+        identification_seconds=None if dynamic is None else dynamic.stopwatch.read(),
+        table_checks=vars(dynamic.table_checks) if config.dynamic and config.check_tables else {},
     )

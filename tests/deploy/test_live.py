@@ -20,7 +20,14 @@ from .test_monitoring import PANELS, SGLANG
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-DYNAMIC = {"mode": "dynamic", "keep": 3, "sink_tokens": 4, "recent_tokens": 60, "expected_tokens": 700}
+DYNAMIC = {
+    "mode": "dynamic",
+    "keep": 3,
+    "sink_tokens": 4,
+    "recent_tokens": 60,
+    "expected_tokens": 700,
+    "check_tables": True,
+}
 
 
 def quick(rules: str) -> str:

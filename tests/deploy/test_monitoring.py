@@ -75,6 +75,8 @@ def test_unit_tests_notice_alerts_that_never_fire(promtool: Path, tmp_path: Path
         ("> 0.95", "> 0.93"),
         ("< 0.5", "< 0.99"),
         ('event!="evicted"', 'event=~".+"'),
+        ('result="different"', 'result=~".+"'),
+        ('result="different"}[1h]', 'result="different"}[5m]'),
         ('unless max_over_time(up{job="lt-sglang"}[1h]) == 1', ""),
     ],
 )

@@ -405,10 +405,15 @@ class World:
             seq_lens=torch.tensor([request.tokens for _, request, _, _ in work]),
             residual_stream=SimpleNamespace(residual=None),
         )
+        watches = [state.stopwatch for state in (self.torch_state, self.cuda_state)]
+        before = [watch.read() for watch in watches]
         self.torch_backend.init_forward_metadata(batch)
         self.cuda_backend.init_forward_metadata(batch)
         for layer in range(LAYERS):
             self._layer(batch, layer, sum(extend for _, _, extend, _ in work), "forward_extend")
+        undecided = any(kind != Kind.DECIDED for kind, *_ in work)
+        for watch, seconds in zip(watches, before, strict=True):
+            assert (watch.read() > seconds) == undecided, "only finding layers takes time"
         return self.cuda_backend.prefill
 
     def decode(self, requests: list[Request], graph: bool = False) -> None:

@@ -75,6 +75,15 @@ def test_short_prompts_use_the_default(length: int, decide: str) -> None:
     assert prefills.hit_tokens(length) == 0
 
 
+def test_health_checks_are_not_counted() -> None:
+    """An idle engine that is asked for a token every ten seconds has no short prompts to report."""
+    prefills = tracker()
+    probe, short = Request("probe", [0], row=1), Request("short", [0], row=2)
+    prefills.begin([probe.chunk(1), short.chunk(1)], {"probe"})
+    assert prefills.sets.stats.short == 1
+    assert prefills.sets.of("probe") is prefills.sets.of("short") is prefills.sets.default
+
+
 @pytest.mark.parametrize("length", [65, 66, 255, 256])
 def test_one_chunk_is_decided_at_once(length: int) -> None:
     prefills = tracker()

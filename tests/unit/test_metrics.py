@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 
+from lt_sglang import metrics
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.metrics.catalog import CATALOG, Kind, Scope
 from lt_sglang.metrics.publisher import INTERVAL_SECONDS, Publisher, Ticker, samples
@@ -40,6 +41,8 @@ def state(**changes: object) -> EngineState:
         "layer_set_events": {"decided": 4, "inherited": 3},
         "scored_requests": 6,
         "laziness": [-0.5, 1.5, 0.0, 3.0],
+        "identification_seconds": 0.25,
+        "table_checks": {"same": 4, "different": 0},
     }
     return EngineState(**{**given, **changes})  # type: ignore[arg-type]
 
@@ -127,6 +130,34 @@ def test_totals_become_counters() -> None:
     again = published(state(requests=7), state(requests=2))
     assert value(again, "lt_requests_total", mode="static") == 9, "2 more after a restart of the count"
     assert value(registry, "lt_sink_sets_total", event="refused") == 1
+
+
+def test_what_only_dynamic_mode_has() -> None:
+    registry = published(
+        state(), state(identification_seconds=0.75, table_checks={"same": 5, "different": 1})
+    )
+    assert value(registry, "lt_identification_seconds_total") == 0.75
+    assert value(registry, "lt_table_checks_total", result="same") == 5
+    assert value(registry, "lt_table_checks_total", result="different") == 1
+    static = published(state(identification_seconds=None, table_checks={}))
+    assert value(static, "lt_identification_seconds_total") is None
+    assert value(static, "lt_table_checks_total", result="same") is None
+
+
+def test_different_tables_are_published_before_the_engine_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It then waits for two scrapes at the interval of the charts, and longer."""
+    done: list[str] = []
+    monkeypatch.setattr(metrics, "read_state", lambda scheduler: done.append("read") or None)
+    monkeypatch.setattr(metrics.time, "sleep", lambda seconds: done.append(f"wait {seconds}"))
+    dynamic = SimpleNamespace(before_stop=None)
+    runner = SimpleNamespace(dynamic=dynamic)
+    reporter = SimpleNamespace(scheduler=SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))
+    ticker = metrics.ticker_for(reporter)
+    ticker.tick(is_idle=False)
+    assert dynamic.before_stop is not None
+    dynamic.before_stop()
+    assert done == ["read", "read", f"wait {metrics.LAST_SCRAPES_SECONDS}"]
+    assert metrics.LAST_SCRAPES_SECONDS > 2 * 15
 
 
 def test_other_ranks_publish_their_memory_only() -> None:
