@@ -50,6 +50,16 @@ def template(*sets: str, values: str | None = None) -> list[Object]:
     return objects(_rendered((values,), sets))
 
 
+def builtin(found: Iterable[Object]) -> list[Object]:
+    """Those of Kubernetes' own kinds."""
+    return [item for item in found if (item["apiVersion"], item["kind"]) not in CUSTOM]
+
+
+def custom(found: Iterable[Object]) -> list[Object]:
+    """Those whose kinds others define."""
+    return [item for item in found if (item["apiVersion"], item["kind"]) in CUSTOM]
+
+
 def one(found: Iterable[Object], kind: str, name: str | None = None) -> Object:
     """The only object of ``kind``."""
     (match,) = [o for o in found if o["kind"] == kind and name in (None, o["metadata"]["name"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from k8s.render import CHART, MANIFESTS, committed, main, render
 
-from .chart import KUBERNETES, VALUES, faults, objects, template
+from .chart import KUBERNETES, VALUES, Object, builtin, custom, faults, objects, template
+
+Part = Callable[[Iterable[Object]], list[Object]]
 
 # Each switch the other way, so that every template is validated with and without it.
 SWITCHES = (
@@ -62,18 +65,20 @@ def test_helm_3_and_4_agree(name: str, helm3: Path, helm4: Path) -> None:
     assert ours[0] == ours[1]
 
 
+# Kinds of their own are checked apart: they need definitions that a clone may not have.
+@pytest.mark.parametrize("part", [builtin, custom])
 @pytest.mark.parametrize("name", VALUES)
-def test_valid_for_every_kubernetes(name: str) -> None:
-    found = template(values=name)
+def test_valid_for_every_kubernetes(name: str, part: Part) -> None:
+    found = part(template(values=name))
+    assert found
     assert [fault for version in KUBERNETES for item in found for fault in faults(item, version)] == []
 
 
+@pytest.mark.parametrize("part", [builtin, custom])
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_every_switch_is_valid(switch: str) -> None:
-    versions = (KUBERNETES[0], KUBERNETES[-1])
-    assert [
-        fault for version in versions for item in template(switch) for fault in faults(item, version)
-    ] == []
+def test_every_switch_is_valid(switch: str, part: Part) -> None:
+    versions, found = (KUBERNETES[0], KUBERNETES[-1]), part(template(switch))
+    assert [fault for version in versions for item in found for fault in faults(item, version)] == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,7 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
     assert main(asked) == 0
     text = capsys.readouterr().out
     found = objects(text)
-    assert [fault for item in found for fault in faults(item, KUBERNETES[-1])] == []
+    assert [fault for item in builtin(found) for fault in faults(item, KUBERNETES[-1])] == []
     for part in ("--lt-lazy-layers=8-23", "--context-length=32768", "--model-path=/models/my-model"):
         assert part in text
     assert main([*asked, "--tp", "16"]) == 2
@@ -137,7 +142,7 @@ def test_one_command_for_dynamic_mode(tmp_path: Path, capsys: pytest.CaptureFixt
     asked = ["me/my-model", "--config", str(tmp_path), "--tp", "4", "--mode", "dynamic", "--keep"]
     assert main([*asked, "0.75"]) == 0
     text = capsys.readouterr().out
-    assert [fault for item in objects(text) for fault in faults(item, KUBERNETES[-1])] == []
+    assert [fault for item in builtin(objects(text)) for fault in faults(item, KUBERNETES[-1])] == []
     for part in ("--lt-mode=dynamic", "--lt-keep=48", "--lt-lazy-layers=0-7,56-63"):
         assert part in text
     assert main([*asked, "64"]) == 2

@@ -362,6 +362,10 @@ def test_notes(helm4: Path) -> None:
     command = [str(helm4), "install", "x", str(CHART), "--set", "model.name=m", "--dry-run=client"]
     notes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "an upgrade is an outage" in notes and "helm test x" in notes
+    assert "lazy layers as the model says" in notes
+    command += ["--set", "lightTransfer.mode=dynamic,lightTransfer.lazyLayers=1-2"]
+    notes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "mode dynamic, lazy layers each request's own" in notes
 
 
 @pytest.mark.parametrize("name", ["llama-3-70b-tp8", "llama-3-70b-tp4", "qwq-32b-tp2", "qwq-32b-tp4"])
