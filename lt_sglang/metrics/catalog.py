@@ -146,7 +146,7 @@ TABLE_CHECKS = Metric(
     Kind.COUNTER,
     Scope.ENGINE,
     ("result",),
-    "Dynamic mode with check_tables: prefills after which the ranks' layer tables were compared, by result: "
+    "Dynamic mode: prefills after which the ranks' layer tables were compared (check_tables), by result: "
     "same or different. The first different one stops the engine.",
 )
 SCORED_REQUESTS = Metric(
