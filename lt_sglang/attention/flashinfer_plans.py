@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,24 @@ class LayerLists:
         first = layer * self.requests
         wrapper._paged_kv_indptr_buf = self.pointers[first : first + self.requests + 1]
         wrapper._paged_kv_indices_buf = self.rows
+
+
+@contextmanager
+def copied(wrapper: Any) -> Iterator[None]:
+    """Around a plan: wait until the device has taken the wrapper's last one.
+
+    FlashInfer writes plans into pinned memory that belongs to the wrapper, and the device copies them from
+    there when it gets to it. Stock SGLang plans prefills from device tensors, which waits for everything
+    before; here nothing else does. The scheduler is one batch ahead at most, so the copy is nearly always
+    done, but it need not be where processes take turns on a GPU.
+    """
+    event = getattr(wrapper, "_lt_plan_copied", None)
+    if event is not None:
+        event.synchronize()
+    yield
+    if torch.cuda.is_available():
+        wrapper._lt_plan_copied = event = event or torch.cuda.Event()
+        event.record()
 
 
 def by_head(query: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -59,21 +79,22 @@ def plan_decode(
 ) -> None:
     """Plan a decode wrapper with the shapes of ``updater`` (SGLang's indices updater)."""
     fast = {"global_override_indptr_cpu": indptr_host} if is_replanned(wrapper) else {}
-    wrapper.begin_forward(
-        indptr,
-        rows,
-        last_page_len,
-        updater.num_qo_heads,
-        updater.num_kv_heads,
-        updater.head_dim,
-        1,
-        data_type=updater.data_type,
-        q_data_type=updater.q_data_type,
-        non_blocking=True,
-        fixed_split_size=fixed_split_size,
-        disable_split_kv=bool(disable_split_kv),
-        **fast,
-    )
+    with copied(wrapper):
+        wrapper.begin_forward(
+            indptr,
+            rows,
+            last_page_len,
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            1,
+            data_type=updater.data_type,
+            q_data_type=updater.q_data_type,
+            non_blocking=True,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=bool(disable_split_kv),
+            **fast,
+        )
 
 
 def is_replanned(wrapper: Any) -> bool:
@@ -86,15 +107,16 @@ def plan_ragged(updater: Any, wrapper: Any, extends: list[int], over: list[int] 
 
     over: instead over all of so many other tokens.
     """
-    wrapper.begin_forward(
-        host_indptr(extends),
-        host_indptr(extends if over is None else over),
-        updater.num_qo_heads,
-        updater.num_kv_heads,
-        updater.head_dim,
-        causal=over is None,
-        q_data_type=updater.q_data_type,
-    )
+    with copied(wrapper):
+        wrapper.begin_forward(
+            host_indptr(extends),
+            host_indptr(extends if over is None else over),
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            causal=over is None,
+            q_data_type=updater.q_data_type,
+        )
 
 
 def plan_prefill(
@@ -110,18 +132,19 @@ def plan_prefill(
     """Plan a paged prefill wrapper: ``extends`` queries over ``spans`` keys, request by request."""
     # Host tensors: FlashInfer plans on the host, and device ones would cost it three waits. The length of the
     # last page tells an empty list from one of a single row (get_seq_lens).
-    wrapper.begin_forward(
-        host_indptr(extends),
-        host_indptr(spans),
-        rows,
-        torch.tensor([min(span, 1) for span in spans], dtype=torch.int32),
-        updater.num_qo_heads,
-        updater.num_kv_heads,
-        updater.head_dim,
-        1,
-        causal=causal,
-        window_left=window_left,
-        q_data_type=updater.q_data_type,
-        kv_data_type=updater.data_type,
-        non_blocking=True,
-    )
+    with copied(wrapper):
+        wrapper.begin_forward(
+            host_indptr(extends),
+            host_indptr(spans),
+            rows,
+            torch.tensor([min(span, 1) for span in spans], dtype=torch.int32),
+            updater.num_qo_heads,
+            updater.num_kv_heads,
+            updater.head_dim,
+            1,
+            causal=causal,
+            window_left=window_left,
+            q_data_type=updater.q_data_type,
+            kv_data_type=updater.data_type,
+            non_blocking=True,
+        )
