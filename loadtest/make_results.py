@@ -35,9 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 PARITY = {
     "graph": ("stock", "CUDA graphs, slots reused all the time"),
     "eager": ("stock", "no CUDA graphs"),
+    "eager_hits": ("stock_hits", "prompts with cached prefixes, no CUDA graphs"),
     "fp8": ("fp8_stock", "fp8 KV cache (e4m3), CUDA graphs, slots reused all the time"),
     "fa2_graph": ("fa2_stock", "FlashInfer's FA2 kernels for all attention, CUDA graphs, slots reused"),
     "fa2_eager": ("fa2_stock", "FlashInfer's FA2 kernels for all attention, no CUDA graphs"),
+    "fa2_eager_hits": ("fa2_stock_hits", "FlashInfer's FA2 kernels, prompts with cached prefixes"),
 }
 PARITY_BOUNDS = {"mean": 1.25, "max": 1.5}
 VERSIONS = {"sglang": "0.5.23", "torch": "2.14.1", "flashinfer": "0.7.2", "triton": "3.8.0"}
@@ -156,13 +158,15 @@ def write_parity(path: Path, args: argparse.Namespace) -> None:
     """One file for each way of running the lazy layers whose stock counterpart the report has."""
     found = json.loads(path.read_text()).get("parity", {})
     kernels = found.get("ragged_prefill_kernels", {})
+    dynamic = any("choices_equal" in one for one in found.values())
     for label, (stock, what) in PARITY.items():
         if label not in found or stock not in found:
             continue
-        dynamic = "choices_equal" in found[label]
         choices = ("choices_equal", "choices_within_noise", "choices_wrong", "largest_score_error")
-        keys = ("mean", "max", *choices) if dynamic else ("mean", "p99", "max")
-        base, ours = ({key: found[name].get(key) for key in keys} for name in (stock, label))
+        keys = ("mean", "p99", "max", "hits", *choices)
+        base, ours = (
+            {key: found[name][key] for key in keys if key in found[name]} for name in (stock, label)
+        )
         ratio = {key: round(ours[key] / base[key], 4) for key in ("mean", "max")}
         scenario = "-".join(["parity", *(["dynamic"] if dynamic else []), label.replace("_", "-")])
         if args.tp > 1:
@@ -179,7 +183,7 @@ def write_parity(path: Path, args: argparse.Namespace) -> None:
             },
             "baseline": {
                 "engine": stock,
-                **{key: value for key, value in base.items() if value is not None},
+                **base,
                 "prefill_kernels": kernels.get(stock, []),
             },
             "lighttransfer": {**ours, "prefill_kernels": kernels.get(label, [])},
