@@ -198,7 +198,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "device",
     ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
-    "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams": ("key",),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams": ("key", "req"),
     "sglang.srt.mem_cache.base_prefix_cache.MatchResult": ("device_prefix_len",),
     "sglang.srt.mem_cache.radix_cache.RadixKey": (
         "token_ids",

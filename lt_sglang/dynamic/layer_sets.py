@@ -3,15 +3,16 @@
 A layer set is a row of the device table ``bank_of``. A request gets one when its prefill begins:
 
     prompt no longer than sink + recent tokens     set 0, the configured list: its scores would all be equal
-    its first block is that of a stored set, and at least this block is still in the prefix cache
+    at least its first block is in the prefix cache, written for a stored set
                                                    that set: it reads K and V that were written for it
     otherwise                                      a new one, undecided until its prefill decides it
 
 The first block is the first sink + recent tokens of a prompt. Every set is a name space of its own in
-SGLang's prefix cache, so a request never reads K and V that were written for other lazy layers. The first
-request to be decided stores its set under its first block; one that was in prefill at the same time keeps its
-own, which nobody inherits. Stored sets live until their row is needed, the least recently used first; what is
-left of an evicted set in the prefix cache can no longer be reached, and ages out.
+SGLang's prefix cache, so a request never reads K and V that were written for other lazy layers. A decided set
+is stored under the prompts of its users, and found by prompts that begin like them (dynamic/beginnings.py):
+users who share a system prompt each find their own conversation. Stored sets live until their row is needed,
+the least recently used first; what is left of an evicted set in the prefix cache can no longer be reached,
+and ages out.
 
 The store is host state that every rank keeps alike. What the device must know (which request row uses which
 set) is queued and written by ``flush`` on the forward stream.
@@ -20,32 +21,31 @@ set) is queued and written by ``flush`` on the forward stream.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from lt_sglang.dynamic.beginnings import BeginningIndex, Beginnings
 from lt_sglang.dynamic.mirror import HostMirror
 from lt_sglang.memory.row_table import set_rows
 
 DEFAULT_SET = 0
 UNDECIDED = -1
 
-BlockKey = tuple[Hashable, ...]
-
 
 @dataclass
 class LayerSet:
     """One set.
 
-    uid: never used twice; names its part of the prefix cache. block: first block of the request that decided
-    it. stored: whether later requests find it by that block. users: requests. heirs: those that inherited it.
+    uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
+    stored: whether later requests find it. users: requests. heirs: those that inherited it.
     """
 
     index: int
     uid: int
     decided: bool = False
-    block: BlockKey | None = None
+    prompt: Beginnings | None = None
     stored: bool = False
     users: set[str] = field(default_factory=set)
     heirs: set[str] = field(default_factory=set)
@@ -58,7 +58,6 @@ class LayerSetStats:
     decided: int = 0
     inherited: int = 0
     short: int = 0
-    private: int = 0
     evicted: int = 0
 
 
@@ -94,7 +93,8 @@ class LayerSetStore:
         self.set_of = torch.full((request_rows,), DEFAULT_SET, dtype=torch.int32, device=device)
         self.default = LayerSet(DEFAULT_SET, uid=0, decided=True)
         self._free = list(range(capacity - 1, 0, -1))
-        self._stored: OrderedDict[BlockKey, LayerSet] = OrderedDict()
+        self._stored: OrderedDict[int, LayerSet] = OrderedDict()  # by uid
+        self._index = BeginningIndex()
         self._of_request: dict[str, LayerSet] = {}
         self.lazy_counts = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self.finished = HostMirror(self.lazy_counts)
@@ -104,18 +104,20 @@ class LayerSetStore:
         self._counted: list[int] = []
         self._next_uid = 1
 
-    def find(self, block: BlockKey) -> LayerSet | None:
-        """The set stored under ``block``, or None."""
-        return self._stored.get(block)
+    def find(self, prompt: Beginnings) -> Iterator[LayerSet]:
+        """Stored sets of prompts that begin like this one, the most alike first."""
+        for uid in self._index.find(prompt):
+            yield self._stored[uid]
 
     def of(self, request: str) -> LayerSet | None:
         """The set ``request`` uses, or None if its prefill has not begun."""
         return self._of_request.get(request)
 
-    def inherit(self, request: str, entry: LayerSet) -> None:
-        """Let ``request`` use the stored set ``entry``."""
-        assert entry.stored and entry.block is not None
-        self._stored.move_to_end(entry.block)
+    def inherit(self, request: str, entry: LayerSet, prompt: Beginnings) -> None:
+        """Let ``request`` use the stored set ``entry``, which its own prompt finds from now on too."""
+        assert entry.stored
+        self._stored.move_to_end(entry.uid)
+        self._index.file(entry.uid, prompt)
         self._use(request, entry)
         entry.heirs.add(request)
         self.stats.inherited += 1
@@ -125,32 +127,24 @@ class LayerSetStore:
         self._use(request, self.default)
         self.stats.short += counted
 
-    def create(self, request: str, block: BlockKey) -> LayerSet:
+    def create(self, request: str, prompt: Beginnings) -> LayerSet:
         """Give ``request`` a new, undecided set; a stored set nobody uses makes room if it must."""
         if not self._free:
             self._evict()
-        entry = LayerSet(self._free.pop(), self._next_uid, block=block)
+        entry = LayerSet(self._free.pop(), self._next_uid, prompt=prompt)
         self._next_uid += 1
         self._use(request, entry)
         return entry
 
-    def forget(self, block: BlockKey) -> None:
-        """No longer hand out the set of ``block``, if nobody uses it: its K and V are gone from the cache."""
-        entry = self._stored.get(block)
-        if entry is not None and not entry.users:
-            self._evict_block(block)
-
     def decide(self, request: str) -> None:
-        """The forward that is about to run decides the set of ``request``; store it unless one is there."""
+        """The forward that is about to run decides the set of ``request``; store it."""
         entry = self._of_request[request]
-        entry.decided = True
+        assert entry.prompt is not None
+        entry.decided = entry.stored = True
         self.stats.decided += 1
-        assert entry.block is not None
-        if entry.block in self._stored:
-            self.stats.private += 1
-            return
-        entry.stored = True
-        self._stored[entry.block] = entry
+        self._stored[entry.uid] = entry
+        self._index.file(entry.uid, entry.prompt)
+        entry.prompt = None
 
     def place(self, request: str, row: int) -> None:
         """``request`` is in row ``row`` of req_to_token from the next forward on."""
@@ -184,6 +178,7 @@ class LayerSetStore:
             if not entry.users:
                 self._free.append(entry.index)
         self._stored.clear()
+        self._index.clear()
 
     def flush(self) -> None:
         """Do the queued device work on the current stream, before the forward that needs it."""
@@ -231,9 +226,11 @@ class LayerSetStore:
         indices = sorted([entry.index for entry in in_use.values()] + self._free)
         if indices != list(range(1, self.capacity)):
             wrong.append(f"layer sets are lost or doubled: {len(indices)} accounted of {self.capacity - 1}")
-        for block, entry in self._stored.items():
-            if entry.block != block or not entry.stored or not entry.decided:
-                wrong.append(f"layer set {entry.index} is stored under a block that is not its own")
+        for uid, entry in self._stored.items():
+            if entry.uid != uid or not entry.stored or not entry.decided:
+                wrong.append(f"layer set {entry.index} is stored under a name that is not its own")
+        if self._index.keys != set(self._stored):
+            wrong.append(f"{len(self._stored)} layer sets are stored, {len(self._index.keys)} can be found")
         for request, entry in self._of_request.items():
             if request not in entry.users:
                 wrong.append(f"request {request} uses layer set {entry.index}, which does not count it")
@@ -248,14 +245,11 @@ class LayerSetStore:
         self._of_request[request] = entry
 
     def _evict(self) -> None:
-        for block, entry in self._stored.items():
-            if not entry.users:
-                self._evict_block(block)
-                return
-        raise RuntimeError(f"all {self.capacity} layer sets are in use by running requests")
-
-    def _evict_block(self, block: BlockKey) -> None:
-        entry = self._stored.pop(block)
+        entry = next((entry for entry in self._stored.values() if not entry.users), None)
+        if entry is None:
+            raise RuntimeError(f"all {self.capacity} layer sets are in use by running requests")
+        del self._stored[entry.uid]
+        self._index.drop(entry.uid)
         entry.stored = False
         self._free.append(entry.index)
         self.stats.evicted += 1

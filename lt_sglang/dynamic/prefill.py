@@ -16,7 +16,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
-from lt_sglang.dynamic.layer_sets import BlockKey, LayerSetStore
+from lt_sglang.dynamic.beginnings import Beginnings, beginnings
+from lt_sglang.dynamic.layer_sets import LayerSet, LayerSetStore
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -67,23 +68,25 @@ class PrefillTracker:
         self._config = config
         self._stage_limit = config.stage_limit(context_tokens)
 
-    def block(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> BlockKey:
-        """The key of a prompt's first block; ``tokens``: an array of token ids, longer than the block."""
-        return (tokens[: self.block_tokens].tobytes(), extra_key, cache_salt)
+    def beginnings(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> Beginnings:
+        """How a prompt begins; ``tokens``: an array of token ids, longer than the first block."""
+        return beginnings(tokens, self.block_tokens, (extra_key, cache_salt))
 
     def hit_tokens(self, tokens: int) -> int:
         """How many cached tokens make a hit for a prompt of ``tokens``: a long one needs its first block."""
         return self.block_tokens if tokens > self.block_tokens else 0
 
-    def inherit(self, request: str, tokens: int, block: BlockKey) -> None:
-        """``request``, of ``tokens`` tokens, is admitted with a cached prefix and uses its writer's set."""
-        if tokens <= self.block_tokens:
+    def inherit(self, request: str, entry: LayerSet | None, prompt: Beginnings | None) -> None:
+        """``request`` is admitted with a cached prefix and uses its writer's set; the default if it is short.
+
+        entry: the set its prefix was found in. prompt: None if it is no longer than the first block.
+        """
+        if prompt is None:
             self.sets.use_default(request)
             return
-        entry = self.sets.find(block)
-        if entry is None:
+        if entry is None or not entry.stored:
             raise RuntimeError(f"request {request}: the layer set of its cached prefix is gone")
-        self.sets.inherit(request, entry)
+        self.sets.inherit(request, entry, prompt)
 
     def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
         """Plan the prefill of a batch, in its order; called once, right before its forward.
@@ -112,9 +115,7 @@ class PrefillTracker:
         if len(tokens) <= self.block_tokens:
             self.sets.use_default(name, counted=counted)
             return
-        block = self.block(tokens, req.extra_key, req.cache_salt)
-        self.sets.forget(block)
-        self.sets.create(name, block)
+        self.sets.create(name, self.beginnings(tokens, req.extra_key, req.cache_salt))
 
     def _plan(self, name: str, req: Req) -> Prefill:
         entry = self.sets.of(name)

@@ -1,7 +1,8 @@
 """The prefix cache of dynamic mode: one name space a layer set (dynamic/layer_sets.py).
 
 A cached prefix is K and V of its writer's layers; a request may only reuse it with the writer's set. So the
-tree is entered under the uid of a set, and a hit that does not cover the whole first block is a miss.
+tree is entered under the uid of a set, and a hit that does not cover the whole first block is a miss. Which
+sets are tried tells how prompts begin (dynamic/beginnings.py); the first that has a hit is taken.
 
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
 not known yet. Its window slides all the same; its sink rows are reserved, and written when it is decided.
@@ -11,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import is_health_check_generate_req
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lt_sglang.config import CONFIG_KEY
-from lt_sglang.dynamic.layer_sets import BlockKey
+from lt_sglang.dynamic.beginnings import Beginnings
+from lt_sglang.dynamic.layer_sets import LayerSet
 from lt_sglang.dynamic.prefill import PrefillTracker
 from lt_sglang.memory.radix import LightTransferRadixCache, Slots, request_id
 from lt_sglang.memory.sinks import SinkKey, SinkStore
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 NOWHERE = "lt:none"
+# Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
+TRIES = 4
 
 
 class NameSpace(str):
@@ -43,22 +48,30 @@ class DynamicRadixCache(LightTransferRadixCache):
         super().__init__(params, sinks)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """As LightTransferRadixCache, within the set stored for the first block of the key."""
+        """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
         key = params.key
-        given = key.extra_key
-        key.extra_key = self._name_space(key)  # also part of the key of the sinks
+        given, needed = key.extra_key, self.prefills.hit_tokens(len(key.token_ids))
         try:
-            result = super().match_prefix(params)
-            if result.device_prefix_len < self.prefills.hit_tokens(len(key.token_ids)):
-                return zero_match_result(self, result, extra_key=key.extra_key)
-            return result
+            for entry in islice(self._sets_of(key), TRIES):
+                key.extra_key = _name(entry.uid, given)  # also part of the key of the sinks
+                result = super().match_prefix(params)
+                if result.device_prefix_len >= needed:
+                    _bind(params.req, entry)
+                    return result
+                key.extra_key = given
+            _bind(params.req, None)
+            key.extra_key = NameSpace(NOWHERE)
+            return super().match_prefix(params)
         finally:
             key.extra_key = given
 
     def touch_prefix(self, key: RadixKey) -> None:
-        """As UnifiedRadixCache, in the key's name space."""
+        """As UnifiedRadixCache, in the name space of the set that is tried first."""
         given = key.extra_key
-        key.extra_key = self._name_space(key)
+        entry = next(self._sets_of(key), None)
+        if entry is None:
+            return
+        key.extra_key = _name(entry.uid, given)
         try:
             super().touch_prefix(key)
         finally:
@@ -68,7 +81,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
         if req.prefix_len:
             tokens = req.origin_input_ids + req.output_ids
-            self.prefills.inherit(request_id(req), len(tokens), self._block(tokens, req))
+            self.prefills.inherit(request_id(req), _bound(req), self._beginnings(tokens, req))
         with self._within(req):
             return super().prefix_device_indices(req)
 
@@ -143,15 +156,27 @@ class DynamicRadixCache(LightTransferRadixCache):
         finally:
             req.extra_key = given
 
-    def _name_space(self, key: RadixKey) -> NameSpace:
-        if len(key.token_ids) <= self.prefills.block_tokens:
-            return _name(self.prefills.sets.default.uid, key.extra_key)
-        entry = self.prefills.sets.find(self._block(key.token_ids, key))
-        return NameSpace(NOWHERE) if entry is None else _name(entry.uid, key.extra_key)
+    def _sets_of(self, key: RadixKey) -> Iterator[LayerSet]:
+        prompt = self._beginnings(key.token_ids, key)
+        return iter((self.prefills.sets.default,)) if prompt is None else self.prefills.sets.find(prompt)
 
-    def _block(self, tokens: Any, owner: Any) -> BlockKey:
-        return self.prefills.block(tokens, owner.extra_key, owner.cache_salt)
+    def _beginnings(self, tokens: Any, owner: Any) -> Beginnings | None:
+        """None of a prompt that has no layers of its own."""
+        if len(tokens) <= self.prefills.block_tokens:
+            return None
+        return self.prefills.beginnings(tokens, owner.extra_key, owner.cache_salt)
 
 
 def _name(uid: int, extra_key: str | None) -> NameSpace:
     return NameSpace(f"lt:{uid}:{extra_key or ''}")
+
+
+def _bind(req: Any, entry: LayerSet | None) -> None:
+    """Remember with the request, which may never be admitted, whose K and V it was shown."""
+    if req is not None:
+        req.lighttransfer_set = entry
+
+
+def _bound(req: Any) -> LayerSet | None:
+    entry: LayerSet | None = getattr(req, "lighttransfer_set", None)
+    return entry

@@ -129,9 +129,8 @@ LAYER_SETS = Metric(
     Scope.ENGINE,
     ("event",),
     "Dynamic mode: requests whose lazy layers were found in their prefill (decided), taken over with a "
-    "cached prefix (inherited), or the configured ones, the prompt being too short to tell (short). private: "
-    "decided ones whose set nobody inherits, another request having begun alike first. evicted: stored sets "
-    "given up.",
+    "cached prefix (inherited), or the configured ones, the prompt being too short to tell (short). evicted: "
+    "stored sets given up.",
 )
 IDENTIFICATION_SECONDS = Metric(
     "lt_identification_seconds_total",

@@ -174,7 +174,7 @@ def test_short_prompts_share_under_the_default(ask: Asker) -> None:
 
 
 def test_at_the_same_time(ask: Asker, server: Server) -> None:
-    """The first to be decided is found by those that come later; the others keep their own choice."""
+    """Those that are decided side by side keep their own choices, and each finds its own again."""
     rng = random.Random(6)
     before = layer_sets(server)
     trunk = random_prompt(100, rng)
@@ -191,20 +191,32 @@ def test_at_the_same_time(ask: Asker, server: Server) -> None:
         meta = answer["meta_info"]
         (choice,) = meta["lighttransfer"]
         replies.append(Reply(answer["output_ids"], meta["cached_tokens"], "length", choice))
-    deciders = []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        if reply.choice["origin"] == "prompt":
-            deciders.append(ask.check_decided(prompt, reply))
+    deciders = [i for i, reply in enumerate(replies) if reply.choice["origin"] == "prompt"]
     after = layer_sets(server)
-    assert after["decided"] - before["decided"] == len(deciders) >= 2
-    assert after["private"] - before["private"] == len(deciders) - 1
-    assert after["stored"] == 1
-    # Requests of a batch are decided in its order.
-    history = [*prompts[0], *replies[0].tokens, 9, 9, 9]
-    assert ask.heir(history, replies[0], prompts[0]).cached > len(prompts[0])
-    for prompt, reply in zip(prompts, replies, strict=True):
-        if reply.choice["origin"] == "prefix":
-            ask.check_heir(prompt, reply, replies[0], prompts[0])
+    assert after["decided"] - before["decided"] == after["stored"] == len(deciders) >= 2
+    for i in deciders:
+        ask.check_decided(prompts[i], replies[i])
+    for i in deciders:
+        history = [*prompts[i], *replies[i].tokens, 9, 9, 9]
+        assert ask.heir(history, replies[i], prompts[i]).cached > len(prompts[i])
+
+
+def test_users_of_one_system_prompt_keep_their_conversations(ask: Asker) -> None:
+    """Each was decided by itself; whoever comes between, the next turn finds its own K, V and layers."""
+    rng = random.Random(10)
+    system = random_prompt(150, rng)
+    prompts = [[*system, *random_prompt(length, rng)] for length in (200, 200, 230, 260)]
+    writers = [ask.decided(prompt) for prompt in prompts]
+    assert len({tuple(writer.choice["laziness"]) for writer in writers}) == len(writers)
+    histories = [[*prompt, *writer.tokens] for prompt, writer in zip(prompts, writers, strict=True)]
+    for turn in (1, 2):
+        for user in rng.sample(range(len(prompts)), len(prompts)):
+            history = histories[user]
+            known = len(history) - NEW_TOKENS
+            history += random_prompt(10 * turn, rng)
+            reply = ask.heir(history, writers[user], prompts[user])
+            assert reply.cached >= known, "what it was asked and told before"
+            history += reply.tokens
 
 
 def test_evicted_and_back(ask: Asker, server: Server) -> None:

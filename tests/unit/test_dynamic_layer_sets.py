@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from lt_sglang.dynamic.layer_sets import DEFAULT_SET, UNDECIDED, BlockKey, LayerSetStore, banks
+from lt_sglang.dynamic.beginnings import Beginnings, beginnings
+from lt_sglang.dynamic.layer_sets import DEFAULT_SET, UNDECIDED, LayerSet, LayerSetStore, banks
 
 LAYERS = 6
 ROWS = 12
@@ -19,8 +22,12 @@ def store(capacity: int = 4) -> LayerSetStore:
     return LayerSetStore(capacity, LAZY, LAYERS, ROWS, "cpu")
 
 
-def key(name: str) -> BlockKey:
-    return (name.encode(), None, None)
+def key(name: str) -> Beginnings:
+    return beginnings(array("q", list(f"{name} and what follows".encode())), 4, (None, None))
+
+
+def first(sets: LayerSetStore, name: str) -> LayerSet | None:
+    return next(sets.find(key(name)), None)
 
 
 def decided(sets: LayerSetStore, request: str, block: str) -> None:
@@ -59,23 +66,26 @@ def test_what_a_request_is_told() -> None:
     sets.laziness[entry.index] = 0.1234567
     told = {"lazy_layers": [0, 1, 5], "laziness": [0.123457] * LAYERS}
     assert sets.describe("a") == {**told, "origin": "prompt"}
-    sets.inherit("b", entry)
+    sets.inherit("b", entry, key("block"))
     assert sets.describe("b") == {**told, "origin": "prefix"}
     assert sets.describe("a") == {**told, "origin": "prompt"}
 
 
-def test_only_the_first_to_be_decided_is_found() -> None:
+def test_all_that_were_decided_are_found() -> None:
+    """Users who begin alike have sets of their own; the last used comes first."""
     sets = store()
     one, two = sets.create("a", key("same")), sets.create("b", key("same"))
-    assert sets.find(key("same")) is None, "nothing to inherit before it is decided"
+    assert first(sets, "same") is None, "nothing to inherit before it is decided"
     sets.decide("b")
+    assert list(sets.find(key("same"))) == [two]
     sets.decide("a")
-    assert sets.find(key("same")) is two and one.decided and not one.stored
-    assert (sets.stats.decided, sets.stats.private, sets.stored) == (2, 1, 1)
-    sets.release("a", 1)
-    assert sets.check_integrity() == []
-    sets.release("b", 2)
-    assert sets.find(key("same")) is two, "it stays for those that begin alike"
+    assert list(sets.find(key("same"))) == [one, two] and one.stored and two.stored
+    assert (sets.stats.decided, sets.stored) == (2, 2)
+    for name in "ab":
+        sets.release(name, 1)
+    assert list(sets.find(key("same"))) == [one, two], "they stay for those that begin alike"
+    sets.inherit("c", two, key("same"))
+    assert list(sets.find(key("same"))) == [two, one]
     assert sets.check_integrity() == []
 
 
@@ -85,7 +95,7 @@ def test_a_stored_set_forgets_who_used_it() -> None:
     decided(sets, "a", "a")
     entry = sets.of("a")
     assert entry is not None
-    sets.inherit("b", entry)
+    sets.inherit("b", entry, key("block"))
     for name in "ab":
         sets.release(name, None)
     assert not entry.users and not entry.heirs and entry.stored
@@ -119,13 +129,13 @@ def test_the_least_recently_used_idle_set_makes_room() -> None:
         decided(sets, name, name)
     for name in "ac":
         sets.release(name, None)
-    entry = sets.find(key("a"))
+    entry = first(sets, "a")
     assert entry is not None
-    sets.inherit("a2", entry)
+    sets.inherit("a2", entry, key("a"))
     sets.release("a2", None)
     sets.create("d", key("d"))
-    assert sets.find(key("c")) is None, "b is in use, a was used last"
-    assert sets.find(key("a")) is not None and sets.find(key("b")) is not None
+    assert first(sets, "c") is None, "b is in use, a was used last"
+    assert first(sets, "a") is not None and first(sets, "b") is not None
     assert sets.check_integrity() == []
 
 
@@ -137,28 +147,17 @@ def test_more_running_requests_than_sets_is_an_error() -> None:
         sets.create("c", key("c"))
 
 
-def test_forget_leaves_sets_in_use() -> None:
-    sets = store()
-    sets.forget(key("unknown"))
-    decided(sets, "a", "a")
-    sets.forget(key("a"))
-    assert sets.find(key("a")) is not None
-    sets.release("a", None)
-    sets.forget(key("a"))
-    assert sets.find(key("a")) is None and sets.stored == 0 and sets.check_integrity() == []
-
-
 def test_clear_keeps_the_sets_of_running_requests() -> None:
     sets = store(capacity=3)
     decided(sets, "a", "a")
     decided(sets, "b", "b")
     sets.release("b", None)
     sets.clear()
-    assert sets.stored == 0 and sets.find(key("a")) is None
+    assert sets.stored == 0 and first(sets, "a") is None
     assert sets.of("a") is not None and sets.check_integrity() == []
-    # Its block may be decided again meanwhile; the old set is nobody else's.
+    # The same prompt may be decided again meanwhile; the old set is nobody else's.
     decided(sets, "a2", "a")
-    assert sets.find(key("a")) is sets.of("a2")
+    assert list(sets.find(key("a"))) == [sets.of("a2")]
     sets.release("a", 1)
     assert sets.check_integrity() == []
     decided(sets, "c", "c")
@@ -195,7 +194,7 @@ def test_finished_requests_are_counted_with_their_scores() -> None:
     assert entry is not None
     sets.bank_of[entry.index] = torch.tensor([0, 1, 2, 3, 4, 5])
     sets.laziness[entry.index] = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0, 0.25])
-    sets.inherit("b", entry)
+    sets.inherit("b", entry, key("block"))
     sets.use_default("c")
     for request in "abc":
         sets.count(request)
@@ -221,7 +220,12 @@ def _break_doubled(sets: LayerSetStore) -> None:
 
 
 def _break_filed(sets: LayerSetStore) -> None:
-    sets._stored[key("elsewhere")] = sets._stored.pop(key("a"))
+    (entry,) = sets._stored.values()
+    sets._stored = OrderedDict({entry.uid + 1: entry})
+
+
+def _break_hidden(sets: LayerSetStore) -> None:
+    sets._index.clear()
 
 
 def _break_uncounted(sets: LayerSetStore) -> None:
@@ -237,6 +241,7 @@ def _break_leaked(sets: LayerSetStore) -> None:
     [
         (_break_doubled, "lost or doubled"),
         (_break_filed, "not its own"),
+        (_break_hidden, "1 layer sets are stored, 0 can be found"),
         (_break_uncounted, "does not count it"),
         (_break_leaked, "count 2 requests, 1 use one"),
     ],
@@ -265,25 +270,23 @@ def test_churn(seed: int) -> None:
     rng = random.Random(seed)
     sets = store(capacity=ROWS + 3)
     running: dict[str, Running] = {}
-    known: dict[str, int] = {}  # block -> uid of the set that may be found under it
+    known: dict[str, list[int]] = {}  # prompt -> uids of the sets that may be found by it
     for step in range(3000):
         event = rng.random()
         free_rows = [row for row in range(1, ROWS) if row not in {r.row for r in running.values()}]
         if event < 0.45 and free_rows:
             name, row = f"r{step}", rng.choice(free_rows)
             block = rng.choice([None, *"abcdefghijklmnopqrst"])
-            found = None if block is None else sets.find(key(block))
-            assert (None if found is None else found.uid) == (known.get(block) if block else None)
+            found = [] if block is None else list(sets.find(key(block)))
+            assert sorted(entry.uid for entry in found) == sorted(known.get(block or "", []))
             if block is None:
                 sets.use_default(name)
-            elif found is not None and rng.random() < 0.8:
-                sets.inherit(name, found)
+            elif found and rng.random() < 0.8:
+                sets.inherit(name, rng.choice(found), key(block))
             else:
-                if found is not None and not found.users:
-                    known.pop(block)
-                sets.forget(key(block))
                 sets.create(name, key(block))
-                known = {b: u for b, u in known.items() if sets.find(key(b)) is not None}
+                left = {entry.uid for entry in sets._stored.values()}
+                known = {b: [u for u in uids if u in left] for b, uids in known.items()}
             entry = sets.of(name)
             assert entry is not None
             sets.place(name, row)
@@ -294,7 +297,7 @@ def test_churn(seed: int) -> None:
             running[name].decided = True
             entry = sets.of(name)
             assert entry is not None and running[name].block is not None
-            known.setdefault(str(running[name].block), entry.uid)
+            known.setdefault(str(running[name].block), []).append(entry.uid)
         elif event < 0.95 and running:
             name = rng.choice(list(running))
             sets.release(name, running.pop(name).row)
@@ -302,7 +305,7 @@ def test_churn(seed: int) -> None:
             sets.clear()
             known = {}
         assert sets.check_integrity() == []
-        assert sets.requests == len(running) and sets.stored == len(known)
+        assert sets.requests == len(running) and sets.stored == sum(map(len, known.values()))
         indices = {}
         for name, request in running.items():
             entry = sets.of(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
+from lt_sglang.dynamic.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
 
 SINKS, RECENT, CONTEXT = 4, 60, 4096
@@ -194,15 +194,18 @@ def test_a_batch_places_every_request() -> None:
     assert len({plan.layer_set for plan in plans}) == 2
 
 
-def test_the_second_of_two_that_begin_alike_is_private() -> None:
+def beginnings_of(prefills: PrefillTracker, request: Request) -> Any:
+    return prefills.beginnings(request.req.origin_input_ids, request.req.extra_key, None)
+
+
+def test_two_that_begin_alike_at_the_same_time_are_decided_each() -> None:
     prefills = tracker()
     prompt = tokens(100)
     one, two = Request("a", prompt, 1), Request("b", prompt, 2)
     plans = prefills.begin([one.chunk(256), two.chunk(256)])
     assert kinds(plans) == [Kind.DECIDE, Kind.DECIDE] and plans[0].layer_set != plans[1].layer_set
-    block = prefills.block(one.req.origin_input_ids, None, None)
-    assert prefills.sets.find(block) is prefills.sets.of("a")
-    assert prefills.sets.stats.private == 1
+    found = list(prefills.sets.find(beginnings_of(prefills, one)))
+    assert found == [prefills.sets.of("b"), prefills.sets.of("a")]
 
 
 def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
@@ -210,8 +213,8 @@ def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
     prompt = tokens(100)
     prefills.begin([Request("a", prompt, 1).chunk(256)])
     heir = Request("b", prompt + tokens(600, 1), 2)
-    block = prefills.block(heir.req.origin_input_ids, None, None)
-    prefills.inherit("b", len(heir.req.origin_input_ids), block)
+    begins = beginnings_of(prefills, heir)
+    prefills.inherit("b", prefills.sets.of("a"), begins)
     heir.req.extend_end = 100
     for _ in range(3):
         (plan,) = prefills.begin([heir.chunk(256)])
@@ -221,24 +224,26 @@ def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
     assert prefills.sets.stats.inherited == 1
 
 
-def test_a_block_is_the_first_tokens_and_the_name_space() -> None:
+def test_only_prompts_of_one_owner_begin_alike() -> None:
     prefills = tracker()
     prompt = array("q", tokens(100))
-    block = prefills.block(prompt, None, None)
-    assert block == prefills.block(prompt[:BLOCK] + array("q", [1, 2, 3]), None, None)
+    digest = prefills.beginnings(prompt, None, None).digests[0]
+    assert digest == prefills.beginnings(prompt[:BLOCK] + array("q", [1, 2, 3]), None, None).digests[0]
     other = array("q", prompt)
     other[BLOCK - 1] += 1
-    assert block != prefills.block(other, None, None)
-    assert block != prefills.block(prompt, "adapter", None)
-    assert block != prefills.block(prompt, None, "salt")
+    assert digest != prefills.beginnings(other, None, None).digests[0]
+    assert digest != prefills.beginnings(prompt, "adapter", None).digests[0]
+    assert digest != prefills.beginnings(prompt, None, "salt").digests[0]
 
 
 def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
     prefills = tracker()
-    prompt = array("q", tokens(100))
-    with pytest.raises(RuntimeError, match="layer set of its cached prefix is gone"):
-        prefills.inherit("b", 100, prefills.block(prompt, None, None))
-    request = Request("c", list(prompt))
+    request = Request("c", tokens(100))
+    begins = beginnings_of(prefills, request)
+    gone = LayerSet(3, 4, decided=True)
+    for entry in (None, gone):
+        with pytest.raises(RuntimeError, match="layer set of its cached prefix is gone"):
+            prefills.inherit("b", entry, begins)
     request.req.prefix_len = request.req.extend_end = 80
     with pytest.raises(RuntimeError, match="cached prefix without a layer set"):
         prefills.begin([request.chunk(256)])
@@ -247,25 +252,23 @@ def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
 def test_a_short_prompt_may_reuse_anything_of_the_default_set() -> None:
     prefills = tracker()
     for length in (2, 60, BLOCK):
-        prompt = array("q", tokens(length))
-        prefills.inherit(f"r{length}", length, prefills.block(prompt, None, None))
+        prefills.inherit(f"r{length}", prefills.sets.default, None)
         assert prefills.sets.of(f"r{length}") is prefills.sets.default
 
 
-def test_a_miss_forgets_a_set_whose_prefix_left_the_cache() -> None:
-    """The set was stored, nobody uses it, and yet there was no hit: it is decided again, and found."""
+def test_what_left_the_cache_is_decided_again() -> None:
+    """The set is stored, and yet there was no hit: another one is decided, and tried first from then on."""
     prefills = tracker()
     prompt = tokens(100)
-    first = Request("a", prompt, 1)
-    prefills.begin([first.chunk(256)])
+    one = Request("a", prompt, 1)
+    prefills.begin([one.chunk(256)])
     entry = prefills.sets.of("a")
-    assert entry is not None
     prefills.release("a", 1)
     prefills.begin([Request("b", prompt, 1).chunk(256)])
     again = prefills.sets.of("b")
-    block = prefills.block(first.req.origin_input_ids, None, None)
-    assert again is not None and again.uid != entry.uid and prefills.sets.find(block) is again
-    assert prefills.sets.stats.private == 0 and prefills.sets.check_integrity() == []
+    assert again is not None and again is not entry
+    assert list(prefills.sets.find(beginnings_of(prefills, one))) == [again, entry]
+    assert prefills.sets.check_integrity() == []
 
 
 def test_a_retracted_request_comes_back_with_its_output() -> None:

@@ -1,0 +1,109 @@
+"""Finds things filed under prompts by how those begin, the most alike first.
+
+A prompt has a digest for its first block and for every STEP tokens more, and a rest. Digests are hints, no
+more: whoever looks something up must check that it fits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+STEP = 512
+DIGEST_BYTES = 16
+# Of one key; a key that is filed under more forgets what it was filed under before.
+MOST_DIGESTS, MOST_RESTS = 512, 8
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """How one prompt begins.
+
+    data: its tokens' bytes. ends: for each digest, how many of them it covers. digests: shortest first.
+    """
+
+    data: bytes
+    ends: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+    @property
+    def rest(self) -> bytes:
+        """What no digest covers: less than STEP tokens."""
+        return self.data[self.ends[-1] :]
+
+
+def beginnings(tokens: Any, block: int, owner: Hashable) -> Beginnings:
+    """Of a prompt of more than ``block`` tokens (an array); ``owner``: what else prompts must share."""
+    data = bytes(tokens.tobytes())
+    ends = tuple(tokens.itemsize * end for end in range(block, len(tokens) + 1, STEP))
+    running = blake2b(repr(owner).encode(), digest_size=DIGEST_BYTES)
+    digests, begin = [], 0
+    for end in ends:
+        running.update(data[begin:end])
+        digests.append(running.copy().digest())
+        begin = end
+    return Beginnings(data, ends, tuple(digests))
+
+
+class BeginningIndex:
+    """Keys (ints) filed under prompts; a key may be filed under many."""
+
+    def __init__(self) -> None:
+        # By digest, the keys that were filed or used last at the end, with the rests of prompts that go on
+        # by less than a step.
+        self._at: dict[bytes, OrderedDict[int, set[bytes]]] = {}
+        self._digests: dict[int, set[bytes]] = {}
+
+    def file(self, key: int, prompt: Beginnings) -> None:
+        """Find ``key`` by ``prompt`` from now on, before those that were filed earlier."""
+        known = self._digests.setdefault(key, set())
+        if len(known.union(prompt.digests)) > MOST_DIGESTS:
+            self.drop(key)
+            known = self._digests.setdefault(key, set())
+        known.update(prompt.digests)
+        for digest in prompt.digests:
+            here = self._at.setdefault(digest, OrderedDict())
+            here.setdefault(key, set())
+            here.move_to_end(key)
+        rests = self._at[prompt.digests[-1]][key]
+        if len(rests) >= MOST_RESTS:
+            rests.clear()
+        rests.add(prompt.rest)
+
+    def drop(self, key: int) -> None:
+        """No longer find ``key``."""
+        for digest in self._digests.pop(key):
+            here = self._at[digest]
+            del here[key]
+            if not here:
+                del self._at[digest]
+
+    def clear(self) -> None:
+        """Find nothing any more."""
+        self._at.clear()
+        self._digests.clear()
+
+    def find(self, prompt: Beginnings) -> Iterator[int]:
+        """Each key that begins like ``prompt``, once: those that agree longest first.
+
+        Of equals, first those with a prompt that ``prompt`` continues, as the next turn of a conversation
+        does; then the last used.
+        """
+        seen: set[int] = set()
+        for end, digest in zip(reversed(prompt.ends), reversed(prompt.digests), strict=True):
+            here = self._at.get(digest)
+            if here is None:
+                continue
+            new = [key for key in reversed(here) if key not in seen]
+            seen.update(new)
+            continued = {key for key in new if any(prompt.data.startswith(rest, end) for rest in here[key])}
+            yield from (key for key in new if key in continued)
+            yield from (key for key in new if key not in continued)
+
+    @property
+    def keys(self) -> set[int]:
+        """All that can be found."""
+        return set(self._digests)
