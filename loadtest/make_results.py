@@ -25,7 +25,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lt_sglang.config import parse_layers
-from lt_sglang.loadtest.file_bounds import roofline
+from lt_sglang.loadtest.file_bounds import MODEL, roofline
 from lt_sglang.loadtest.shapes import SHAPES
 from lt_sglang.planner.roofline import decode_bound
 
@@ -261,16 +261,23 @@ def _write(args: argparse.Namespace, scenario: str, result: dict[str, Any]) -> N
 
 def write_table() -> None:
     """README.md and the plot of the results folder, from its files."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     rows = ["# Results", "", "Made by `python loadtest/make_results.py`; one file a row.", ""]
     rows += ["![decode ratios and their bounds](decode.png)", ""]
-    rows += [
+    for section in (_ratio_rows, _parity_rows, _identify_rows, _decode_plan_rows, _alone_rows):
+        rows += section(results)
+    plot(results)
+    (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
+
+
+def _ratio_rows(results: dict[str, Any]) -> list[str]:
+    rows = [
         "Measured / bound: lt-sglang plan's roofline for the same lengths, requests and memory; prefill's is",
         "for equal kernels, so a comparison with a slower backend passes it.",
         "",
         "| date, GPU, scenario | baseline | LightTransfer | ratio | measured / bound | notes |",
         "|---|---|---|---|---|---|",
     ]
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     for stem, result in results.items():
         if "ratio" not in result:
             continue
@@ -282,7 +289,11 @@ def write_table() -> None:
             reached = {key: value / bound[key] for key, value in result["ratio"].items() if key in bound}
         share = ", ".join(f"{value:.0%} {key.replace('_', ' ')}" for key, value in reached.items())
         rows.append(f"| {stem} | {base} | {ours} | {ratio} | {share} | {' '.join(result['notes'])} |")
-    rows += [
+    return rows
+
+
+def _parity_rows(results: dict[str, Any]) -> list[str]:
+    rows = [
         "",
         "## Parity",
         "",
@@ -306,11 +317,7 @@ def write_table() -> None:
         rows.append(
             f"| {stem} | {what} | {base} | {ours} | {ratio} | {'yes' if result['within'] else 'no'} |"
         )
-    rows += _identify_rows(results)
-    rows += _decode_plan_rows(results)
-    rows += _alone_rows(results)
-    plot(results)
-    (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
+    return rows
 
 
 def _identify_rows(results: dict[str, Any]) -> list[str]:
@@ -387,24 +394,56 @@ def _alone_rows(results: dict[str, Any]) -> list[str]:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """decode.png: measured decode ratios on GPUs against stock's flashinfer, and their bound by KV bytes."""
-    shown: dict[str, tuple[float, float | None]] = {}
+    """decode.png: measured decode ratios on GPUs against stock's flashinfer, and their bounds."""
+    shown: dict[str, tuple[str, float, float | None]] = {}
     for stem, result in results.items():
         ratio = result.get("ratio", {}).get("decode_tokens_per_second")
         if ratio is None or "-vs-" in result["scenario"] or "CPU only" in result["hardware"]:
             continue
         # Files come in the order of their dates: the newest of a GPU and scenario stays.
-        shown[stem[len("2026-01-02-") :]] = ratio, _kv_bound(result)
-    figure = Figure(figsize=(8, 0.6 + 0.42 * max(1, len(shown))), dpi=110, layout="constrained")
+        name = stem[len("2026-01-02-") :]
+        shown[name] = _label(name, result), ratio, _kv_bound(result)
+    rows = [shown[name] for name in sorted(shown)]
+    figure = Figure(figsize=(9, 1.0 + 0.36 * max(1, len(rows))), dpi=110, layout="constrained")
     axis = figure.subplots()
-    names = sorted(shown, reverse=True)
-    axis.barh(names, [shown[name][0] for name in names], color="tab:blue", label="measured")
-    known = [(name, shown[name][1]) for name in names if shown[name][1] is not None]
-    axis.plot([bound for _, bound in known], [name for name, _ in known], "k|", markersize=16, label="bound")
+    bars = axis.barh(range(len(rows)), [ratio for _, ratio, _ in rows], color="#8db8dd", label="measured")
+    for place, (_, ratio, bound) in enumerate(rows):
+        beside = max(ratio, bound or 0.0)
+        axis.annotate(f"{ratio:.2f}x", (beside, place), (6, 0), textcoords="offset points", va="center")
+    bounds = [(place, bound) for place, (_, _, bound) in enumerate(rows) if bound is not None]
+    marks = axis.scatter(
+        *([bound for _, bound in bounds], [place for place, _ in bounds]),
+        marker="|",
+        color="black",
+        s=350,
+        linewidth=2,
+        label="bound",
+    )
+    axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.set_xlabel("decode tokens/s, LightTransfer over stock SGLang")
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(handles=[bars, marks], loc="outside upper right", ncols=2)
     figure.savefig(RESULTS / "decode.png")
+
+
+def _label(name: str, result: dict[str, Any]) -> str:
+    """GPU, model, length and lazy layers of a row in the plot; ``name`` where the file does not have them."""
+    workload, config = result["workload"], result["lighttransfer"].get("config") or {}
+    model = MODEL.match(workload.get("model", ""))
+    tokens = workload.get("prompt_tokens")
+    if tokens is None and len(workload.get("traffic", ())) == 1:
+        tokens = workload["traffic"][0].get("input")
+    if not (model and isinstance(tokens, int) and "lazy_layers" in config):
+        return name
+    shape, tp = model["shape"].lower(), int(model["tp"])
+    lazy, layers = len(parse_layers(config["lazy_layers"])), SHAPES[shape]["num_hidden_layers"]
+    parts = [name.partition("-")[0], f"{shape} tp {tp}" if tp > 1 else shape, f"{tokens // 1024}K"]
+    parts.append(f"{lazy} of {layers} lazy" + (", dynamic" if config.get("mode") == "dynamic" else ""))
+    if result["ratio"].get("requests_running") == 1:
+        parts.append(f"batch {result['lighttransfer']['requests_running']}")
+    return ", ".join(parts)
 
 
 def _kv_bound(result: dict[str, Any]) -> float | None:

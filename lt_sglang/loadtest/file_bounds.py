@@ -15,7 +15,8 @@ from lt_sglang.planner.capacity import Deployment, plan_length
 from lt_sglang.planner.roofline import Hardware
 from lt_sglang.planner.shapes import GPUS, shape_from_config
 
-_MODEL = re.compile(r"(?P<shape>\S+) shape, .*tp (?P<tp>\d+)")
+# How result files name a model that is served with dummy weights.
+MODEL = re.compile(r"(?P<shape>\S+) shape, .*tp (?P<tp>\d+)")
 BF16_BYTES = 2
 
 
@@ -25,7 +26,7 @@ def roofline(result: Mapping[str, Any]) -> dict[str, float]:
     result: a file of ``loadtest/make_results.py`` on one of the planner's GPUs, with a bfloat16 KV cache.
     """
     workload, ours, base = (result[name] for name in ("workload", "lighttransfer", "baseline"))
-    found = _MODEL.match(workload.get("model", ""))
+    found = MODEL.match(workload.get("model", ""))
     gpu = next((name for part, name in PLANNED if part in result["hardware"]), None)
     pools = (ours.get("config") or {}).get("pools")
     if not (found and gpu and pools and base["engine"].startswith("stock")):
