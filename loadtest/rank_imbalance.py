@@ -199,12 +199,7 @@ def compare(work: Work, device: torch.device, seed: int) -> dict[str, dict[str, 
         each: list[Any] = [None] * ranks
         dist.all_gather_object(each, measure(work, masks, calls, device))
         busy = [one[0] for one in each]
-        kept = [
-            sum(
-                work.window if lazy else work.tokens for m in masks for lazy in m[r * heads : (r + 1) * heads]
-            )
-            for r in range(ranks)
-        ]
+        kept = [_kept(work, [mask[r * heads : (r + 1) * heads] for mask in masks]) for r in range(ranks)]
         found[name] = {
             "attention_ms_by_rank": [round(one, 4) for one in busy],
             "rank_spread": round((max(busy) - min(busy)) / statistics.mean(busy), 4),
@@ -212,6 +207,11 @@ def compare(work: Work, device: torch.device, seed: int) -> dict[str, dict[str, 
             "kv_share_by_rank": [round(one / sum(kept), 4) for one in kept],
         }
     return found
+
+
+def _kept(work: Work, masks: list[Mask]) -> int:
+    """Tokens of one request that the heads of ``masks`` keep."""
+    return sum(work.window if lazy else work.tokens for mask in masks for lazy in mask)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import requests
 
@@ -30,7 +30,7 @@ from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine, EngineSpec
 from lt_sglang.loadtest.fill import filled
 from lt_sglang.loadtest.machine import gpu_memory_mib, this_machine, wait_for_gpu_memory
 from lt_sglang.loadtest.rehearsal import rehearsal
-from lt_sglang.loadtest.result_file import Measured, build, write
+from lt_sglang.loadtest.result_file import Measured, build, measured, write
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.scenario_file import load_scenarios, pick
@@ -87,7 +87,7 @@ def measure(scenario: Scenario, engines: Sequence[Engine], work: Path, folder: P
         infos = [engine.info() for engine in engines]
         states = [state for info in infos for state in info["internal_states"]]
         if scenario.load.fill:
-            scenario = filled(scenario, {"internal_states": states})
+            scenario = filled(scenario, {"internal_states": states}, name)
             scenario = replace(scenario, load=replace(scenario.load, fill=False))
         url = stack.enter_context(
             gateway([engine.url for engine in engines], work / f"{name}-gateway.log", folder)
@@ -95,10 +95,8 @@ def measure(scenario: Scenario, engines: Sequence[Engine], work: Path, folder: P
         positions = [engine.log_position() for engine in engines]
         data = run_scenario(scenario, url, work / "runs" / name)
         steady = [one.steady_since(at) for one, at in zip(engines, positions, strict=True)]
-        memory: dict[str, Any] = {"server": states[0].get("memory_usage"), "gpu_used_mib": gpu_memory_mib()}
-        return Measured(
-            data["summary"], together(steady), memory, states[0].get("lighttransfer"), data["gates"]
-        )
+        # Of the first replica: all are alike.
+        return measured(data, engines[0].info()["internal_states"][0], together(steady))
 
 
 def main() -> None:
@@ -130,14 +128,15 @@ def main() -> None:
     try:
         for side in sides:
             # With GPUs both sides import at once; the second takes them when the first has ended.
-            for one in sides if has_gpu() else (side,):
-                if one not in engines:
-                    engines[one] = replicas(sides[one], args.replicas, work)
+            importing = sides if has_gpu() else [side]
+            for name in importing:
+                if name not in engines:
+                    engines[name] = replicas(sides[name], args.replicas, work)
             wait_for_gpu_memory(idle)
             runs[side] = [measure(scenario, engines[side], work, args.gateway)]
             print(f"{side}: {_shown(runs[side][0].summary)}", flush=True)
     finally:
-        for engine in (one for some in engines.values() for one in some):
+        for engine in chain.from_iterable(engines.values()):
             engine.stop()
     if args.rehearse:
         return

@@ -14,6 +14,10 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": "name",
     "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
     "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
+    "sglang.srt.entrypoints.http_server.launch_server": (
+        "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, "
+        "run_detokenizer_process_func=, execute_warmup_func=, launch_callback="
+    ),
     "sglang.srt.entrypoints.warmup.warmup": "name",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend": "name",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (

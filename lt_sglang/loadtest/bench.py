@@ -17,9 +17,10 @@ from lt_sglang.cli.options import resolve_config, take_options
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.bounds import Bounds, bounds
+from lt_sglang.loadtest.capacity import check_fits, kv_tokens
 from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine, EngineSpec
 from lt_sglang.loadtest.machine import Machine, gpu_memory_mib, wait_for_gpu_memory
-from lt_sglang.loadtest.result_file import Measured, build, write
+from lt_sglang.loadtest.result_file import Measured, build, measured, write
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.scenario_file import as_mapping
@@ -125,13 +126,19 @@ class Bench:
 
         Returns 1 if a scenario has no result file, or one of its gates was broken on ours; else 0.
         """
-        cells = [[self._cell(scenario) for scenario in group] for group in groups]
-        starts = plan(cells, self._settings.rounds)
-        everything = [cell for group in cells for cell in group]
-        idle = gpu_memory_mib()
+        grouped = [[self._cell(scenario) for scenario in group] for group in groups]
+        cells = [cell for group in grouped for cell in group]
+        self._run_starts(plan(grouped, self._settings.rounds), cells)
+        files = {cell.scenario.name: self._write(cell) for cell in cells}
+        for name, paths in files.items():
+            print(f"{name}: {', '.join(map(str, paths)) or 'no result'}")
+        return int(not all(files.values()) or any(map(self._broke_a_gate, cells)))
+
+    def _run_starts(self, starts: Sequence[Start], cells: Sequence[Cell]) -> None:
+        idle_mib = gpu_memory_mib()
         waiting: Engine | None = None
         try:
-            for start, then in zip_longest(starts, starts[1:]):
+            for start, following in zip_longest(starts, starts[1:]):
                 engine = waiting or self._engine(start)
                 waiting = None
                 if self._left() < LEAST_SECONDS:
@@ -139,34 +146,31 @@ class Bench:
                     for cell in start.cells:
                         self._problem(start.spec, cell, "was skipped: the time was up")
                     continue
-                if self._settings.overlap and then is not None:
-                    waiting = self._engine(then)
+                if self._settings.overlap and following is not None:
+                    waiting = self._engine(following)
                     waiting.hold()
-                wait_for_gpu_memory(idle)
-                self._run_engine(engine, start, everything)
+                wait_for_gpu_memory(idle_mib)
+                self._run_engine(engine, start, cells)
         finally:
             if waiting is not None:
                 waiting.stop()
-        paths = {cell.scenario.name: self._write(cell) for cell in everything}
-        for name, some in paths.items():
-            print(f"{name}: {', '.join(map(str, some)) or 'no result'}")
-        broken = [
-            gate
-            for cell in everything
-            for one in self._runs.get(_key(cell, LIGHTTRANSFER), ())
-            for gate in one.gates
-            if not gate["passed"]
-        ]
-        return int(bool(broken) or not all(paths.values()))
+
+    def _broke_a_gate(self, cell: Cell) -> bool:
+        runs = self._runs.get(_key(cell, LIGHTTRANSFER), ())
+        return any(not gate["passed"] for one in runs for gate in one.gates)
 
     def _cell(self, scenario: Scenario) -> Cell:
-        given = self._settings
-        return Cell(
+        options = self._settings
+        specs = specs_of(
             scenario,
-            specs_of(
-                scenario, given.work, given.baselines, given.model, given.most_tp, given.flags, given.options
-            ),
+            options.work,
+            options.baselines,
+            options.model,
+            options.most_tp,
+            options.flags,
+            options.options,
         )
+        return Cell(scenario, specs)
 
     def _engine(self, start: Start) -> Engine:
         self._engines += 1
@@ -174,7 +178,7 @@ class Bench:
         return Engine(start.spec, log, start_seconds=self._settings.limit_s)
 
     def _run_engine(self, engine: Engine, start: Start, cells: Sequence[Cell]) -> None:
-        spec, left = start.spec, list(start.cells)
+        spec, unfinished = start.spec, list(start.cells)
         print(f"{spec.name}: starting, log {engine.log}", flush=True)
         began = time.monotonic()
         try:
@@ -184,56 +188,42 @@ class Bench:
                 for cell in start.cells:
                     for repeat in range(self._settings.repeats):
                         self._run_cell(engine, cell, f"{start.number + 1}-{repeat + 1}")
-                    left.remove(cell)
+                    unfinished.remove(cell)
                     # A run that is cut off keeps what it has.
                     for other in cells:
                         if other.work == cell.work and _wants(other, spec):
                             self._write(other)
         except (LightTransferError, requests.RequestException) as error:
             # One server that does not start, or ends, must not cost the others their results.
-            for cell in left:
+            for cell in unfinished:
                 self._problem(spec, cell, str(error))
 
     def _run_cell(self, engine: Engine, cell: Cell, number: str) -> None:
-        scenario, spec = cell.scenario, engine.spec
-        left = min(self._left(), self._settings.limit_s)
-        if left <= 0:
-            self._problem(spec, cell, f"run {number} was skipped: the time was up")
+        try:
+            run = self._measure(engine, cell.scenario, number)
+        except LightTransferError as error:
+            self._problem(engine.spec, cell, str(error))
             return
+        self._runs.setdefault((engine.spec.key, cell.work), []).append(run)
+        print(f"{cell.scenario.name} on {engine.spec.name}: {_shown(run)}", flush=True)
+
+    def _measure(self, engine: Engine, scenario: Scenario, number: str) -> Measured:
+        limit_s = min(self._left(), self._settings.limit_s)
+        if limit_s <= 0:
+            raise LightTransferError(f"run {number} was skipped: the time was up")
+        name = engine.spec.name
+        check_fits(scenario, self._info[engine.spec.key], name)
         engine.flush()
         position = engine.log_position()
-        out = self._settings.work / "runs" / f"{scenario.name}-{spec.name}-{number}"
-        try:
-            data = run_scenario(scenario, engine.url, out, left)
-        except LightTransferError as error:
-            self._problem(spec, cell, str(error))
-            return
-        state = engine.info()["internal_states"][0]
-        memory = {"server": state.get("memory_usage")}
-        used = gpu_memory_mib()
-        if used:
-            memory["gpu_used_mib"] = used
-        one = Measured(
-            summary=data["summary"],
-            steady=engine.steady_since(position),
-            memory=memory,
-            config=state.get("lighttransfer"),
-            gates=data["gates"],
-        )
-        self._runs.setdefault((spec.key, cell.work), []).append(one)
-        shown = f", {one.steady.running} running, {one.steady.throughput:.0f} tok/s" if one.steady else ""
-        print(
-            f"{scenario.name} on {spec.name}: {one.summary['completed']} answered, "
-            f"{one.summary['errors']} errors, {one.summary['output_throughput']:.1f} tok/s in "
-            f"{one.summary['duration']:.0f} s{shown}",
-            flush=True,
-        )
+        out = self._settings.work / "runs" / f"{scenario.name}-{name}-{number}"
+        data = run_scenario(scenario, engine.url, out, limit_s)
+        return measured(data, engine.info()["internal_states"][0], engine.steady_since(position))
 
     def _write(self, cell: Cell) -> list[Path]:
-        measured = [side for side in cell.specs if self._runs.get(_key(cell, side))]
-        if LIGHTTRANSFER not in measured:
+        sides = [side for side in cell.specs if self._runs.get(_key(cell, side))]
+        if LIGHTTRANSFER not in sides:
             return []
-        baselines: list[str | None] = [side for side in measured if side != LIGHTTRANSFER]
+        baselines: list[str | None] = [side for side in sides if side != LIGHTTRANSFER]
         if cell.scenario.engine.sides == "both" and not baselines:
             return []
         return [self._write_one(cell, backend) for backend in baselines or [None]]
@@ -260,7 +250,7 @@ class Bench:
     def _bounds(self, cell: Cell, backend: str) -> Bounds:
         spec, ours = cell.specs[backend], cell.specs[LIGHTTRANSFER]
         server = self._info[spec.key]
-        capacity = (server["internal_states"][0].get("memory_usage") or {}).get("token_capacity")
+        capacity = kv_tokens(server["internal_states"][0])
         model_config = read_model_config(spec.model)
         if not capacity or model_config is None:
             return Bounds({}, "No bound: the model's shape or the server's KV memory is not known.")
@@ -270,16 +260,25 @@ class Bench:
         assert config is not None
         shape = shape_from_config(model_config, Path(spec.model).name)
         gpu = self._settings.machine.planned_gpu
-        return bounds(cell.scenario, shape, config, spec.tp, gpu, int(capacity), server)
+        return bounds(cell.scenario, shape, config, spec.tp, gpu, capacity, server)
 
     def _problem(self, spec: EngineSpec, cell: Cell, text: str) -> None:
-        # Ends of logs are long; where the log is comes first.
+        # Ends of logs are long.
         line = f"{spec.name}: {' '.join(text.split())[:400]}"
         self._problems.setdefault((spec.key, cell.work), []).append(line)
         print(f"{cell.scenario.name}: {line}", flush=True)
 
     def _left(self) -> float:
         return self._end - time.monotonic()
+
+
+def _shown(run: Measured) -> str:
+    summary, steady = run.summary, run.steady
+    decode = f", {steady.running} running, {steady.throughput:.0f} tok/s" if steady else ""
+    return (
+        f"{summary['completed']} answered, {summary['errors']} errors, "
+        f"{summary['output_throughput']:.1f} tok/s in {summary['duration']:.0f} s{decode}"
+    )
 
 
 def _wants(cell: Cell, spec: EngineSpec) -> bool:

@@ -20,6 +20,7 @@ from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_environment, cpu_server_args, has_gpu
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.loadtest.capacity import server_info
 from lt_sglang.loadtest.decode_log import Steady, steady_of
 from lt_sglang.loadtest.held_server import HOLD_VARIABLE
 
@@ -154,10 +155,7 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """/server_info."""
-        answer = requests.get(f"{self.url}/server_info", timeout=60)
-        answer.raise_for_status()
-        data: dict[str, Any] = answer.json()
-        return data
+        return server_info(self.url)
 
     def flush(self) -> None:
         """Empty the prefix cache, once the server is idle."""

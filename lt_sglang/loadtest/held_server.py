@@ -31,7 +31,7 @@ def scheduler(*args: Any, **kwargs: Any) -> Any:
 
 def main(module: str, argv: list[str]) -> None:
     """Become ``module``, with ``scheduler`` in place of SGLang's."""
-    from sglang.srt.entrypoints import http_server
+    import sglang.srt.entrypoints.http_server as http_server
 
     http_server.launch_server = functools.partial(
         http_server.launch_server, run_scheduler_process_func=scheduler

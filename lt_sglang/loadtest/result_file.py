@@ -15,7 +15,7 @@ from typing import Any
 from lt_sglang.loadtest.bounds import Bounds
 from lt_sglang.loadtest.decode_log import Steady
 from lt_sglang.loadtest.engines import EngineSpec
-from lt_sglang.loadtest.machine import Machine, versions
+from lt_sglang.loadtest.machine import Machine, gpu_memory_mib, versions
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.scenario_file import as_mapping
 from lt_sglang.loadtest.shapes import SHAPE_FLAGS
@@ -59,6 +59,18 @@ class Measured:
             ttft = self.summary["median_ttft_ms"]
             return 1 / ttft if ttft else None
         return self.summary[name]
+
+
+def measured(data: Mapping[str, Any], state: Mapping[str, Any], steady: Steady | None) -> Measured:
+    """A run from the client's summary.json and the server's state, right after it.
+
+    state: one of the ``internal_states`` of /server_info.
+    """
+    memory: dict[str, Any] = {"server": state.get("memory_usage")}
+    used = gpu_memory_mib()
+    if used:
+        memory["gpu_used_mib"] = used
+    return Measured(data["summary"], steady, memory, state.get("lighttransfer"), data["gates"])
 
 
 def build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.scenario_file import as_mapping
 
 SCENARIO = "scenario.yaml"
-LOG_LINES = 15
+# Of a log without an error.
+LOG_LINES = 3
+# [time] host/LEVEL/logger: message
+_ERROR = re.compile(r"\[[^]]*\] \S+/(?:ERROR|CRITICAL)/[^:]*: (.*)")
 
 
 def locust_command(file: Path, url: str, out: Path) -> list[str]:
@@ -55,6 +59,12 @@ def run_scenario(scenario: Scenario, url: str, out: Path, limit_s: float | None 
     except subprocess.TimeoutExpired:
         raise LightTransferError(f"{scenario.name}: not done after {limit_s:.0f} s; see {log}") from None
     if not (out / SUMMARY).is_file():
-        tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
-        raise LightTransferError(f"{scenario.name}: locust measured nothing:\n{tail}")
+        raise LightTransferError(f"{scenario.name}: locust measured nothing: {_reason(log)}; see {log}")
     return read_summary(out)
+
+
+def _reason(log: Path) -> str:
+    """The last error in locust's log; its end if there is none."""
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    errors = [found[1] for found in map(_ERROR.match, lines) if found]
+    return errors[-1] if errors else " ".join(lines[-LOG_LINES:])

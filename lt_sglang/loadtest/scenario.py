@@ -133,7 +133,8 @@ class Engine:
     shape: a known shape with dummy weights; None needs --model-path. baseline_shape: stock's, where it needs
     the same sizes in another model's code. tp: GPUs. sides: both, or only ours.
     lighttransfer: the configuration of ours (keys as in ``--lt-config``). flags: SGLang's, for both.
-    baseline_flags, lighttransfer_flags: for one side only; ``{tp}`` in the former is the number of GPUs.
+    baseline_flags, lighttransfer_flags: for one side only, after those of the command line; ``{tp}`` in the
+    former is the number of GPUs.
     """
 
     shape: str | None = None

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 
 from lt_sglang.errors import LightTransferError
+from lt_sglang.loadtest import bench
 from lt_sglang.loadtest.bench import Cell, plan
-from lt_sglang.loadtest.engines import LIGHTTRANSFER
-from lt_sglang.loadtest.fill import filled, held
+from lt_sglang.loadtest.capacity import check_fits, held, longest_request
+from lt_sglang.loadtest.engines import LIGHTTRANSFER, EngineSpec
+from lt_sglang.loadtest.fill import filled
 from lt_sglang.loadtest.machine import COMMIT_VARIABLE, this_machine
+from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario_file import load_scenarios
 from lt_sglang.loadtest.servers import specs_of
+from lt_sglang.loadtest.shapes import SHAPES
+from lt_sglang.planner.capacity import RESERVE_BYTES
+from lt_sglang.planner.roofline import LazyShare, kv_bytes
+from lt_sglang.planner.shapes import GPUS, shape_from_config
 
 from .runs import REPOSITORY, run, scenario, write
 from .slow_server import Delays, serve
@@ -44,16 +51,38 @@ def test_a_server_is_started_once_for_all_it_measures(tmp_path: Path) -> None:
 
 
 def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
-    """DP attention needs no second run of ours, three quarters no second run of stock."""
+    """DP attention has memory of its own: both sides run again. Three quarters need no second run of stock."""
     files = ("1-table6.yaml", "2-dp-attention.yaml", "4-three-quarters.yaml")
     assert started(tmp_path, *files)[3:] == [
         ("stock_flashinfer", ["dp-attention-16k", "dp-attention-32k"]),
+        (LIGHTTRANSFER, ["dp-attention-16k"]),
+        (LIGHTTRANSFER, ["dp-attention-32k"]),
         (LIGHTTRANSFER, ["16k-three-quarters"]),
         (LIGHTTRANSFER, ["32k-three-quarters"]),
     ]
-    dp = cells(tmp_path, "2-dp-attention.yaml")[0].specs["flashinfer"]
+
+
+def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
+    (one, _) = load_scenarios(TP8 / "2-dp-attention.yaml")
+    specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=("--mem-fraction-static", "0.40"))
+    dp = specs["flashinfer"]
     assert Path(dp.model).name == "llama-3-70b-qwen3"
-    assert dp.flags[-3:] == ("--enable-dp-attention", "--dp-size", "4")
+    assert dp.flags[-5:-2] == ("--enable-dp-attention", "--dp-size", "4")
+    # The last one counts.
+    assert {spec.flags[-2:] for spec in specs.values()} == {("--mem-fraction-static", "0.9")}
+    assert prompts_of_a_dp_rank("h200-141", 4, 0.9) == 7
+    assert prompts_of_a_dp_rank("h100-80", 8, 0.9) == 3
+
+
+def prompts_of_a_dp_rank(gpu: str, ranks: int, fraction: float) -> int:
+    """32K prompts beside the weights of a rank: attention and the embedding whole, a part of the rest."""
+    model = SHAPES["llama-3-70b-qwen3"]
+    shape = shape_from_config(model, "llama-3-70b-qwen3")
+    width = 2 * (shape.q_heads + shape.kv_heads) * shape.head_dim
+    whole = model["hidden_size"] * (shape.layers * width + model["vocab_size"])
+    weights = shape.weight_bytes * (whole + (shape.params - whole) / ranks)
+    room = GPUS[gpu].memory * fraction - RESERVE_BYTES - weights
+    return int(room / kv_bytes(shape, 32768 + 128, LazyShare(0, 0)))
 
 
 def test_rounds_alternate_and_start_everything_again(tmp_path: Path) -> None:
@@ -87,11 +116,95 @@ def test_how_many_requests_a_server_holds(info: dict[str, Any], tokens: int, req
 def test_memory_is_filled_once(tmp_path: Path) -> None:
     load = {"kind": "closed", "users": 40, "requests": 80, "fill": True}
     (one,) = load_scenarios(write(tmp_path, scenario(load=load, traffic={"input": 90, "output": 10})))
-    for capacity, requests in ((2050, 20), (99, 1), (6000, 40)):
-        fitting = filled(one, server(memory_usage={"token_capacity": capacity})).load
+    for capacity, requests in ((2050, 20), (100, 1), (6000, 40)):
+        fitting = filled(one, server(memory_usage={"token_capacity": capacity}), "it").load
         assert fitting.users == fitting.requests == requests
     with pytest.raises(LightTransferError, match="does not say how many tokens"):
-        filled(one, server())
+        filled(one, server(), "it")
+    with pytest.raises(
+        LightTransferError, match="the KV memory of it holds 99 tokens, and a request needs 100"
+    ):
+        filled(one, server(memory_usage={"token_capacity": 99}), "it")
+
+
+@pytest.mark.parametrize(
+    ("traffic", "prompt", "output"),
+    [
+        ({"input": 90, "output": 10}, 90, 10),
+        (
+            {
+                "input": {"uniform": {"low": 5, "high": 90}},
+                "output": 10,
+                "shared": {"prefixes": 2, "tokens": 7},
+            },
+            97,
+            10,
+        ),
+        # The last turn repeats the others' questions and answers.
+        ({"input": 90, "output": 10, "turns": 3}, 290, 10),
+    ],
+)
+def test_the_longest_request_must_fit(traffic: Any, prompt: int, output: int, tmp_path: Path) -> None:
+    (one,) = load_scenarios(write(tmp_path, scenario(traffic=traffic)))
+    assert longest_request(one.traffic[0]) == (prompt, output)
+    needed = prompt + output
+    for state in (
+        {"memory_usage": {"token_capacity": needed}},
+        {"lighttransfer": {"pools": {"full_tokens": needed}}},
+    ):
+        check_fits(one, {"internal_states": [state]}, "it")
+    # What is not known is not refused.
+    check_fits(one, server(), "it")
+    with pytest.raises(LightTransferError, match=f"holds {needed - 1} tokens on each of 2 ranks"):
+        check_fits(one, {"internal_states": [{"memory_usage": {"token_capacity": needed - 1}}] * 2}, "it")
+
+
+class ServerWithLittleMemory:
+    """In place of an engine of two ranks under DP attention."""
+
+    url = ""
+
+    def __init__(self, spec: EngineSpec, log: Path, **_: Any) -> None:
+        self.spec, self.log = spec, log
+
+    def __enter__(self) -> ServerWithLittleMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def info(self) -> dict[str, Any]:
+        return {"internal_states": [{"memory_usage": {"token_capacity": 11859}}] * 2}
+
+
+def test_a_bench_says_that_a_prompt_does_not_fit_and_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def send(*_: Any) -> None:
+        raise AssertionError("something was sent")
+
+    monkeypatch.setattr(bench, "Engine", ServerWithLittleMemory)
+    monkeypatch.setattr(bench, "run_scenario", send)
+    one = load_scenarios(TP8 / "2-dp-attention.yaml")[0]
+    settings = bench.Settings(tmp_path, tmp_path / "out", "2026-01-02", this_machine(), rounds=1)
+    assert bench.Bench(settings).run([[one]]) == 1
+    said = capsys.readouterr().out
+    for name in ("stock_flashinfer", LIGHTTRANSFER):
+        assert (
+            f"table6-dp-attention-16k: {name}: does not fit: the KV memory of {name} holds 11859 tokens on "
+            "each of 2 ranks, and a request needs 16512 (prompt 16384, output 128)"
+        ) in said
+
+
+def test_a_run_without_a_result_says_why(tmp_path: Path) -> None:
+    load = {"kind": "closed", "users": 1, "requests": 1, "warmup": 1}
+    (one,) = load_scenarios(write(tmp_path, scenario(load=load)))
+    with pytest.raises(LightTransferError) as raised:
+        run_scenario(one, "http://127.0.0.1:9", tmp_path / "out")
+    text = str(raised.value)
+    assert text.startswith("small: locust measured nothing: http://127.0.0.1:9: the warm-up failed: ")
+    assert "no connection" in text and text.endswith(f"see {tmp_path / 'out' / 'locust.log'}")
+    assert "\n" not in text
 
 
 def test_filling_needs_a_server_that_says_what_it_holds(tmp_path: Path) -> None:
