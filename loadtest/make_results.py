@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 from lt_sglang.config import parse_layers
 from lt_sglang.loadtest.file_bounds import MODEL, roofline
 from lt_sglang.loadtest.shapes import SHAPES
-from lt_sglang.planner.roofline import decode_bound
 
 STOCK = "stock_flashinfer"
 RESULTS = Path(__file__).parent / "results"
@@ -283,10 +282,8 @@ def _ratio_rows(results: dict[str, Any]) -> list[str]:
             continue
         base, ours = (_short(result[side]) for side in ("baseline", "lighttransfer"))
         ratio = ", ".join(f"{value:.2f}x {key.replace('_', ' ')}" for key, value in result["ratio"].items())
-        reached = result.get("measured_over_bound")
-        if reached is None:
-            bound = roofline(result)
-            reached = {key: value / bound[key] for key, value in result["ratio"].items() if key in bound}
+        bounds = _bounds(result)
+        reached = {key: value / bounds[key] for key, value in result["ratio"].items() if key in bounds}
         share = ", ".join(f"{value:.0%} {key.replace('_', ' ')}" for key, value in reached.items())
         rows.append(f"| {stem} | {base} | {ours} | {ratio} | {share} | {' '.join(result['notes'])} |")
     return rows
@@ -402,7 +399,7 @@ def plot(results: dict[str, Any]) -> None:
             continue
         # Files come in the order of their dates: the newest of a GPU and scenario stays.
         name = stem[len("2026-01-02-") :]
-        shown[name] = _label(name, result), ratio, _kv_bound(result)
+        shown[name] = _label(name, result), ratio, _bounds(result).get("decode_tokens_per_second")
     rows = [shown[name] for name in sorted(shown)]
     figure = Figure(figsize=(9, 1.0 + 0.36 * max(1, len(rows))), dpi=110, layout="constrained")
     axis = figure.subplots()
@@ -410,15 +407,9 @@ def plot(results: dict[str, Any]) -> None:
     for place, (_, ratio, bound) in enumerate(rows):
         beside = max(ratio, bound or 0.0)
         axis.annotate(f"{ratio:.2f}x", (beside, place), (6, 0), textcoords="offset points", va="center")
-    bounds = [(place, bound) for place, (_, _, bound) in enumerate(rows) if bound is not None]
-    marks = axis.scatter(
-        *([bound for _, bound in bounds], [place for place, _ in bounds]),
-        marker="|",
-        color="black",
-        s=350,
-        linewidth=2,
-        label="bound",
-    )
+    known = [(bound, place) for place, (_, _, bound) in enumerate(rows) if bound is not None]
+    bounds, places = ([one[column] for one in known] for column in (0, 1))
+    marks = axis.scatter(bounds, places, marker="|", color="black", s=350, linewidth=2, label="bound")
     axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axis.invert_yaxis()
     axis.margins(x=0.12)
@@ -446,19 +437,10 @@ def _label(name: str, result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _kv_bound(result: dict[str, Any]) -> float | None:
-    """The file's own bound; else, of a run that filled the memory, the one by KV bytes."""
-    if "bound" in result:
-        bound: float | None = result["bound"].get("decode_tokens_per_second")
-        return bound
-    workload, config = result["workload"], result["lighttransfer"]["config"]
-    if result["ratio"]["requests_running"] == 1:
-        return None
-    tokens = workload["prompt_tokens"] + workload["new_tokens"] / 2
-    shape = SHAPES[workload["model"].split(" shape")[0].lower()]
-    # In dynamic mode the list for short prompts, as long as every other.
-    share = len(parse_layers(config["lazy_layers"])) / shape["num_hidden_layers"]
-    return decode_bound(tokens, share, config["sink_tokens"] + config["recent_tokens"])
+def _bounds(result: dict[str, Any]) -> dict[str, float]:
+    """The file's own bounds; of a file without them, the roofline."""
+    own: dict[str, float] | None = result.get("bound")
+    return roofline(result) if own is None else own
 
 
 def _short(side: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def test_a_server_is_started_once_for_all_it_measures(tmp_path: Path) -> None:
 
 
 def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
-    """DP attention has memory of its own: both sides run again. Three quarters need no second run of stock."""
+    """DP attention has memory of its own: both sides run again. Three quarters need no second stock run."""
     files = ("1-table6.yaml", "2-dp-attention.yaml", "4-three-quarters.yaml")
     assert started(tmp_path, *files)[3:] == [
         ("stock_flashinfer", ["dp-attention-16k", "dp-attention-32k"]),
