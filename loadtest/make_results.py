@@ -414,7 +414,7 @@ def plot(results: dict[str, Any]) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.axvline(1, color="gray", linewidth=0.8)
-    axis.set_xlabel("decode tokens/s, LightTransfer over stock SGLang")
+    axis.set_xlabel("decode tokens/s, LightTransfer over stock SGLang with flashinfer")
     figure.legend(handles=[bars, marks], loc="outside upper right", ncols=2)
     figure.savefig(RESULTS / "decode.png")
 
