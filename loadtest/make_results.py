@@ -391,15 +391,18 @@ def _alone_rows(results: dict[str, Any]) -> list[str]:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """decode.png: measured decode ratios on GPUs against stock's flashinfer, and their bounds."""
+    """decode.png: measured decode ratios on GPUs against stock's fa3, else flashinfer, and their bounds."""
     shown: dict[str, tuple[str, float, float | None]] = {}
-    for stem, result in results.items():
-        ratio = result.get("ratio", {}).get("decode_tokens_per_second")
-        if ratio is None or "-vs-" in result["scenario"] or "CPU only" in result["hardware"]:
-            continue
-        # Files come in the order of their dates: the newest of a GPU and scenario stays.
-        name = stem[len("2026-01-02-") :]
-        shown[name] = _label(name, result), ratio, _bounds(result).get("decode_tokens_per_second")
+    # Files come in the order of their dates: the newest of a GPU and scenario stays.
+    for backend, suffix in (("flashinfer", ""), ("fa3", "-vs-fa3")):
+        for stem, result in results.items():
+            ratio = result.get("ratio", {}).get("decode_tokens_per_second")
+            other = result["scenario"].partition("-vs-")[1:]
+            if ratio is None or "".join(other) != suffix or "CPU only" in result["hardware"]:
+                continue
+            name = stem[len("2026-01-02-") :].removesuffix(suffix)
+            label = f"{_label(name, result)}, {backend}"
+            shown[name] = label, ratio, _bounds(result).get("decode_tokens_per_second")
     rows = [shown[name] for name in sorted(shown)]
     figure = Figure(figsize=(9, 1.0 + 0.36 * max(1, len(rows))), dpi=110, layout="constrained")
     axis = figure.subplots()
@@ -412,9 +415,9 @@ def plot(results: dict[str, Any]) -> None:
     marks = axis.scatter(bounds, places, marker="|", color="black", s=350, linewidth=2, label="bound")
     axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.17)
     axis.axvline(1, color="gray", linewidth=0.8)
-    axis.set_xlabel("decode tokens/s, LightTransfer over stock SGLang with flashinfer")
+    axis.set_xlabel("decode tokens/s over that of stock SGLang (backend named)")
     figure.legend(handles=[bars, marks], loc="outside upper right", ncols=2)
     figure.savefig(RESULTS / "decode.png")
 
