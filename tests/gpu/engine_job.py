@@ -68,6 +68,8 @@ def _asking(engine: Any) -> dict[str, Any]:
 
 
 def _answers(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    if not task["prompts"]:
+        return []
     outs = engine.generate(
         input_ids=task["prompts"], sampling_params=_greedy(task["new_tokens"]) | _asking(engine)
     )

@@ -3,13 +3,15 @@
     python -m tests.gpu.quality PROMPTS.json --write [--trials 30] [--lengths 4096 8000] [--kl 16]
     python -m tests.gpu.quality PROMPTS.json --out FOLDER [--model FOLDER] [--configs full,residual-50,...]
                                 [--baseline-backend triton] [--together 4] [--config NAME=JSON ...]
+                                [--only-texts N]
 
 The first command needs the model's tokenizer and writes prompts as token ids; the second needs the weights
 alone. Each configuration is one engine with one batch a task; ``--together`` of them share the GPU. Passkey
 and 3-key prompts, keys stated where no window reaches, counted right if the answer begins with the key. KL
 divergence against full attention over 64 tokens of running text that follow 4096 (see engine_job.py).
 ``--lengths`` below 1,400 tokens need ``--recent-tokens``. On a CPU: scripts/run.py, --device cpu --together 1
---pool-tokens 16000. Results: FOLDER/report.json (quality_figure.py draws from it), a table on stdout.
+--pool-tokens 16000; with --only-texts 6, --pool-tokens 64000 --limit-s 900. Results: FOLDER/report.json
+(quality_figure.py draws from it), a table on stdout.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def write_prompts(
 def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
     """One configuration: all its prompts, a batch a task."""
     config = CONFIGS[name]
-    longest = max(len(key["prompt"]) for key in spec["keys"])
+    longest = max(len(one["prompt"]) for one in [*spec["keys"], *spec["kl"]])
     # In one chunk of 8192 a prompt's first chunk would be its last.
     short_chunks = args.device == "cpu" or (config or {}).get("decide") == "first-chunk"
     engine = engine_args(
@@ -157,7 +159,7 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
         {
             "kind": "answers",
             "prompts": [key["prompt"] for key in spec["keys"]],
-            "new_tokens": max(key["new_tokens"] for key in spec["keys"]),
+            "new_tokens": max((key["new_tokens"] for key in spec["keys"]), default=1),
         },
     ]
     if spec["kl"]:
@@ -182,15 +184,21 @@ def found(spec: dict[str, Any], answers: Sequence[dict[str, Any]]) -> list[bool]
 
 def kl_of(
     spec: dict[str, Any], full: Sequence[dict[str, Any]], light: Sequence[dict[str, Any]]
-) -> list[Divergence]:
-    """One divergence a text. Raises ValueError if a prompt was not cached: its queries saw everything."""
-    found = []
+) -> list[Divergence | None]:
+    """One divergence a text; None where a prompt was not cached, since its queries saw everything.
+
+    Raises ValueError if fewer than half were cached.
+    """
+    found: list[Divergence | None] = []
     for text, p, q in zip(spec["kl"], full, light, strict=True):
-        for side in (p, q):
-            if side["cached_tokens"] < len(text["prompt"]):
-                raise ValueError(f"{side['cached_tokens']} of {len(text['prompt'])} tokens were cached")
+        if min(p["cached_tokens"], q["cached_tokens"]) < len(text["prompt"]):
+            found.append(None)
+            continue
         tops = [[dict(map(tuple, position)) for position in side["tops"]] for side in (p, q)]
         found.append(divergence(*tops))
+    cached = sum(one is not None for one in found)
+    if 2 * cached < len(found):
+        raise ValueError(f"{cached} of {len(found)} texts were cached")
     return found
 
 
@@ -215,6 +223,8 @@ def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]
         for cell in [*dict.fromkeys(cells), None]:
             picked = [index for index, other in enumerate(cells) if cell in (None, other)]
             mine = [hits[name][index] for index in picked]
+            if not mine:
+                continue
             interval = wilson(sum(mine), len(mine))
             entry: dict[str, Any] = {
                 "found": sum(mine),
@@ -240,16 +250,20 @@ def summarise(run: Run, spec: dict[str, Any], results: dict[str, dict[str, Any]]
             except ValueError as error:
                 table.append(f"{name}: no KL divergence: {error}")
             else:
-                means = [text.mean for text in texts]
+                counted = [text for text in texts if text is not None]
+                means = [text.mean for text in counted]
                 report["kl"] = {
+                    "counted": len(counted),
+                    "of": len(texts),
                     "mean": statistics.fmean(means),
                     "median": statistics.median(means),
-                    "largest": max(text.largest for text in texts),
-                    "seen": statistics.fmean(text.seen for text in texts),
-                    "texts": means,
+                    "largest": max(text.largest for text in counted),
+                    "seen": statistics.fmean(text.seen for text in counted),
+                    "texts": [text.mean if text is not None else None for text in texts],
                     "decisions": [out["decision"] for out in tasks[1]],
                 }
-                line.append(f"KL {report['kl']['mean']:.5f} (seen {report['kl']['seen']:.4f})")
+                told = f"seen {report['kl']['seen']:.4f}, {len(counted)} of {len(texts)} texts"
+                line.append(f"KL {report['kl']['mean']:.5f} ({told})")
         run.report[name] = report
         table.append("  ".join(line))
     run.save()
@@ -268,6 +282,7 @@ def main() -> None:
     parser.add_argument("--recent-tokens", type=int, default=1020)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--only-texts", type=int, metavar="N", help="no keys; divergence on N of the texts")
     parser.add_argument("--model", help="folder of the model; the demo model by default")
     parser.add_argument("--configs", default=",".join(CONFIGS), help=", ".join(CONFIGS))
     parser.add_argument(
@@ -281,7 +296,7 @@ def main() -> None:
         "--pool-tokens",
         type=int,
         default=400000,
-        help="of each engine; its streaming pool must hold the windows of all --kl texts, or none is cached",
+        help="of each engine; its streaming pool must hold the windows of all texts, or some are not cached",
     )
     parser.add_argument("--memory", type=float, default=0.5, help="mem_fraction_static of each engine")
     parser.add_argument("--top", type=int, default=512, help="log-probabilities a position")
@@ -302,6 +317,8 @@ def main() -> None:
         parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(CONFIGS)}" if unknown else "--out")
     args.model = args.model or ensure_model()
     spec = json.loads(args.prompts.read_text())
+    if args.only_texts is not None:
+        spec |= {"keys": [], "kl": spec["kl"][: args.only_texts]}
     run = Run(args.out, args.budget_s)
     steps = [step_of(name, spec, args) for name in dict.fromkeys(names)]
     results: dict[str, dict[str, Any]] = {}

@@ -2,10 +2,10 @@
 
     python -m tests.gpu.quality_figure FOLDER/report.json FIGURE.png
 
-One dot a text and configuration. Across: the mean attention mass that the text's last queries lose in its
-lazy layers, summed over those (the term of the paper's Theorem 5.1), read off the paper's own score, so
-``lighttransfer-50`` must be in the report. Up: KL divergence from full attention. Prints Spearman's rank
-correlation over all dots, and each configuration's means.
+One dot a text and configuration; texts that were not cached have none. Across: the mean attention mass that
+the text's last queries lose in its lazy layers, summed over those (the term of the paper's Theorem 5.1), read
+off the paper's own score, so ``lighttransfer-50`` must be in the report. Up: KL divergence from full
+attention. Prints Spearman's rank correlation over all dots, and each configuration's means.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def dots(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
         static = parse_layers(told) if isinstance(told, str) else tuple(told)
         pairs = []
         for mass, decision, kl in zip(ratios, entry["kl"]["decisions"], entry["kl"]["texts"], strict=True):
+            if kl is None:
+                continue
             lazy = decision["lazy_layers"] if decision else static
             pairs.append((sum(1 - mass[layer] for layer in lazy), kl))
         found[name] = pairs
