@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Where SGLang's newer ``kernels`` can be imported too, kvpress' transformers takes it for its own, and fails.
+if "kernels" not in sys.modules:
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import numpy as np
 import torch
