@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,14 @@ def dots(report: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> float:
-    """The figure; returns Spearman's rank correlation over all dots."""
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Rank correlation; None where all masses are equal."""
+    mass, kl = zip(*pairs, strict=True)
+    return float(spearmanr(mass, kl).statistic) if len(set(mass)) > 1 else None
+
+
+def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """The figure."""
     figure, axis = require_matplotlib().subplots(figsize=(7, 4.5))
     for name, pairs in found.items():
         mass, kl = zip(*pairs, strict=True)
@@ -54,8 +61,6 @@ def draw(found: dict[str, list[tuple[float, float]]], path: Path) -> float:
     axis.set_ylabel("KL divergence, nats")
     axis.legend(fontsize=6)
     figure.savefig(path, dpi=150, bbox_inches="tight")
-    every = [pair for pairs in found.values() for pair in pairs]
-    return float(spearmanr(*zip(*every, strict=True)).statistic)
 
 
 def main() -> None:
@@ -68,8 +73,9 @@ def main() -> None:
     for name, pairs in found.items():
         mass, kl = (statistics.fmean(values) for values in zip(*pairs, strict=True))
         print(f"{name:26s} discarded mass {mass:.3f}  KL {kl:.5f}")
-    rank = draw(found, args.figure)
-    print(f"Spearman {rank:.3f} over {sum(map(len, found.values()))} dots")
+    draw(found, args.figure)
+    every = [pair for pairs in found.values() for pair in pairs]
+    print(f"Spearman {spearman(every)} over {len(every)} dots")
 
 
 if __name__ == "__main__":
