@@ -23,6 +23,7 @@ from lt_sglang.config import (
     format_layers,
 )
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.quality.calibrate import (
     Choice,
     Journal,
@@ -41,7 +42,11 @@ DESCRIPTION = """\
 Prefill samples in dynamic mode, count how often each layer is among the laziest, and write the most frequent
 ones as a configuration for lt-sglang serve --lt-config. A sample is a JSON line with "text", or "question"
 and "answer"; it must be longer than sink + recent tokens to count. A run that was cut off goes on where it
-stopped. Arguments after -- go to SGLang."""
+stopped. Arguments after -- go to SGLang.
+
+With --greedy, layers are made lazy one by one, each time the one that then costs least on the samples' last
+tokens; in transformers, on one device, no engine."""
+DEFAULT_COMPARED = 32
 JOURNAL_SUFFIX = ".samples.jsonl"
 
 
@@ -50,6 +55,8 @@ def run(argv: list[str]) -> int:
     place = argv.index("--") if "--" in argv else len(argv)
     options, rest = take_options(argv[:place])
     args = _parser().parse_args(rest)
+    if args.greedy:
+        return _run_greedy(options, args, argv[place + 1 :])
     if args.plots:
         require_matplotlib()  # before the engine starts
     score = options.score or DEFAULT_SCORE
@@ -121,6 +128,59 @@ def write(
     return choice
 
 
+def _run_greedy(options: LtOptions, args: argparse.Namespace, engine: Sequence[str]) -> int:
+    """``--greedy``; raises LightTransferError."""
+    if args.endpoint:
+        raise LightTransferError("--greedy: needs no server; leave out --endpoint")
+    if options.score is not None:
+        raise LightTransferError("--greedy: uses no score; leave out --lt-score")
+    if engine:
+        raise LightTransferError(f"--greedy: starts no engine; nothing reads {engine[0]}")
+    from lt_sglang.quality.greedy import Costs, Windowed, greedy_order, load
+
+    data, out = Path(args.data).expanduser(), Path(args.out)
+    tokenizer = HfTokenizer(args.tokenizer or args.model_path)
+    samples = read_samples(data, tokenizer, args.samples, args.max_tokens, args.seed)
+    sink = _or(options.sink_tokens, DEFAULT_SINK_TOKENS)
+    recent = _or(options.recent_tokens, DEFAULT_RECENT_TOKENS)
+    device = args.device or ("cuda" if has_gpu() else "cpu")
+    model = Windowed(load(str(Path(args.model_path).expanduser()), device), sink, recent)
+    keep = options.keep if options.keep is not None else DEFAULT_KEEP
+    count = keep if isinstance(keep, int) else round(keep * model.layers)
+    if not 1 <= count < model.layers:
+        can = f"1 to {model.layers - 1} can stay full"
+        raise LightTransferError(f"--lt-keep: {count} of {model.layers} layers; {can}")
+    costs = Costs(model, [sample.ids for sample in samples], args.greedy, sink + recent)
+    found = greedy_order(model.layers, costs, lambda steps: _progress(steps, len(steps), "layer"))
+    lazy = found.lazy_layers(count)
+    config = LightTransferConfig(
+        lazy_layers=lazy,
+        sink_tokens=sink,
+        recent_tokens=recent,
+        source=f"calibrated greedily on {costs.counted} samples",
+    )
+    evidence = {
+        "model": Path(args.model_path).name,
+        "method": "greedy",
+        "data_sha256": sha256_of(data),
+        "max_tokens": args.max_tokens,
+        "compared": args.greedy,
+        "keep": keep,
+        "seed": args.seed,
+        "samples": costs.counted,
+        "samples_too_short": len(samples) - costs.counted,
+        "lazy_layers": list(lazy),
+        "order": list(found.order),
+        "divergence": [round(value, 6) for value in found.divergence],
+    }
+    content = {CONFIG_KEY: {**config.to_dict(), "_calibration": evidence}}
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    nats = found.divergence[len(lazy) - 1]
+    told = f"lazy layers {format_layers(lazy)}, from {costs.counted} samples, at {nats:.4f} nats a position"
+    print(f"{out}: {told}")
+    return 0
+
+
 def check_endpoint(endpoint: Endpoint, setting: Setting) -> None:
     """Raise LightTransferError unless the server decides as ``setting`` says."""
     told = endpoint.info()["lighttransfer"] or {}
@@ -147,10 +207,10 @@ def _engine_options(options: LtOptions, score: str, max_tokens: int) -> tuple[st
     return tuple(words)
 
 
-def _progress(results: Iterable[Any], count: int) -> Iterable[Any]:
+def _progress(results: Iterable[Any], count: int, unit: str = "batch") -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(results, desc="calibrate", total=count, unit="batch") if count else results
+    return tqdm(results, desc="calibrate", total=count, unit=unit) if count else results
 
 
 def _or(value: int | None, default: int) -> int:
@@ -174,6 +234,15 @@ def _parser() -> Parser:
         help="samples measured so far (OUT.samples.jsonl); they serve any --lt-keep",
     )
     parser.add_argument("--endpoint", metavar="URL", help="a running server in dynamic mode")
+    parser.add_argument(
+        "--greedy",
+        type=_positive,
+        nargs="?",
+        const=DEFAULT_COMPARED,
+        metavar="N",
+        help=f"choose greedily, by the last N tokens of each sample (default {DEFAULT_COMPARED})",
+    )
+    parser.add_argument("--device", help="of --greedy: cpu, cuda, ...; a GPU if there is one")
     parser.add_argument("--samples", type=_positive, default=64, help="drawn from the file, default 64")
     parser.add_argument("--max-tokens", type=_positive, default=8192, help="of a sample's end, default 8192")
     parser.add_argument("--seed", type=int, default=0)
