@@ -1,4 +1,4 @@
-"""tests/gpu/quality.py and quality_figure.py: texts that were not cached count nowhere."""
+"""tests/gpu/quality*.py: texts that were not cached count nowhere; differences are paired."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.gpu.quality import kl_of
-from tests.gpu.quality_figure import dots
+from tests.gpu.quality_figure import dots, spearman
+from tests.gpu.quality_results import keys_entries, kl_entries
 
 TOKENS = 8
 TOP = [[[1, -0.1], [2, -2.4]]]
@@ -43,7 +44,7 @@ def test_dots_skip_them() -> None:
     """Masses stay beside their own texts."""
     masses = [[0.9, 0.5], [0.8, 0.4], [0.7, 0.3]]
     decisions = [{"laziness": mass, "lazy_layers": [0]} for mass in masses]
-    report = {
+    report: dict[str, Any] = {
         "lighttransfer-50": {"lighttransfer": {}, "kl": {"decisions": decisions, "texts": [1.0, None, 3.0]}},
         "list": {
             "lighttransfer": {"lazy_layers": "1"},
@@ -53,3 +54,24 @@ def test_dots_skip_them() -> None:
     found = dots(report)
     assert found["lighttransfer-50"] == [(pytest.approx(0.1), 1.0), (pytest.approx(0.3), 3.0)]
     assert found["list"] == [(pytest.approx(0.6), 5.0), (pytest.approx(0.7), 6.0)]
+    for entry in report.values():
+        entry["config"] = None
+    entries = kl_entries(report, found)
+    assert entries["list"]["kl"] == {"texts": [None, 5.0, 6.0]}
+    assert entries["list"]["discarded_mass"] == pytest.approx([0.6, 0.7])
+    assert entries["list"]["spearman_of_its_texts"] == pytest.approx(1)
+    assert spearman([(0.5, 1.0), (0.5, 2.0)]) is None
+
+
+def test_differences_are_paired() -> None:
+    """By question, from each configuration asked for."""
+    answers = {"full": [True, True, True, False], "a": [True, False, False, False], "b": [True, True] * 2}
+    report = {
+        name: {"config": None, "cells": {}, "trials": [{"found": hit} for hit in hits]}
+        for name, hits in answers.items()
+    }
+    found = keys_entries(report, ["a"])
+    assert found["full"]["differences"]["a"]["mean"] == 0.5 and found["b"]["differences"]["a"]["mean"] == 0.75
+    assert found["a"]["differences"]["a"]["mean"] == 0 and set(found["b"]["differences"]) == {"a"}
+    low, high = found["b"]["differences"]["a"]["interval"]
+    assert low < 0.75 < high
