@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--scenario", default="quality-keys", help="of --keys; a date may have several")
     parser.add_argument("--against", default="", help="configurations, with commas")
     parser.add_argument("--note", help="what a reader must know of this run")
+    parser.add_argument("--questions", default=KEYS, help="what was asked, if not all")
     parser.add_argument("--kl", type=Path)
     parser.add_argument("--kvpress", type=Path)
     parser.add_argument("--ideas", type=Path)
@@ -186,7 +187,7 @@ def main() -> None:
         report = merge([load(path) for path in args.keys])
         against = [name for name in args.against.split(",") if name]
         entries = keys_entries(report, against)
-        write(args.scenario, f"{KEYS}; python -m tests.gpu.quality", VERSIONS, {"configurations": entries})
+        write(args.scenario, f"{args.questions}; python -m tests.gpu.quality", VERSIONS, {"configurations": entries})
         keys_table(entries, against)
     if args.kl:
         report = load(args.kl)
@@ -201,12 +202,12 @@ def main() -> None:
             draw(masses, args.figure)
     if args.kvpress:
         report = load(args.kvpress)
-        what = f"{KEYS}; python -m tests.gpu.kvpress_baselines"
+        what = f"{args.questions}; python -m tests.gpu.kvpress_baselines"
         write("quality-kvpress", what, report["versions"], {"methods": report["methods"]})
         kvpress_table(report)
     if args.ideas:
         report = load(args.ideas)
-        what = f"{KEYS}, answers forced in transformers; python -m tests.gpu.selection_ideas"
+        what = f"{args.questions}, answers forced in transformers; python -m tests.gpu.selection_ideas"
         write("quality-ideas", what, {"torch": "2.14.1", "transformers": "5.19.0"}, report)
         ideas_table(report)
 
