@@ -187,7 +187,8 @@ def main() -> None:
         report = merge([load(path) for path in args.keys])
         against = [name for name in args.against.split(",") if name]
         entries = keys_entries(report, against)
-        write(args.scenario, f"{args.questions}; python -m tests.gpu.quality", VERSIONS, {"configurations": entries})
+        what = f"{args.questions}; python -m tests.gpu.quality"
+        write(args.scenario, what, VERSIONS, {"configurations": entries})
         keys_table(entries, against)
     if args.kl:
         report = load(args.kl)
