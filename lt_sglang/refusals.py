@@ -116,6 +116,18 @@ def check_server_args(args: Any) -> None:
             f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases"
         )
     _refuse(args, REFUSALS, "with lazy layers")
+    _check_environment()
+
+
+def _check_environment() -> None:
+    from sglang.srt.environ import envs
+
+    # Stock SGLang's FlashInfer backend would decode with stale plans, too, and nothing would say so.
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
+        raise LightTransferError(
+            "SGLANG_ENABLE_METADATA_GLUE_GRAPH=1: not supported with lazy layers: decode steps are planned "
+            "on the host, and a captured plan would not follow the requests"
+        )
 
 
 def _refuse(args: Any, refusals: tuple[Refusal, ...], where: str) -> None:

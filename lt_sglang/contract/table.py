@@ -178,6 +178,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "customized_info",
     ),
     "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    "sglang.srt.environ.Envs": ("SGLANG_ENABLE_METADATA_GLUE_GRAPH",),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager": (

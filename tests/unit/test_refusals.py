@@ -56,6 +56,14 @@ def test_defaults_pass() -> None:
     check_server_args(good_args())
 
 
+def test_a_captured_plan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0")
+    check_server_args(good_args())
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    with pytest.raises(LightTransferError, match="^SGLANG_ENABLE_METADATA_GLUE_GRAPH=1: not supported"):
+        check_server_args(good_args())
+
+
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
 def test_each_is_refused_by_name(refusal: Refusal) -> None:
     value = BAD.get(refusal.field, True)
