@@ -59,11 +59,10 @@ class BeginningIndex:
 
     def file(self, key: int, prompt: Beginnings) -> None:
         """Find ``key`` by ``prompt`` from now on, before those that were filed earlier."""
-        known = self._digests.setdefault(key, set())
-        if len(known.union(prompt.digests)) > MOST_DIGESTS:
+        known = self._digests.get(key)
+        if known is not None and len(known.union(prompt.digests)) > MOST_DIGESTS:
             self.drop(key)
-            known = self._digests.setdefault(key, set())
-        known.update(prompt.digests)
+        self._digests.setdefault(key, set()).update(prompt.digests)
         for digest in prompt.digests:
             here = self._at.setdefault(digest, OrderedDict())
             here.setdefault(key, set())
@@ -98,10 +97,14 @@ class BeginningIndex:
             if here is None:
                 continue
             new = [key for key in reversed(here) if key not in seen]
-            seen.update(new)
-            continued = {key for key in new if any(prompt.data.startswith(rest, end) for rest in here[key])}
-            yield from (key for key in new if key in continued)
-            yield from (key for key in new if key not in continued)
+            for key in new:
+                if any(prompt.data.startswith(rest, end) for rest in here[key]):
+                    seen.add(key)
+                    yield key
+            for key in new:
+                if key not in seen:
+                    seen.add(key)
+                    yield key
 
     @property
     def keys(self) -> set[int]:

@@ -77,15 +77,16 @@ class PrefillTracker:
         return self.block_tokens if tokens > self.block_tokens else 0
 
     def inherit(self, request: str, entry: LayerSet | None, prompt: Beginnings | None) -> None:
-        """``request`` is admitted with a cached prefix and uses its writer's set; the default if it is short.
+        """``request`` is admitted with a cached prefix and uses its writer's set.
 
-        entry: the set its prefix was found in. prompt: None if it is no longer than the first block.
+        entry: the set its prefix was found in. prompt: None if that is the default, which short prompts use.
         """
-        if prompt is None:
+        if entry is self.sets.default:
             self.sets.use_default(request)
             return
         if entry is None or not entry.stored:
             raise RuntimeError(f"request {request}: the layer set of its cached prefix is gone")
+        assert prompt is not None
         self.sets.inherit(request, entry, prompt)
 
     def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:

@@ -52,14 +52,14 @@ class DynamicRadixCache(LightTransferRadixCache):
         key = params.key
         given, needed = key.extra_key, self.prefills.hit_tokens(len(key.token_ids))
         try:
-            for entry in islice(self._sets_of(key), TRIES):
+            prompt = self._beginnings(key)
+            for entry in islice(self._sets_of(prompt), TRIES):
                 key.extra_key = _name(entry.uid, given)  # also part of the key of the sinks
                 result = super().match_prefix(params)
                 if result.device_prefix_len >= needed:
-                    _bind(params.req, entry)
+                    _bind(params.req, entry, prompt)
                     return result
-                key.extra_key = given
-            _bind(params.req, None)
+            _bind(params.req, None, None)
             key.extra_key = NameSpace(NOWHERE)
             return super().match_prefix(params)
         finally:
@@ -68,7 +68,7 @@ class DynamicRadixCache(LightTransferRadixCache):
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first."""
         given = key.extra_key
-        entry = next(self._sets_of(key), None)
+        entry = next(self._sets_of(self._beginnings(key)), None)
         if entry is None:
             return
         key.extra_key = _name(entry.uid, given)
@@ -80,8 +80,7 @@ class DynamicRadixCache(LightTransferRadixCache):
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
         if req.prefix_len:
-            tokens = req.origin_input_ids + req.output_ids
-            self.prefills.inherit(request_id(req), _bound(req), self._beginnings(tokens, req))
+            self.prefills.inherit(request_id(req), *_bound(req))
         with self._within(req):
             return super().prefix_device_indices(req)
 
@@ -156,27 +155,27 @@ class DynamicRadixCache(LightTransferRadixCache):
         finally:
             req.extra_key = given
 
-    def _sets_of(self, key: RadixKey) -> Iterator[LayerSet]:
-        prompt = self._beginnings(key.token_ids, key)
-        return iter((self.prefills.sets.default,)) if prompt is None else self.prefills.sets.find(prompt)
+    def _sets_of(self, prompt: Beginnings | None) -> Iterator[LayerSet]:
+        sets = self.prefills.sets
+        return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
-    def _beginnings(self, tokens: Any, owner: Any) -> Beginnings | None:
+    def _beginnings(self, key: RadixKey) -> Beginnings | None:
         """None of a prompt that has no layers of its own."""
-        if len(tokens) <= self.prefills.block_tokens:
+        if len(key.token_ids) <= self.prefills.block_tokens:
             return None
-        return self.prefills.beginnings(tokens, owner.extra_key, owner.cache_salt)
+        return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
 
 
 def _name(uid: int, extra_key: str | None) -> NameSpace:
     return NameSpace(f"lt:{uid}:{extra_key or ''}")
 
 
-def _bind(req: Any, entry: LayerSet | None) -> None:
-    """Remember with the request, which may never be admitted, whose K and V it was shown."""
+def _bind(req: Any, entry: LayerSet | None, prompt: Beginnings | None) -> None:
+    """Remember with the request, which may never be admitted, whose K and V it was shown for ``prompt``."""
     if req is not None:
-        req.lighttransfer_set = entry
+        req.lighttransfer_hit = entry, prompt
 
 
-def _bound(req: Any) -> LayerSet | None:
-    entry: LayerSet | None = getattr(req, "lighttransfer_set", None)
-    return entry
+def _bound(req: Any) -> tuple[LayerSet | None, Beginnings | None]:
+    found: tuple[LayerSet | None, Beginnings | None] = getattr(req, "lighttransfer_hit", (None, None))
+    return found
