@@ -120,29 +120,30 @@ class PrefillPlanner:
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
         prefix_rows = None
-        lengths: list[LayerLengths] = []
         calls: dict[str, PagedCall] = {}
         updater, prefix = self._backend.indices_updater_prefill, self._backend.prefix
         paged = self._backend.prefill_wrappers_paged
         fa3 = windowed and prefix.kernels(updater) == "fa3"
-        full = ((banks < state.keep) | (given.kind != Kind.DECIDED).unsqueeze(1)).t()
+        ends = [plan.end for plan in plans]
+        planned: list[Any] = []
         if fa3 or not windowed:
-            ragged = self._backend.prefill_wrapper_ragged
-            plan_ragged(updater, ragged, extends)
-            lengths += [LayerLengths(ragged, full)] if fa3 else []
+            planned.append(self._backend.prefill_wrapper_ragged)
+            plan_ragged(updater, planned[0], extends)
             if any(prefixes):
                 prefix.plan(updater, extends, prefixes)
-                lengths += [LayerLengths(prefix.wrapper, full)] if fa3 else []
+                planned.append(prefix.wrapper)
                 rows_of_all = self._lists(plans, given, [0] * len(plans), prefixes, EVERY).rows
                 prefix_rows = rows_of_all.view(state.layout.layers, -1)
         else:
-            ends = [plan.end for plan in plans]
             calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
         if windowed:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
-            ends = [plan.end for plan in plans]
             calls["lazy"] = self._call(paged[LAZY], plans, given, firsts, ends, LAZY_ONLY, window_left=before)
+        lengths: tuple[LayerLengths, ...] = ()
+        if fa3:
+            full = ((banks < state.keep) | (given.kind != Kind.DECIDED).unsqueeze(1)).t()
+            lengths = tuple(LayerLengths(wrapper, full) for wrapper in planned)
         lazy_here = [windowed and not late for late in undecided]
         return PrefillMetadata(
             plans=plans,
@@ -157,7 +158,7 @@ class PrefillPlanner:
             sink_rows=sink_rows(rows, tables, windows),
             lazy_tiles=make_sink_tiles(prefixes, extends, windows, device, every=lazy_here),
             prefix_rows=prefix_rows,
-            lengths=tuple(lengths),
+            lengths=lengths,
             **calls,
         )
 
