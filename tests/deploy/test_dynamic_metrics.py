@@ -19,18 +19,9 @@ from tests.engine.environment import server_environment, write_plugin
 from tests.engine.models import ensure_model
 from tests.engine.server import Server, ServerFailed, ServerSpec, running
 
-from .test_engine_metrics import FLAGS, scrape, settled, values
+from .test_engine_metrics import DYNAMIC, FLAGS, scrape, settled, values
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-DYNAMIC = {
-    "mode": "dynamic",
-    "keep": 3,
-    "sink_tokens": 4,
-    "recent_tokens": 60,
-    "expected_tokens": 700,
-    "check_tables": True,
-}
 
 # A second plug-in: once a file is there, the second rank takes its layers in the opposite order.
 SABOTEUR = """\

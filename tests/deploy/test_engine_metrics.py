@@ -22,6 +22,15 @@ FLAGS = (
     *("--chunked-prefill-size", "256", "--max-running-requests", "8", "--context-length", "4096"),
     *("--max-total-tokens", "6400", "--mem-fraction-static", "0.3", "--enable-metrics"),
 )
+# Of the servers in dynamic mode.
+DYNAMIC = {
+    "mode": "dynamic",
+    "keep": 3,
+    "sink_tokens": 4,
+    "recent_tokens": 60,
+    "expected_tokens": 700,
+    "check_tables": True,
+}
 PROMPT_TOKENS, NEW_TOKENS, REQUESTS = 600, 16, 3
 # K and V, 3 layers of either kind, 2 KV heads of 16, float32.
 TOKEN_BYTES = 2 * 3 * 2 * 16 * 4

@@ -15,19 +15,10 @@ from tests.engine.server import Server, ServerSpec, running
 from tests.engine.specs import RETRACT
 
 from .live import Prometheus, as_grafana
-from .test_engine_metrics import FLAGS
+from .test_engine_metrics import DYNAMIC, FLAGS
 from .test_monitoring import PANELS, SGLANG
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-DYNAMIC = {
-    "mode": "dynamic",
-    "keep": 3,
-    "sink_tokens": 4,
-    "recent_tokens": 60,
-    "expected_tokens": 700,
-    "check_tables": True,
-}
 
 
 def quick(rules: str) -> str:
