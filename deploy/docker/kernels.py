@@ -35,7 +35,7 @@ def specs(head_dims: Sequence[int] = (128,)) -> list[Any]:
 
 
 def attention_specs(head_dim: int) -> list[Any]:
-    """FA2: decode, and prefill over a prefix; with a window for lazy layers. FA3: ragged prefill, Hopper."""
+    """FA2: decode, and paged prefill; FA3 (Hopper): ragged prefill; both with a window for lazy layers."""
     import torch
     from flashinfer.jit.attention import modules as attention
 
@@ -43,10 +43,13 @@ def attention_specs(head_dim: int) -> list[Any]:
     types = (bf16, bf16, bf16, index, head_dim, head_dim, 0)
     return [
         *(
-            attention._gen_batch_prefill_primary_module("fa2", *types, window, False, False)
+            generate(kernels, *types, window, False, False)
+            for kernels, generate in (
+                ("fa2", attention._gen_batch_prefill_primary_module),
+                ("fa3", attention.gen_batch_prefill_module),
+            )
             for window in (False, True)
         ),
-        attention.gen_batch_prefill_module("fa3", *types, False, False, False),
         attention.gen_batch_decode_module(*types, False, False),
     ]
 

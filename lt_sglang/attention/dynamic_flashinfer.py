@@ -36,6 +36,7 @@ from lt_sglang.attention.flashinfer_plans import (
     is_replanned,
     plan_decode,
 )
+from lt_sglang.attention.gathered import GatheredAttention
 from lt_sglang.attention.indices import Windows
 from lt_sglang.attention.kernels import Banks, merge_sinks
 from lt_sglang.attention.prefix import PrefixAttention
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from lt_sglang.attention.dynamic_prefill import PagedCall, PrefillMetadata
+    from lt_sglang.attention.dynamic_prefill import GatheredCall, PagedCall, PrefillMetadata
     from lt_sglang.model_runner import LightTransferModelRunner
 
 
@@ -98,6 +99,9 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             )
         ]
         self.prefix = PrefixAttention(self.workspace_buffer)
+        self.whole = GatheredAttention(self.workspace_buffer)
+        recent_tokens = model_runner.lt_config.recent_tokens
+        self.window = GatheredAttention(self.workspace_buffer, window_left=recent_tokens - 1)
         self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self)
         self.prefill_planner = PrefillPlanner(model_runner, self)
         self.decider = Decider(self.state)
@@ -252,9 +256,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         if prefill.full is None:
             out, lse = self._ragged(query, k, v, layer, prefill)
         else:
-            out, lse = prefill.full.run(
-                layer.layer_id, query, self._kv_cache, causal=True, **self._scales(layer)
-            )
+            out, lse = prefill.full.run(query, self._kv_cache, layer)
         if prefill.lazy is not None:
             self._windows(out, query, layer, prefill, prefill.lazy)
         self.decider.decide(prefill, layer, query, out, lse, k, v, forward_batch)
@@ -291,32 +293,17 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, *cached)
         return merged
 
-    @staticmethod
-    def _scales(layer: RadixAttention) -> dict[str, Any]:
-        return {
-            "sm_scale": layer.scaling,
-            "k_scale": layer.k_scale_float,
-            "v_scale": layer.v_scale_float,
-        }
-
     def _windows(
         self,
         out: torch.Tensor,
         query: torch.Tensor,
         layer: RadixAttention,
         prefill: PrefillMetadata,
-        lazy: PagedCall,
+        lazy: PagedCall | GatheredCall,
     ) -> None:
         """Streaming attention into ``out``, for the requests that are lazy in this layer."""
         windows: Windows = self.runner.windows()
-        window, window_lse = lazy.run(
-            layer.layer_id,
-            query,
-            self._kv_cache,
-            causal=True,
-            window_left=windows.recent_tokens - 1,
-            **self._scales(layer),
-        )
+        window, window_lse = lazy.run(query, self._kv_cache, layer)
         layout = self.state.layout
         merge_sinks(
             out,

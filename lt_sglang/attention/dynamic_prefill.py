@@ -9,6 +9,7 @@ import torch
 
 from lt_sglang.attention.fa3_lengths import LayerLengths
 from lt_sglang.attention.flashinfer_plans import LayerLists, plan_prefill, plan_ragged
+from lt_sglang.attention.gathered import GatheredAttention, fits
 from lt_sglang.attention.indices import sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles
 from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
@@ -27,6 +28,7 @@ from lt_sglang.dynamic.prefill_kernels import (
 from lt_sglang.errors import LightTransferError
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
@@ -38,29 +40,55 @@ LAZY, FULL = 0, 1
 
 @dataclass(frozen=True)
 class PagedCall:
-    """One planned paged call; every layer has lists of its own."""
+    """One planned FA2 call; every layer has lists of its own."""
 
     wrapper: Any
     lists: LayerLists
+    window_left: int
 
     def run(
-        self, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
+        self, query: torch.Tensor, kv_cache: Any, layer: RadixAttention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, heads, dim] and float32 [tokens, heads], base 2."""
-        self.lists.use(self.wrapper, layer)
-        out: tuple[torch.Tensor, torch.Tensor] = self.wrapper.forward_return_lse(query, kv_cache, **options)
+        self.lists.use(self.wrapper, layer.layer_id)
+        out: tuple[torch.Tensor, torch.Tensor] = self.wrapper.forward_return_lse(
+            query,
+            kv_cache,
+            causal=True,
+            window_left=self.window_left,
+            sm_scale=layer.scaling,
+            k_scale=layer.k_scale_float,
+            v_scale=layer.v_scale_float,
+        )
         return out
+
+
+@dataclass(frozen=True)
+class GatheredCall:
+    """One planned FA3 call; a layer's lists of some requests are empty. rows: int32 [L, tokens]."""
+
+    attention: GatheredAttention
+    rows: torch.Tensor
+    lengths: LayerLengths
+
+    def run(
+        self, query: torch.Tensor, kv_cache: Any, layer: RadixAttention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As PagedCall."""
+        self.lengths.use(layer.layer_id)
+        cache = (kv_cache[0].squeeze(1), kv_cache[1].squeeze(1))
+        return self.attention.run(query, None, cache, self.rows[layer.layer_id], layer)
 
 
 @dataclass(frozen=True)
 class PrefillMetadata:
     """What the layers of one prefill share.
 
-    windowed: some request has lazy layers here: ``lazy`` attends to their windows. undecided: some request is
+    windowed: some request has lazy layers here, which attend to their windows. undecided: some request is
     staged or decided in this prefill.
     Full attention is ragged over the new tokens and over cached ones at ``prefix_rows``, int32 [L, cached
-    tokens], None if there are none; ``lengths`` (FA3) empties what is lazy. On FA2 a windowed batch has one
-    paged call instead, ``full``.
+    tokens], None if there are none. A windowed batch has one call for it instead, ``full``, and one for the
+    windows, ``lazy``; if too much would be gathered on FA3, ``lengths`` empties what is lazy of the former.
     new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
     stage_tiles: of the staged request, whose rows another one may still be read from until then.
     banks: int32 [bs, L], of the decided requests. sink_rows: int [bs, w_sink], within a streaming bank.
@@ -79,8 +107,8 @@ class PrefillMetadata:
     lazy_tiles: SinkTiles
     prefix_rows: torch.Tensor | None = None
     lengths: tuple[LayerLengths, ...] = ()
-    full: PagedCall | None = None
-    lazy: PagedCall | None = None
+    full: PagedCall | GatheredCall | None = None
+    lazy: PagedCall | GatheredCall | None = None
 
 
 class PrefillPlanner:
@@ -119,31 +147,29 @@ class PrefillPlanner:
         extends = [plan.extend for plan in plans]
         prefixes = [plan.prefix for plan in plans]
         banks = state.sets.bank_of[given.layer_set.to(torch.int64)]
-        prefix_rows = None
-        calls: dict[str, PagedCall] = {}
-        updater, prefix = self._backend.indices_updater_prefill, self._backend.prefix
-        paged = self._backend.prefill_wrappers_paged
-        fa3 = windowed and prefix.kernels(updater) == "fa3"
         ends = [plan.end for plan in plans]
-        planned: list[Any] = []
-        if fa3 or not windowed:
-            planned.append(self._backend.prefill_wrapper_ragged)
+        prefix_rows = None
+        lengths: tuple[LayerLengths, ...] = ()
+        calls: dict[str, PagedCall | GatheredCall] = {}
+        updater, prefix = self._backend.indices_updater_prefill, self._backend.prefix
+        fa3 = windowed and prefix.kernels(updater) == "fa3"
+        full = ((banks < state.keep) | (given.kind != Kind.DECIDED).unsqueeze(1)).t()
+        if windowed:
+            before = windows.recent_tokens - 1
+            firsts = [max(prefix - before, 0) for prefix in prefixes]
+            calls["lazy"] = self._call(LAZY, plans, given, firsts, ends, before, ~full if fa3 else None)
+        if windowed and (not fa3 or fits(sum(ends))):
+            calls["full"] = self._call(FULL, plans, given, [0] * len(plans), ends, -1, full if fa3 else None)
+        else:
+            planned = [self._backend.prefill_wrapper_ragged]
             plan_ragged(updater, planned[0], extends)
             if any(prefixes):
                 prefix.plan(updater, extends, prefixes)
                 planned.append(prefix.wrapper)
                 rows_of_all = self._lists(plans, given, [0] * len(plans), prefixes, EVERY).rows
                 prefix_rows = rows_of_all.view(state.layout.layers, -1)
-        else:
-            calls["full"] = self._call(paged[FULL], plans, given, [0] * len(plans), ends, FULL_ONLY)
-        if windowed:
-            before = windows.recent_tokens - 1
-            firsts = [max(prefix - before, 0) for prefix in prefixes]
-            calls["lazy"] = self._call(paged[LAZY], plans, given, firsts, ends, LAZY_ONLY, window_left=before)
-        lengths: tuple[LayerLengths, ...] = ()
-        if fa3:
-            full = ((banks < state.keep) | (given.kind != Kind.DECIDED).unsqueeze(1)).t()
-            lengths = tuple(LayerLengths(wrapper, full) for wrapper in planned)
+            if fa3:
+                lengths = tuple(LayerLengths(wrapper, full) for wrapper in planned)
         lazy_here = [windowed and not late for late in undecided]
         return PrefillMetadata(
             plans=plans,
@@ -219,17 +245,29 @@ class PrefillPlanner:
 
     def _call(
         self,
-        wrapper: Any,
+        index: int,
         plans: list[Prefill],
         given: Requests,
         firsts: list[int],
         ends: list[int],
-        which: int,
-        window_left: int = -1,
-    ) -> PagedCall:
-        lists = self._lists(plans, given, firsts, ends, which)
+        window_left: int,
+        fa3: torch.Tensor | None,
+    ) -> PagedCall | GatheredCall:
+        """Plan attention over positions ``firsts`` to ``ends``, full or lazy (``index``).
+
+        fa3: bool [L, bs], where lists are not empty; None for FA2.
+        """
         extends = [plan.extend for plan in plans]
-        lengths = [end - first for first, end in zip(firsts, ends, strict=True)]
-        updater = self._backend.indices_updater_prefill
-        plan_prefill(updater, wrapper, extends, lengths, lists.rows[:1], causal=True, window_left=window_left)
-        return PagedCall(wrapper, lists)
+        spans = [end - first for first, end in zip(firsts, ends, strict=True)]
+        backend = self._backend
+        updater = backend.indices_updater_prefill
+        if fa3 is not None and fits(sum(spans)):
+            attention = (backend.window, backend.whole)[index]
+            attention.plan(updater, extends, spans)
+            rows = self._lists(plans, given, firsts, ends, EVERY).rows.view(len(fa3), -1)
+            return GatheredCall(attention, rows, LayerLengths(attention.wrapper, fa3))
+        wrapper = backend.prefill_wrappers_paged[index]
+        lists = self._lists(plans, given, firsts, ends, (LAZY_ONLY, FULL_ONLY)[index])
+        rows = lists.rows[:1]
+        plan_prefill(updater, wrapper, extends, spans, rows, causal=True, window_left=window_left)
+        return PagedCall(wrapper, lists, window_left)

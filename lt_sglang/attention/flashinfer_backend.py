@@ -1,10 +1,10 @@
 """The GPU backend: FlashInfer for every layer, one plan for full and one for lazy layers a step.
 
 Decode of a lazy layer is one paged call over [sink rows] + [window slots]; a Triton kernel writes that
-list once a step for all lazy layers. Prefill of a lazy layer is a windowed paged call over the window
-before the chunk and the chunk itself, then a Triton kernel adds the sinks each query sees beyond it. Full
-layers run SGLang's own code. Only FlashInfer's FA2 kernels and Triton are needed (sm80 and newer); full
-layers use FA3 for prefill where FlashInfer has it.
+list once a step for all lazy layers. Prefill of a lazy layer is a windowed call over the window before the
+chunk and the chunk itself, then a Triton kernel adds the sinks each query sees beyond it. Only FlashInfer's
+FA2 kernels and Triton are needed (sm80 and newer); prefill uses FA3 where FlashInfer has it
+(attention/gathered.py).
 
 Source: sglang/srt/layers/attention/flashinfer_backend.py (wrapper 0: sliding window, wrapper 1: full).
 """
@@ -33,6 +33,7 @@ from lt_sglang.attention.flashinfer_plans import (
     plan_prefill,
     plan_ragged,
 )
+from lt_sglang.attention.gathered import GatheredAttention, fits
 from lt_sglang.attention.indices import Windows, lazy_lengths, sink_rows, span_slots
 from lt_sglang.attention.kernels import SinkTiles, decode_rows, make_tiles, merge_sinks
 from lt_sglang.attention.prefix import PrefixAttention
@@ -48,12 +49,21 @@ LAZY, FULL = 0, 1
 
 
 @dataclass(frozen=True)
-class LazyPrefill:
-    """What the lazy layers of one prefill batch share. rows: int64 [requests, w_sink]."""
+class PrefillLists:
+    """What the layers of one prefill batch share.
 
-    rows: torch.Tensor
+    sink_rows: int64 [requests, w_sink]. The others are packed, request after request:
+    window_rows: lazy layers run the backend's ``window`` over them; None: the paged wrapper.
+    whole_rows: full layers run the backend's ``whole`` over them. None: ragged over the new tokens, then
+    ``prefix`` over the cached ones at ``prefix_rows``, None if there are none.
+    """
+
+    sink_rows: torch.Tensor
     tiles: SinkTiles
     windows: Windows
+    window_rows: torch.Tensor | None
+    whole_rows: torch.Tensor | None
+    prefix_rows: torch.Tensor | None
 
 
 class LightTransferFlashInferBackend(FlashInferAttnBackend):
@@ -62,7 +72,7 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
     def __init__(self, model_runner: LightTransferModelRunner) -> None:
         super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
         self.lazy_layers = frozenset(model_runner.lt_config.lazy_layers)
-        self.lazy_prefill: LazyPrefill | None = None
+        self.prefill: PrefillLists | None = None
         if not self.lazy_layers:
             return
         if self.dispatch_reason != WrapperDispatch.SLIDING_WINDOW or not self.use_sliding_window_kv_pool:
@@ -73,7 +83,9 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             raise LightTransferError("--enable-mis: multi-item scoring is not supported with lazy layers")
         self.lazy_tokens = model_runner.lt_config.lazy_tokens
         self.prefix = PrefixAttention(self.workspace_buffer)
-        self.prefix_rows: torch.Tensor | None = None
+        self.whole = GatheredAttention(self.workspace_buffer)
+        recent_tokens = model_runner.lt_config.recent_tokens
+        self.window = GatheredAttention(self.workspace_buffer, window_left=recent_tokens - 1)
         self.graph_plans: GraphPlans | None = None
         self.full_plan: DecodePlan | None = None
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
@@ -126,33 +138,34 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         """[tokens, heads * dim] of the batch's new tokens."""
         if layer.layer_id not in self.lazy_layers:
             if self.lazy_layers and self.forward_metadata.use_ragged and k is not None:
-                return self._ragged(q, k, v, layer, forward_batch, save_kv_cache)
+                return self._full(q, k, v, layer, forward_batch, save_kv_cache)
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        given = self.lazy_prefill
+        given = self.prefill
         assert given is not None
         if save_kv_cache and k is not None:
-            where = KVWriteLoc.for_layer(
-                forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc
-            )
-            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
-        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            self._store(k, v, layer, forward_batch)
+        keys, values = cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         query = by_head(q, layer)
-        out, lse = self.forward_metadata.prefill_wrappers[LAZY].forward_return_lse(
-            query,
-            (keys, values),
-            causal=True,
-            sm_scale=layer.scaling,
-            window_left=given.windows.recent_tokens - 1,
-            k_scale=layer.k_scale_float,
-            v_scale=layer.v_scale_float,
-        )
+        if given.window_rows is not None:
+            new = None if k is None else self._new(k, v, layer)
+            out, lse = self.window.run(query, new, cache, given.window_rows, layer)
+        else:
+            out, lse = self.forward_metadata.prefill_wrappers[LAZY].forward_return_lse(
+                query,
+                cache,
+                causal=True,
+                sm_scale=layer.scaling,
+                window_left=given.windows.recent_tokens - 1,
+                k_scale=layer.k_scale_float,
+                v_scale=layer.v_scale_float,
+            )
         merge_sinks(
             out,
             lse,
             query,
             keys,
             values,
-            given.rows,
+            given.sink_rows,
             given.tiles,
             given.windows,
             layer.scaling,
@@ -161,7 +174,7 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
-    def _ragged(
+    def _full(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -170,28 +183,39 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
     ) -> torch.Tensor:
-        """A full layer: new tokens among themselves, then over the cached ones."""
-        query = by_head(q, layer)
-        new = (
-            query,
+        """A full layer: all tokens at once, or new ones among themselves, then over the cached ones."""
+        given = self.prefill
+        assert given is not None
+        if save_kv_cache:
+            self._store(k, v, layer, forward_batch)
+        query, new = by_head(q, layer), self._new(k, v, layer)
+        cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        scales = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
+        wrapper = self.prefill_wrapper_ragged
+        if given.whole_rows is not None:
+            out, _ = self.whole.run(query, new, cache, given.whole_rows, layer)
+        elif given.prefix_rows is None:
+            out = wrapper.forward(query, *new, causal=True, **scales)
+        else:
+            among = wrapper.forward_return_lse(query, *new, causal=True, **scales)
+            keys, values = cache
+            cached = self.prefix.run(query, keys, values, given.prefix_rows, layer)
+            out, _ = stock._safe_merge_state(*among, *cached)
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _store(
+        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> None:
+        where = KVWriteLoc.for_layer(forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc)
+        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
+
+    @staticmethod
+    def _new(k: torch.Tensor, v: torch.Tensor, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, KV heads, dim] each."""
+        return (
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
         )
-        scales = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
-        wrapper = self.prefill_wrapper_ragged
-        if self.prefix_rows is None:
-            out = wrapper.forward(*new, causal=True, **scales)
-        else:
-            out, lse = wrapper.forward_return_lse(*new, causal=True, **scales)
-            keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-            cached = self.prefix.run(query, keys, values, self.prefix_rows, layer)
-            out, _ = stock._safe_merge_state(out, lse, *cached)
-        if save_kv_cache:
-            where = KVWriteLoc.for_layer(
-                forward_batch, layer, swa_loc=self.forward_metadata.swa_out_cache_loc
-            )
-            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))
-        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 
 class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
@@ -303,24 +327,36 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
             first, end = first.to(torch.int64), end.to(torch.int64)
             return span_slots(req_pool_indices, first, end - first, total, tables)
 
-        self.attn_backend.prefix_rows = None
-        if not use_ragged:
+        backend = self.attn_backend
+        # FA3's dense kernel for all layers, where FlashInfer has it and a copy of the tokens is small.
+        fa3 = use_ragged and backend.prefix.kernels(self) == "fa3"
+        whole_rows = prefix_rows = window_rows = None
+        if fa3 and fits(sum(lengths)):
+            backend.whole.plan(self, extends, lengths)
+            whole_rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
+        elif not use_ragged:
             rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
             plan_prefill(self, prefill_wrappers[FULL], extends, lengths, rows, causal=True)
         else:
             plan_ragged(self, self.prefill_wrapper_ragged, extends)
             if any(prefixes):
-                self.attn_backend.prefix.plan(self, extends, prefixes)
-                rows, _ = slots(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
-                self.attn_backend.prefix_rows = rows
+                backend.prefix.plan(self, extends, prefixes)
+                prefix_rows, _ = slots(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
 
         windows = self.runner.windows()
         before = windows.recent_tokens - 1
         spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
         _, rows = slots(prefix_lens.clamp(min=before) - before, seq_lens, sum(spans))
-        plan_prefill(self, prefill_wrappers[LAZY], extends, spans, rows, causal=True, window_left=before)
-        self.attn_backend.lazy_prefill = LazyPrefill(
-            rows=sink_rows(req_pool_indices, tables, windows),
+        if fa3 and fits(sum(spans)):
+            backend.window.plan(self, extends, spans)
+            window_rows = rows
+        else:
+            plan_prefill(self, prefill_wrappers[LAZY], extends, spans, rows, causal=True, window_left=before)
+        backend.prefill = PrefillLists(
+            sink_rows=sink_rows(req_pool_indices, tables, windows),
             tiles=make_tiles(prefixes, extends, windows, req_pool_indices.device),
             windows=windows,
+            window_rows=window_rows,
+            whole_rows=whole_rows,
+            prefix_rows=prefix_rows,
         )

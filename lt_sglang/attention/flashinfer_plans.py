@@ -102,10 +102,19 @@ def is_replanned(wrapper: Any) -> bool:
     return hasattr(wrapper.begin_forward, "func")
 
 
-def plan_ragged(updater: Any, wrapper: Any, extends: list[int], over: list[int] | None = None) -> None:
-    """Plan a ragged wrapper for ``extends`` new tokens, request by request: causal among themselves.
+def plan_ragged(
+    updater: Any,
+    wrapper: Any,
+    extends: list[int],
+    over: list[int] | None = None,
+    *,
+    causal: bool = True,
+    window_left: int = -1,
+) -> None:
+    """Plan a ragged wrapper for ``extends`` new tokens, request by request.
 
-    over: instead over all of so many other tokens.
+    over: tokens they attend to, themselves if not given. causal: whether later queries are more work; the
+    mask is the run's business.
     """
     with copied(wrapper):
         wrapper.begin_forward(
@@ -114,7 +123,8 @@ def plan_ragged(updater: Any, wrapper: Any, extends: list[int], over: list[int] 
             updater.num_qo_heads,
             updater.num_kv_heads,
             updater.head_dim,
-            causal=over is None,
+            causal=causal,
+            window_left=window_left,
             q_data_type=updater.q_data_type,
         )
 

@@ -15,10 +15,7 @@ from flashinfer import prefill as flashinfer_prefill
 from flashinfer.utils import PosEncodingMode
 
 from lt_sglang.attention.flashinfer_plans import plan_prefill, plan_ragged
-
-# More cached tokens in one batch are read where they are: a copy of one layer of them would take
-# hundreds of MB beside the KV pools (65,536 tokens, 8 KV heads of 128, bfloat16: 268 MB).
-GATHER_TOKENS = 65536
+from lt_sglang.attention.gathered import fits
 
 
 class PrefixAttention:
@@ -54,9 +51,9 @@ class PrefixAttention:
 
         updater: SGLang's indices updater, for heads and dtypes. Some prefix must be longer than 0.
         """
-        self._gather = self.kernels(updater) == "fa3" and sum(prefixes) <= GATHER_TOKENS
+        self._gather = self.kernels(updater) == "fa3" and fits(sum(prefixes))
         if self._gather:
-            plan_ragged(updater, self._dense, extends, over=prefixes)
+            plan_ragged(updater, self._dense, extends, over=prefixes, causal=False)
         else:
             rows = torch.empty(1, dtype=torch.int32, device=self._device)  # each layer's come later
             plan_prefill(updater, self._paged, extends, prefixes, rows, causal=False)

@@ -168,7 +168,7 @@ def _extend_lists(  # type: ignore[no-untyped-def]
     full = tl.load(full_ptr + offset + position, mask=valid, other=0)
     streaming = tl.load(streaming_ptr + offset + position, mask=valid, other=0)
     if WHICH == 2:
-        # Over the prefix alone, which is no longer than sink + recent if it is decided.
+        # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
         sink_set = tl.load(sink_set_ptr + request)
         stored = (position < SINK) & (position < prefix - RECENT) & (sink_set >= 0)
         streaming = tl.where(stored, sink_base + sink_set * SINK + position, streaming)
@@ -204,7 +204,8 @@ def extend_lists(
     Args:
         size: at least pointers[-1]; known on the host.
         pointers: from ``list_pointers`` with the same ``which``.
-        firsts, ends: positions that each request's lists cover. For EVERY they are the prefixes.
+        firsts, ends: positions that each request's lists cover. With EVERY, a lazy layer's rows are right
+            within the window before the prefix's end, and all if the prefix is no longer than sink + recent.
     """
     device = pointers.device
     out = torch.empty(max(size, 1), dtype=torch.int32, device=device)

@@ -34,9 +34,9 @@ for module in (sglang.srt.utils, sglang.srt.utils.common):
 
 from flashinfer.page import get_seq_lens  # noqa: E402
 
-from lt_sglang.attention import dynamic_flashinfer, prefix  # noqa: E402
+from lt_sglang.attention import dynamic_flashinfer, gathered, prefix  # noqa: E402
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans  # noqa: E402
-from lt_sglang.attention.dynamic_prefill import PrefillPlanner  # noqa: E402
+from lt_sglang.attention.dynamic_prefill import GatheredCall, PrefillPlanner  # noqa: E402
 from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
 from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
 from lt_sglang.dynamic.decider import Decider  # noqa: E402
@@ -155,7 +155,7 @@ class PlannedPaged(Planned):
     def begin_forward(
         self, qo_indptr: Any, kv_indptr: Any, rows: Any, last_page_len: Any, *_: Any, **__: Any
     ) -> None:
-        self.qo, self.kv = qo_indptr.tolist(), kv_indptr.tolist()
+        self.qo, self.kv, self.window = qo_indptr.tolist(), kv_indptr.tolist(), -1
         self.write(self.qo, get_seq_lens(kv_indptr, last_page_len, 1).tolist())
 
     def forward_return_lse(self, query: torch.Tensor, cache: Any, **options: Any) -> Any:
@@ -170,21 +170,23 @@ class PlannedPaged(Planned):
             own = slice(self.kv[index], self.kv[index] + length)
             assert length in (0, self.kv[index + 1] - self.kv[index])
             if length:
-                out[one], lse[one] = attention(query[one], keys[own], values[own], options["causal"], -1)
+                window = options.get("window_left", -1)
+                assert window == self.window
+                out[one], lse[one] = attention(query[one], keys[own], values[own], options["causal"], window)
         return out, lse
 
 
 class Ragged(PlannedPaged):
-    """BatchPrefillWithRaggedKVCacheWrapper on FA3: over new tokens, or over gathered prefixes."""
+    """BatchPrefillWithRaggedKVCacheWrapper on FA3: over new tokens, or over gathered ones."""
 
-    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, **__: Any) -> None:
-        self.qo, self.kv = qo_indptr.tolist(), kv_indptr.tolist()
+    def begin_forward(self, qo_indptr: Any, kv_indptr: Any, *_: Any, **options: Any) -> None:
+        self.qo, self.kv, self.window = qo_indptr.tolist(), kv_indptr.tolist(), options["window_left"]
         self.write(self.qo, kv_indptr.diff().tolist())
 
     def forward_return_lse(
         self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> Any:
-        assert len(k) == len(v) == self.kv[-1] and options["causal"] == (self.kv == self.qo)
+        assert len(k) == len(v) == self.kv[-1]
         return self.attend(query, k, v, **options)
 
     def forward(self, *args: Any, **options: Any) -> torch.Tensor:
@@ -282,7 +284,7 @@ class World:
         monkeypatch.setattr(
             prefix.flashinfer_prefill, "determine_attention_backend", lambda *_, **__: self.kernels
         )
-        monkeypatch.setattr(prefix, "GATHER_TOKENS", 0 if seed == 5 else 65536)
+        monkeypatch.setattr(gathered, "GATHER_TOKENS", {5: 0, 7: 90}.get(seed, 65536))
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.full = iter(rng.sample(range(1, FULL + 1), FULL))
@@ -338,6 +340,10 @@ class World:
         backend.prefix = object.__new__(PrefixAttention)
         backend.prefix._paged, backend.prefix._dense = PlannedPaged(), Ragged()
         backend.prefix._device = torch.device("cpu")
+        for name, window_left in (("whole", -1), ("window", RECENT - 1)):
+            gathering: Any = object.__new__(gathered.GatheredAttention)
+            gathering.wrapper, gathering._window_left = Ragged(), window_left
+            setattr(backend, name, gathering)
         backend.indices_updater_prefill = SimpleNamespace(
             num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
         )
@@ -478,15 +484,31 @@ class World:
             backend.prefill.windowed and one.kind == Kind.DECIDED and int(banks[one.layer_set, layer]) >= KEEP
             for one in self.plans
         ]
+        calls = backend.prefill
+        if isinstance(calls.lazy, GatheredCall):
+            spans = [one.end - max(one.prefix - RECENT + 1, 0) for one in self.plans]
+            ran = [span if skip else 0 for skip, span in zip(lazy, spans, strict=True)]
+            assert calls.lazy.attention.wrapper.ran == ran
+        if calls.full is not None:
+            ran = [0 if skip else one.end for skip, one in zip(lazy, self.plans, strict=True)]
+            assert calls.full.attention.wrapper.ran == ran
+            return
         new = [0 if skip else one.extend for skip, one in zip(lazy, self.plans, strict=True)]
         cached = [0 if skip else one.prefix for skip, one in zip(lazy, self.plans, strict=True)]
         assert backend.prefill_wrapper_ragged.ran == new
-        assert backend.prefill.prefix_rows is None or backend.prefix.wrapper.ran == cached
+        assert calls.prefix_rows is None or backend.prefix.wrapper.ran == cached
 
 
 @pytest.mark.parametrize(
     ("score", "seed"),
-    [("lighttransfer", 0), ("lighttransfer", 3), ("lighttransfer", 5), ("residual-error", 1), ("squeeze", 2)],
+    [
+        ("lighttransfer", 0),
+        ("lighttransfer", 3),
+        ("lighttransfer", 5),
+        ("lighttransfer", 7),
+        ("residual-error", 1),
+        ("squeeze", 2),
+    ],
 )
 def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Staged, decided, inherited and short requests in all the company they can meet."""
@@ -506,7 +528,9 @@ def test_backends_agree(score: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     # Staged, inherited and new requests in one batch: full and windowed attention in every layer.
     new = Request(13, 9)
     meta = world.prefill([(Kind.DECIDE, c, 15, 6), (Kind.DECIDED, e, 25, 0), (Kind.DECIDE, new, 19, 6)])
-    assert meta.windowed and (meta.full is None) == (world.kernels == "fa3")
+    assert meta.windowed
+    assert isinstance(meta.full, GatheredCall) == (seed in (1, 3)) and (meta.full is None) == (seed in (5, 7))
+    assert isinstance(meta.lazy, GatheredCall) == (seed in (1, 3, 7))
     # A chunk that decides early, and the one behind it.
     early = Request(14, 10)
     world.prefill([(Kind.DECIDE, early, 30, 12)])
