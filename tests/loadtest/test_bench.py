@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lt_sglang.loadtest.bench import Cell, plan
 from lt_sglang.loadtest.capacity import check_fits, held, longest_request
 from lt_sglang.loadtest.engines import LIGHTTRANSFER, EngineSpec
 from lt_sglang.loadtest.fill import filled
-from lt_sglang.loadtest.machine import COMMIT_VARIABLE, this_machine
+from lt_sglang.loadtest.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario_file import load_scenarios
 from lt_sglang.loadtest.servers import specs_of
@@ -212,6 +213,21 @@ def test_filling_needs_a_server_that_says_what_it_holds(tmp_path: Path) -> None:
     with serve(Delays(first=0.01, between=0.01)) as url:
         done = run(url, scenario(load=load), tmp_path)
     assert done.code == 2 and "load.fill needs SGLang's /server_info" in done.text
+
+
+def test_only_gpus_that_may_be_used_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on the CPU of a machine whose GPUs others use is measured as one on a CPU."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=1*) ;; *) echo 70000, 580.1 ;; esac\necho 123, 580.1\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for visible, names in ((None, ("70000", "123")), ("1", ("123",)), ("", ()), ("-1", ())):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert this_machine().gpus == names
+    assert gpu_memory_mib() == []
 
 
 def test_the_commit_of_a_copy_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
