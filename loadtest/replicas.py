@@ -65,18 +65,20 @@ def _ready(url: str) -> bool:
         return False
 
 
-def replicas(spec: EngineSpec, count: int, work: Path) -> list[Engine]:
-    """Engines that import side by side, each with its GPUs."""
+def replicas(spec: EngineSpec, count: int, work: Path, limit_s: float) -> list[Engine]:
+    """Engines that import side by side, each with its GPUs; given up if not ready within ``limit_s``."""
     engines = []
     for number in range(count):
         gpus = range(number * spec.tp, (number + 1) * spec.tp)
         env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if has_gpu() else {}
-        engines.append(Engine(spec, work / f"{spec.name}-{number}.log", env))
+        engines.append(Engine(spec, work / f"{spec.name}-{number}.log", env, limit_s))
         engines[-1].hold()
     return engines
 
 
-def measure(scenario: Scenario, engines: Sequence[Engine], work: Path, folder: Path | None) -> Measured:
+def measure(
+    scenario: Scenario, engines: Sequence[Engine], work: Path, folder: Path | None, limit_s: float
+) -> Measured:
     """The scenario through a gateway in front of ``engines``, which are started and ended."""
     name = engines[0].spec.name
     with ExitStack() as stack:
@@ -93,7 +95,7 @@ def measure(scenario: Scenario, engines: Sequence[Engine], work: Path, folder: P
             gateway([engine.url for engine in engines], work / f"{name}-gateway.log", folder)
         )
         positions = [engine.log_position() for engine in engines]
-        data = run_scenario(scenario, url, work / "runs" / name)
+        data = run_scenario(scenario, url, work / "runs" / name, limit_s)
         steady = [one.steady_since(at) for one, at in zip(engines, positions, strict=True)]
         # Of the first replica: all are alike.
         return measured(data, engines[0].info()["internal_states"][0], together(steady))
@@ -109,6 +111,13 @@ def main() -> None:
     )
     parser.add_argument("--tp-size", type=int, help="GPUs of a replica, if fewer than the scenario's")
     parser.add_argument("--gateway", type=Path, help="a folder that holds sglang-router")
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=3600.0,
+        help="give up servers that are not ready, and a scenario that is not done, after so many seconds",
+    )
+    parser.add_argument("--note", action="append", default=[], help="for the result file; repeatable")
     parser.add_argument("--rehearse", action="store_true", help="tiny, and without a result file")
     parser.add_argument("--date", default="undated")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -131,16 +140,16 @@ def main() -> None:
             importing = sides if has_gpu() else [side]
             for name in importing:
                 if name not in engines:
-                    engines[name] = replicas(sides[name], args.replicas, work)
+                    engines[name] = replicas(sides[name], args.replicas, work, args.limit_s)
             wait_for_gpu_memory(idle)
-            runs[side] = [measure(scenario, engines[side], work, args.gateway)]
+            runs[side] = [measure(scenario, engines[side], work, args.gateway, args.limit_s)]
             print(f"{side}: {_shown(runs[side][0].summary)}", flush=True)
     finally:
         for engine in chain.from_iterable(engines.values()):
             engine.stop()
     if args.rehearse:
         return
-    result = build(scenario, machine, sides, runs, Bounds({}, "No bound: several replicas."), ())
+    result = build(scenario, machine, sides, runs, Bounds({}, "No bound: several replicas."), args.note)
     result["scenario"] += f"-{args.replicas}-replicas"
     result["notes"].insert(0, f"{args.replicas} replicas behind the gateway; figures are of all together.")
     print(write(result, args.out, args.date, machine.label))

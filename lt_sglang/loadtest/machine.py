@@ -66,8 +66,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine this runs on."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    rows = [line.split(",") for line in _output(query).splitlines() if "," in line]
+    rows = [line.split(",") for line in _nvidia_smi("name,driver_version") if "," in line]
     processor = next(
         (
             line.partition(":")[2].strip()
@@ -93,8 +92,7 @@ def versions() -> dict[str, str]:
 
 def gpu_memory_mib() -> list[int]:
     """Memory in use on each GPU now; empty on a CPU."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return [int(line) for line in _output(query).split()]
+    return [int(line) for line in _nvidia_smi("memory.used")]
 
 
 def wait_for_gpu_memory(idle_mib: Sequence[int], seconds: float = 20.0) -> None:
@@ -106,6 +104,17 @@ def wait_for_gpu_memory(idle_mib: Sequence[int], seconds: float = 20.0) -> None:
             return
         last = used
         time.sleep(0.3)
+
+
+def _nvidia_smi(fields: str) -> list[str]:
+    """A line for each GPU of CUDA_VISIBLE_DEVICES; of another's, nothing that is measured here depends."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        if visible.strip() in ("", "-1"):
+            return []
+        query.append(f"--id={visible}")
+    return _output(query).splitlines()
 
 
 def _commit() -> str:

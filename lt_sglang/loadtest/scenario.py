@@ -79,10 +79,11 @@ class Load:
     kind: closed (``users`` that each send the next request when the last is answered), poisson (``rate``
     conversations a second, whatever is answered) or trace (at the trace's own times). It ends after
     ``requests`` conversations or ``seconds``, whichever comes first; what was sent is waited for. warmup:
-    requests before it, not measured. period: after so many conversations lengths, kinds and aborts repeat,
-    with other text, so that parts of a long run can be compared. timeout_seconds: without a byte from the
-    server for so long, a request is an error. fill: of users and requests no more than the server's KV memory
-    holds at once, so that memory is filled once and nothing is prefilled that measures nothing.
+    requests before it, of few tokens of output, not measured. period: after so many conversations lengths,
+    kinds and aborts repeat, with other text, so that parts of a long run can be compared. timeout_seconds:
+    without a byte from the server for so long, a request is an error. fill: of users and requests no more
+    than the server's KV memory holds at once, so that memory is filled once and nothing is prefilled that
+    measures nothing.
     """
 
     kind: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
@@ -19,6 +20,8 @@ from lt_sglang.loadtest.wire import History
 CALIBRATION = (64, 512)
 # Warm-up prompts must not be found in the prefix cache when the run sends its own.
 WARMUP_SEED = 1_000_003
+# One request decodes alone: 8K tokens would be a minute in which nothing is measured.
+WARMUP_TOKENS = 16
 
 
 class Session:
@@ -58,7 +61,8 @@ class Session:
         errors = []
         for _ in range(self.scenario.load.warmup):
             # Ids of their own: SGLang aborts a dropped request once more, by its id, two seconds later.
-            errors += [one.error for one in self._play(client, next(warm), "warm") if one.status == ERROR]
+            played = self._play(client, _shortened(next(warm)), "warm")
+            errors += [one.error for one in played if one.status == ERROR]
         if errors:
             raise LightTransferError(f"{self.url}: the warm-up failed: {errors[0]}")
         self._before = metrics_page.scrape(self.url)
@@ -131,3 +135,12 @@ class Session:
                 raise LightTransferError(f"{self.url}: {sample.error}")
             lengths.append(sample.input_tokens)
         self._numbers_per_token = (CALIBRATION[1] - CALIBRATION[0]) / (lengths[1] - lengths[0])
+
+
+def _shortened(conversation: Conversation) -> Conversation:
+    """``conversation`` with few tokens of output, all of which are read."""
+    turns = (
+        replace(turn, output_tokens=min(turn.output_tokens, WARMUP_TOKENS), abort_after=None)
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns))

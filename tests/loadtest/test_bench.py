@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lt_sglang.loadtest.bench import Cell, plan
 from lt_sglang.loadtest.capacity import check_fits, held, longest_request
 from lt_sglang.loadtest.engines import LIGHTTRANSFER, EngineSpec
 from lt_sglang.loadtest.fill import filled
-from lt_sglang.loadtest.machine import COMMIT_VARIABLE, this_machine
+from lt_sglang.loadtest.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario_file import load_scenarios
 from lt_sglang.loadtest.servers import specs_of
@@ -28,8 +29,8 @@ from .slow_server import Delays, serve
 TP8 = REPOSITORY / "loadtest" / "scenarios" / "tp8"
 
 
-def cells(work: Path, file: str) -> list[Cell]:
-    found = load_scenarios(TP8 / file)
+def cells(work: Path, file: str, folder: Path = TP8) -> list[Cell]:
+    found = load_scenarios(folder / file)
     return [Cell(one, specs_of(one, work, ["flashinfer"], most_tp=4)) for one in found]
 
 
@@ -57,32 +58,49 @@ def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
         ("stock_flashinfer", ["dp-attention-16k", "dp-attention-32k"]),
         (LIGHTTRANSFER, ["dp-attention-16k"]),
         (LIGHTTRANSFER, ["dp-attention-32k"]),
+        ("stock_flashinfer", ["dp-attention-16k-quick"]),
+        (LIGHTTRANSFER, ["dp-attention-16k-quick"]),
+        ("stock_flashinfer", ["dp-attention-16k-quick-against-tp"]),
         (LIGHTTRANSFER, ["16k-three-quarters"]),
         (LIGHTTRANSFER, ["32k-three-quarters"]),
     ]
 
 
+@pytest.mark.parametrize("file", ["prompt-heavy.yaml", "long-output.yaml"])
+def test_stock_runs_once_for_both_modes(file: str, tmp_path: Path) -> None:
+    starts = plan([cells(tmp_path, file, TP8.parent)], rounds=1)
+    assert [start.spec.side for start in starts] == ["stock", LIGHTTRANSFER, LIGHTTRANSFER]
+    assert len({start.spec.key for start in starts}) == 3
+
+
 def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
-    (one, _) = load_scenarios(TP8 / "2-dp-attention.yaml")
-    specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=("--mem-fraction-static", "0.40"))
-    dp = specs["flashinfer"]
-    assert Path(dp.model).name == "llama-3-70b-qwen3"
-    assert dp.flags[-5:-2] == ("--enable-dp-attention", "--dp-size", "4")
-    # The last one counts.
-    assert {spec.flags[-2:] for spec in specs.values()} == {("--mem-fraction-static", "0.9")}
+    *dp_cases, tp_case = load_scenarios(TP8 / "2-dp-attention.yaml")
+    for one, fraction in zip(dp_cases, ("0.9", "0.9", "0.6"), strict=True):
+        specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=("--mem-fraction-static", "0.40"))
+        dp = specs["flashinfer"]
+        assert Path(dp.model).name == "llama-3-70b-qwen3"
+        assert dp.flags[-5:-2] == ("--enable-dp-attention", "--dp-size", "4")
+        # The last one counts.
+        assert {spec.flags[-2:] for spec in specs.values()} == {("--mem-fraction-static", fraction)}
+    # The same half-lazy server, against stock without DP attention.
+    against_tp = specs_of(tp_case, tmp_path, ["flashinfer"], most_tp=4)
+    quick = specs_of(dp_cases[-1], tmp_path, ["flashinfer"], most_tp=4)
+    assert against_tp[LIGHTTRANSFER] == quick[LIGHTTRANSFER]
+    assert against_tp["flashinfer"].flags == against_tp[LIGHTTRANSFER].flags
     assert prompts_of_a_dp_rank("h200-141", 4, 0.9) == 7
     assert prompts_of_a_dp_rank("h100-80", 8, 0.9) == 3
+    assert prompts_of_a_dp_rank("h200-141", 4, 0.6, tokens=16384) == 6
 
 
-def prompts_of_a_dp_rank(gpu: str, ranks: int, fraction: float) -> int:
-    """32K prompts beside the weights of a rank: attention and the embedding whole, a part of the rest."""
+def prompts_of_a_dp_rank(gpu: str, ranks: int, fraction: float, tokens: int = 32768) -> int:
+    """Prompts beside the weights of a rank: attention and the embedding whole, a part of the rest."""
     model = SHAPES["llama-3-70b-qwen3"]
     shape = shape_from_config(model, "llama-3-70b-qwen3")
     width = 2 * (shape.q_heads + shape.kv_heads) * shape.head_dim
     whole = model["hidden_size"] * (shape.layers * width + model["vocab_size"])
     weights = shape.weight_bytes * (whole + (shape.params - whole) / ranks)
     room = GPUS[gpu].memory * fraction - RESERVE_BYTES - weights
-    return int(room / kv_bytes(shape, 32768 + 128, LazyShare(0, 0)))
+    return int(room / kv_bytes(shape, tokens + 128, LazyShare(0, 0)))
 
 
 def test_rounds_alternate_and_start_everything_again(tmp_path: Path) -> None:
@@ -212,6 +230,21 @@ def test_filling_needs_a_server_that_says_what_it_holds(tmp_path: Path) -> None:
     with serve(Delays(first=0.01, between=0.01)) as url:
         done = run(url, scenario(load=load), tmp_path)
     assert done.code == 2 and "load.fill needs SGLang's /server_info" in done.text
+
+
+def test_only_gpus_that_may_be_used_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server on the CPU of a machine whose GPUs others use is measured as one on a CPU."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=1*) ;; *) echo 70000, 580.1 ;; esac\necho 123, 580.1\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for visible, names in ((None, ("70000", "123")), ("1", ("123",)), ("", ()), ("-1", ())):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert this_machine().gpus == names
+    assert gpu_memory_mib() == []
 
 
 def test_the_commit_of_a_copy_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:

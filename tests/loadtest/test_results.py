@@ -29,7 +29,7 @@ from lt_sglang.loadtest.servers import specs_of
 from lt_sglang.loadtest.session import Session
 from lt_sglang.loadtest.soak import Look, Part, judge, parts
 from lt_sglang.loadtest.wire import Answer, StreamError, read_event
-from lt_sglang.planner.shapes import SHAPES
+from lt_sglang.planner.shapes import GPUS, SHAPES
 
 from .runs import REPOSITORY
 from .runs import scenario as mapping
@@ -59,6 +59,42 @@ def test_bounds_of_table_5_are_the_planner_s() -> None:
     assert found.ratios["decode_tokens_per_second"] == pytest.approx(1.85, abs=0.1)
     # With prefill the gain is smaller, and still one.
     assert 1 < found.ratios["output_throughput"] < found.ratios["decode_tokens_per_second"]
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic"])
+def test_the_bound_of_long_outputs_is_a_run_reckoned_step_by_step(case: str) -> None:
+    """End to end: prompts one after the other, then 8,192 steps whose KV grows by a token a request."""
+    one = next(one for one in load_scenarios(FILES / "long-output.yaml") if one.name.endswith(case))
+    shape, gpu = SHAPES["mistral-7b"], GPUS["h100-80"]
+    config = LightTransferConfig.from_dict(dict(one.engine.lighttransfer)).settle(shape.layers)
+    # 0.4 of an H100's memory.
+    found = bounds(one, shape, config, 1, "h100-80", 142_000, {"chunked_prefill_size": 8192}).ratios
+    bandwidth = 0.8 * gpu.bandwidth
+
+    def rate(requests: int, lazy_layers: int) -> float:
+        token_layer = shape.kv_token_layer(2)
+        work = 2 * shape.params * 2048 + 4 * shape.q_heads * shape.head_dim * (
+            (shape.layers - lazy_layers) * 2048**2 / 2 + lazy_layers * (2048 - 512) * 1024
+        )
+        seconds = requests * work / (0.5 * gpu.flops)
+        for made in range(8192):
+            kept = (shape.layers - lazy_layers) * (2048 + made) + lazy_layers * 1024
+            seconds += (shape.total_weight_bytes + requests * kept * token_layer) / bandwidth
+        return requests * 8192 / seconds
+
+    ours = round(13 * found["requests_running"])
+    assert ours in (22, 23)
+    assert found["output_throughput"] == pytest.approx(rate(ours, 16) / rate(13, 0), rel=0.002)
+    # A memory's worth of requests, and not the 256 that the file allows.
+    assert found["output_throughput"] == pytest.approx(1.7, abs=0.05)
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic"])
+def test_the_bound_of_prompt_heavy_traffic_is_a_gain(case: str) -> None:
+    one = next(one for one in load_scenarios(FILES / "prompt-heavy.yaml") if one.name.endswith(case))
+    config = LightTransferConfig.from_dict(dict(one.engine.lighttransfer)).settle(32)
+    found = bounds(one, SHAPES["mistral-7b"], config, 1, "h100-80", STOCK_TOKENS, {}).ratios
+    assert found["output_throughput"] == pytest.approx(1.26, abs=0.02)
 
 
 def test_an_equal_batch_has_the_same_requests() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lt_sglang.loadtest.session import WARMUP_TOKENS
+
 from .runs import dump, run, scenario
 from .slow_server import Delays, serve
 
@@ -35,6 +37,18 @@ def test_ttft_tpot_and_e2e_are_the_delays_of_the_server(api: str, tmp_path: Path
     # Four users, four requests each, one after the other.
     assert got["duration"] == pytest.approx(4 * (FIRST + (TOKENS - 1) * BETWEEN), abs=0.7)
     assert got["concurrency"] == pytest.approx(4, abs=0.7)
+
+
+def test_a_warm_up_is_short(tmp_path: Path) -> None:
+    """It is one request after the other, in which nothing is measured."""
+    delays = Delays(first=0.01, between=0.001)
+    with serve(delays) as url:
+        load = {"kind": "closed", "users": 1, "requests": 1, "warmup": 2}
+        aborts = {"share": 1.0, "after_tokens": 50}
+        done = run(url, scenario(load=load, traffic={"input": 8, "output": 200}, aborts=aborts), tmp_path)
+    asked = [request["sampling_params"]["max_new_tokens"] for request in delays.requests]
+    assert asked == [WARMUP_TOKENS, WARMUP_TOKENS, 200], dump(done)
+    assert delays.dropped <= 1 and done.summary["aborted"] == 1
 
 
 def test_refused_and_broken_answers_are_errors(tmp_path: Path) -> None:
