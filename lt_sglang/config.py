@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.choices import CHOICES, choose
+from lt_sglang.selection.choices import CHOICES, LIST, choose
 
 MODES = ("static", "dynamic")
 SCORES = ("lighttransfer", "residual-error", "discarded-mass", "error-mass", "squeeze")
+ALL_SCORES = (*SCORES, *CHOICES, LIST)
 DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, section 4.1
@@ -77,7 +78,7 @@ class LightTransferConfig:
     """A validated request for lazy layers.
 
     lazy_layers: sorted layer indices (0-based) that keep only sink + recent tokens; in dynamic mode those of
-        requests whose prompt is too short to tell.
+        requests whose prompt is too short to tell, and of all with the score "list".
     mode: "static": the same layers for every request. "dynamic": found for each request in its prefill.
     sink_tokens: w_sink >= 0, the first tokens of a request every query of a lazy layer sees.
     recent_tokens: w_recent >= 1, the most recent tokens it sees, its own included.
@@ -87,8 +88,10 @@ class LightTransferConfig:
     source: where the configuration came from, for logs and /server_info.
 
     Dynamic mode only:
-    keep: layers that keep full attention, a number from 1 or a share between 0 and 1.
-    score: how a layer's laziness is measured, one of SCORES; one of CHOICES makes a static list of ``keep``.
+    keep: layers that keep full attention, a number from 1 or a share between 0 and 1. None means 0.5, or with
+        the score "list" all that are not in lazy_layers.
+    score: how a layer's laziness is measured, one of SCORES; one of CHOICES makes a static list of ``keep``;
+        "list" takes lazy_layers for every request.
     decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
         chunk that is longer than sink + recent; later chunks already use streaming attention.
     staging_tokens: longest prompt prefix that may wait undecided between chunks (decide: "prompt"); a longer
@@ -103,7 +106,7 @@ class LightTransferConfig:
     expected_tokens: int | None = None
     expected_output_tokens: int | None = None
     source: str = "flags"
-    keep: int | float = DEFAULT_KEEP
+    keep: int | float | None = None
     score: str = DEFAULT_SCORE
     decide: str = DEFAULT_DECIDE
     staging_tokens: int | None = None
@@ -111,9 +114,10 @@ class LightTransferConfig:
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)
-        _check_choice("score", self.score, (*SCORES, *CHOICES))
+        _check_choice("score", self.score, ALL_SCORES)
         _check_choice("decide", self.decide, DECIDE)
-        _check_keep(self.keep)
+        if self.keep is not None:
+            _check_keep(self.keep)
         if self.staging_tokens is not None:
             _check_int("staging_tokens", self.staging_tokens, 1)
         if type(self.check_tables) is not bool:
@@ -177,30 +181,42 @@ class LightTransferConfig:
         """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
 
         Static mode: checks the list. Dynamic mode: a choice that does not look at the prompt becomes a static
-        list; without a list for short prompts, the ends of the stack are lazy ("ends"). Idempotent. Raises
-        LightTransferError.
+        list, but for "list", which needs one; without a list for short prompts, the ends of the stack are
+        lazy ("ends"). Idempotent. Raises LightTransferError.
         """
         if not self.dynamic:
             self.check_model(num_layers)
             return self
-        keep = self.keep if isinstance(self.keep, int) else round(self.keep * num_layers)
+        listed = self.score == LIST
+        if listed:
+            self.check_model(num_layers)
+            if not self.lazy_layers:
+                raise LightTransferError(
+                    f"lazy_layers: the score 'list' needs them, 1 to {num_layers - 1} of the layers 0 to "
+                    f"{num_layers - 1} (--lt-lazy-layers 5-24,26)"
+                )
+        share = self.keep
+        if share is None:
+            share = num_layers - len(self.lazy_layers) if listed else DEFAULT_KEEP
+        keep = share if isinstance(share, int) else round(share * num_layers)
         if self.score == "all":
             keep = 0
         elif not 1 <= keep < num_layers:
             raise LightTransferError(
-                f"keep: {self.keep} of {num_layers} layers is {keep}; dynamic mode needs 1 to "
+                f"keep: {share} of {num_layers} layers is {keep}; dynamic mode needs 1 to "
                 f"{num_layers - 1} (--lt-mode static serves none or all of them lazy)"
             )
         if self.score in CHOICES:
             lazy = choose(self.score, num_layers, keep, seed=0)
             source = f"{self.source}, {self.score} keeping {keep}"
             return replace(
-                self, mode="static", lazy_layers=lazy, source=source, score=DEFAULT_SCORE, keep=DEFAULT_KEEP
+                self, mode="static", lazy_layers=lazy, source=source, score=DEFAULT_SCORE, keep=None
             )
         lazy = self.lazy_layers or choose("ends", num_layers, keep, seed=0)
         if len(lazy) != num_layers - keep:
+            which = "in the list" if listed else "for short prompts"
             raise LightTransferError(
-                f"lazy_layers: {len(lazy)} layers for short prompts, but keep {self.keep} of {num_layers} "
+                f"lazy_layers: {len(lazy)} layers {which}, but keep {share} of {num_layers} "
                 f"leaves {num_layers - keep} lazy; both must agree"
             )
         settled = replace(self, keep=keep, lazy_layers=lazy)

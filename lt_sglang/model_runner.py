@@ -23,6 +23,7 @@ from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
 from lt_sglang.memory.radix import request_id
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.selection import get_score
+from lt_sglang.selection.choices import LIST
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,9 @@ class LightTransferModelRunner(ModelRunner):
             raise LightTransferError(
                 f"model: layers of different shapes {sorted(shapes)} cannot change places"
             )
-        projections, score = projections_of(self.model), get_score(config.score)
-        if score.needs_hidden and len(projections) != len(layers):
+        projections = projections_of(self.model)
+        score = None if config.score == LIST else get_score(config.score)
+        if score is not None and score.needs_hidden and len(projections) != len(layers):
             raise LightTransferError(f"score: {config.score} needs an o_proj beside every attention layer")
         request_rows = self.req_to_token_pool.req_to_token.shape[0]
         sets = LayerSetStore(

@@ -162,28 +162,47 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         keys = torch.cat([before_k, self._rounded(k, query.dtype)])
         values = torch.cat([before_v, self._rounded(v, query.dtype)])
         out = _causal(query, keys, values, prefill.prefix, layer)
-        chunk = LastQueries(query, out, torch.empty(0), hidden)
-        count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
-        with state.stopwatch:
-            chunk = chunk.last(count)
-            lse = _log2_sum(chunk.query, keys, layer)
-            chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
+        chunk = None
+        if state.score is not None:
+            chunk = LastQueries(query, out, torch.empty(0), hidden)
+            count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
+            with state.stopwatch:
+                chunk = chunk.last(count)
+                lse = _log2_sum(chunk.query, keys, layer)
+                chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
         if prefill.kind == Kind.STAGE:
             self._store(rows[prefill.prefix :], k, v)
-            state.tails.keep(number, chunk, first=prefill.prefix == 0)
+            if chunk is not None:
+                state.tails.keep(number, chunk, first=prefill.prefix == 0)
             return out
         with state.stopwatch:
-            last = state.tails.join(number, chunk, prefill.last_queries)
-            positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
-            chosen = torch.tensor(positions, dtype=torch.int32)
-            evidence = single_evidence(
-                state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
-            )
             sets = torch.tensor([prefill.layer_set])
-            state.sets.laziness[sets, number] = state.score.laziness(evidence)
+            if chunk is None:
+                state.sets.laziness[sets, number] = state.listed(number)
+            else:
+                found = self._laziness(prefill, chunk, keys, values, layer)
+                state.sets.laziness[sets, number] = found
             popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
         self._move(index, prefill, number, popped, keys, values)
         return out
+
+    def _laziness(
+        self,
+        prefill: Prefill,
+        chunk: LastQueries,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: RadixAttention,
+    ) -> torch.Tensor:
+        state, number = self._state, layer.layer_id
+        assert state.score is not None
+        last = state.tails.join(number, chunk, prefill.last_queries)
+        positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
+        chosen = torch.tensor(positions, dtype=torch.int32)
+        evidence = single_evidence(
+            state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
+        )
+        return state.score.laziness(evidence)
 
     def _move(
         self,

@@ -45,8 +45,10 @@ and "answer"; it must be longer than sink + recent tokens to count. A run that w
 stopped. Arguments after -- go to SGLang.
 
 With --greedy, layers are made lazy one by one, each time the one that then costs least on the samples' last
-tokens; in transformers, on one device, no engine."""
+tokens; in transformers, on one device, no engine. Costs are those of a list that is cut behind the prompt
+(--lt-mode dynamic --lt-score list); with --windows prefill, of a static list."""
 DEFAULT_COMPARED = 32
+WINDOWS = ("decode", "prefill")
 JOURNAL_SUFFIX = ".samples.jsonl"
 
 
@@ -57,6 +59,9 @@ def run(argv: list[str]) -> int:
     args = _parser().parse_args(rest)
     if args.greedy:
         return _run_greedy(options, args, argv[place + 1 :])
+    for flag, value in (("--windows", args.windows), ("--candidates", args.candidates)):
+        if value is not None:
+            raise LightTransferError(f"{flag}: only with --greedy")
     if args.plots:
         require_matplotlib()  # before the engine starts
     score = options.score or DEFAULT_SCORE
@@ -150,14 +155,17 @@ def _run_greedy(options: LtOptions, args: argparse.Namespace, engine: Sequence[s
     if not 1 <= count < model.layers:
         can = f"1 to {model.layers - 1} can stay full"
         raise LightTransferError(f"--lt-keep: {count} of {model.layers} layers; {can}")
-    costs = Costs(model, [sample.ids for sample in samples], args.greedy, sink + recent)
-    found = greedy_order(model.layers, costs, lambda steps: _progress(steps, len(steps), "layer"))
+    windows, ids = args.windows or WINDOWS[0], [sample.ids for sample in samples]
+    costs = Costs(model, ids, args.greedy, sink + recent, in_prefill=windows == "prefill")
+    found = greedy_order(
+        model.layers, costs, lambda steps: _progress(steps, len(steps), "layer"), args.candidates
+    )
     lazy = found.lazy_layers(count)
     config = LightTransferConfig(
         lazy_layers=lazy,
         sink_tokens=sink,
         recent_tokens=recent,
-        source=f"calibrated greedily on {costs.counted} samples",
+        source=f"calibrated greedily on {costs.counted} samples, windows in {windows}",
     )
     evidence = {
         "model": Path(args.model_path).name,
@@ -165,6 +173,8 @@ def _run_greedy(options: LtOptions, args: argparse.Namespace, engine: Sequence[s
         "data_sha256": sha256_of(data),
         "max_tokens": args.max_tokens,
         "compared": args.greedy,
+        "windows": windows,
+        "candidates": args.candidates,
         "keep": keep,
         "seed": args.seed,
         "samples": costs.counted,
@@ -241,6 +251,17 @@ def _parser() -> Parser:
         const=DEFAULT_COMPARED,
         metavar="N",
         help=f"choose greedily, by the last N tokens of each sample (default {DEFAULT_COMPARED})",
+    )
+    parser.add_argument(
+        "--windows",
+        choices=WINDOWS,
+        help="of --greedy, where lazy layers have them: behind the prompt (default), or in it too",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=_positive,
+        metavar="M",
+        help="of --greedy: try M layers a step, those that added least when last tried; default all",
     )
     parser.add_argument("--device", help="of --greedy: cpu, cuda, ...; a GPU if there is one")
     parser.add_argument("--samples", type=_positive, default=64, help="drawn from the file, default 64")

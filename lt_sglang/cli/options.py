@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.config import (
+    ALL_SCORES,
     CONFIG_KEY,
     DECIDE,
+    DEFAULT_KEEP,
     DYNAMIC_FIELDS,
     MODES,
     SCORES,
@@ -19,7 +21,7 @@ from lt_sglang.config import (
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_known
-from lt_sglang.selection.choices import CHOICES
+from lt_sglang.selection.choices import CHOICES, LIST
 
 HALF = "half"
 
@@ -34,9 +36,11 @@ lazy layers:
   --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory
   --lt-expected-output-tokens N   how many of them are output
 dynamic mode only:
-  --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5)
+  --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5; with --lt-score
+                            list, what it leaves)
   --lt-score NAME           {", ".join(SCORES)};
-                            or a list that does not look at the prompt: {", ".join(CHOICES)}
+                            or a static list that does not look at the prompt: {", ".join(CHOICES)};
+                            or {LIST}: the layers given, after a prefill with full attention in all
   --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill
                             chunk; later chunks are then cheaper
   --lt-staging-tokens N     longest undecided prefix between chunks (default: the expected tokens)
@@ -140,10 +144,11 @@ def resolve_config(
     elif options.lazy_layers is not None:
         changes["lazy_layers"] = parse_layers(options.lazy_layers)
     dynamic = changes.get("mode", base.mode if base is not None else "static") == "dynamic"
+    listed = changes.get("score", base.score if base is not None else None) == LIST
     for name in DYNAMIC_FIELDS:
         if name in changes and not dynamic:
             raise LightTransferError(f"--lt-{name.replace('_', '-')}: only with --lt-mode dynamic")
-    if dynamic and "lazy_layers" not in changes and not (base is not None and base.dynamic):
+    if dynamic and not listed and "lazy_layers" not in changes and not (base is not None and base.dynamic):
         changes["lazy_layers"] = ()  # a static list says nothing of short prompts
     if base is None and "lazy_layers" not in changes:
         if model_config is None and not changes:
@@ -169,9 +174,16 @@ def layer_count(model_config: Mapping[str, Any]) -> int | None:
 def describe(config: LightTransferConfig) -> str:
     """One line for people."""
     expected = f", {config.expected_tokens} tokens expected" if config.expected_tokens else ""
-    if config.dynamic:
+    if config.dynamic and config.score == LIST:
         return (
-            f"dynamic: each request keeps {config.keep} layers full, found by {config.score} at its "
+            f"dynamic: {len(config.lazy_layers)} lazy layers ({short_layers(config.lazy_layers)}), cut at "
+            f"each request's {config.decide.replace('-', ' ')}; {config.sink_tokens} sink + "
+            f"{config.recent_tokens} recent tokens{expected}; from {config.source}"
+        )
+    if config.dynamic:
+        keep = DEFAULT_KEEP if config.keep is None else config.keep
+        return (
+            f"dynamic: each request keeps {keep} layers full, found by {config.score} at its "
             f"{config.decide.replace('-', ' ')}; {config.sink_tokens} sink + {config.recent_tokens} recent "
             f"tokens{expected}; from {config.source}"
         )
@@ -231,7 +243,7 @@ def _typed(flag: str, name: str, value: str) -> str | int | float:
         if not value.isdecimal() or int(value) < low:
             raise LightTransferError(f"{flag}: {value!r} is not an integer from {low}")
         return int(value)
-    allowed = {"mode": MODES, "score": (*SCORES, *CHOICES), "decide": DECIDE, "check_tables": ("on", "off")}
+    allowed = {"mode": MODES, "score": ALL_SCORES, "decide": DECIDE, "check_tables": ("on", "off")}
     if name in allowed and value not in allowed[name]:
         raise LightTransferError(f"{flag}: {value!r} is not one of {', '.join(allowed[name])}")
     if name == "check_tables":

@@ -1,4 +1,7 @@
-"""Scores the layers of a prefill's deciding requests and lets them enter their queues, on the device."""
+"""Scores the layers of a prefill's deciding requests and lets them enter their queues, on the device.
+
+Where every request gets the configured list, nothing is scored: its layers are the lazier ones.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lt_sglang.dynamic.evidence import layer_evidence, selected_positions, singl
 from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.dynamic.state import DynamicState
 from lt_sglang.dynamic.tails import LastQueries
+from lt_sglang.selection.base import Score
 from lt_sglang.selection.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ class Decider:
         self._staged = []
         token = offset = 0
         for plan in prefill.plans:
-            if plan.kind == Kind.STAGE:
+            if plan.kind == Kind.STAGE and self._state.score is not None:
                 self._staged.append((plan, token))
             elif plan.kind == Kind.DECIDE:
                 order.append(plan)
@@ -58,6 +62,8 @@ class Decider:
             return
         sets = [plan.layer_set for plan in order]
         self._sets = torch.tensor(sets, dtype=torch.int32).to(device, non_blocking=True)
+        if self._state.score is None:
+            return
         positions = [order.index(plan) for plan, _ in direct]
         self._together = _Together(self._state, direct, positions, device) if direct else None
         self._alone = [
@@ -101,31 +107,43 @@ class Decider:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> None:
+        state = self._state
+        if state.score is None:
+            listed = state.listed(layer.layer_id)
+            laziness = torch.full((self._deciding,), listed, dtype=torch.float32, device=k.device)
+        else:
+            laziness = self._laziness(state.score, layer, batch, k, v)
+        kernels.queue_step(
+            state.sets.bank_of,
+            state.sets.laziness,
+            self._sets,
+            laziness,
+            prefill.popped,
+            layer.layer_id,
+            state.keep,
+        )
+
+    def _laziness(
+        self, score: Score, layer: RadixAttention, batch: LastQueries, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 [D], by the score."""
         state, number = self._state, layer.layer_id
-        score = torch.empty(self._deciding, dtype=torch.float32, device=k.device)
+        laziness = torch.empty(self._deciding, dtype=torch.float32, device=k.device)
         if self._together is not None:
             evidence = self._together.evidence(layer, batch, k, v)
-            found = state.score.laziness(evidence)
+            found = score.laziness(evidence)
             if self._alone:
-                score[self._together.where] = found
+                laziness[self._together.where] = found
             else:
-                score = found
+                laziness = found
         for index, plan, gathered in self._alone:
             last = state.tails.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
             keys, values = gathered.selected(number, k, v)
             evidence = single_evidence(
                 state, plan, number, last, keys, values, gathered.positions, layer.scaling
             )
-            score[index : index + 1] = state.score.laziness(evidence)
-        kernels.queue_step(
-            state.sets.bank_of,
-            state.sets.laziness,
-            self._sets,
-            score,
-            prefill.popped,
-            number,
-            state.keep,
-        )
+            laziness[index : index + 1] = score.laziness(evidence)
+        return laziness
 
 
 class _Together:

@@ -47,6 +47,7 @@ class DynamicState:
     """Memory, layer tables and score of one rank.
 
     Attributes:
+        score: None if every request gets the configured list.
         projections: by layer, [n, heads * dim] -> [n, hidden], this rank's part of the output projection.
         tails: last queries of the staged request.
         stopwatch: runs while layers are scored and queues popped.
@@ -60,7 +61,7 @@ class DynamicState:
         arena: Arena,
         kv_dtype: torch.dtype,
         sets: LayerSetStore,
-        score: Score,
+        score: Score | None,
         ranks: Ranks,
         projections: dict[int, Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
@@ -93,7 +94,7 @@ class DynamicState:
         Source: sglang/srt/layers/layer_boundary/residual/stream.py. Raises LightTransferError if the model
         does not keep it there, or not whole on every rank.
         """
-        if not self.score.needs_hidden:
+        if self.score is None or not self.score.needs_hidden:
             return None
         stream = getattr(forward_batch, "residual_stream", None)
         residual = None if stream is None else stream.residual
@@ -103,6 +104,10 @@ class DynamicState:
                 "show at the attention layer; use --lt-score lighttransfer or discarded-mass"
             )
         return residual[:tokens]
+
+    def listed(self, layer: int) -> float:
+        """In place of a score: 1 for a layer of the configured list, which queues then pop, else 0."""
+        return float(layer in self.config.lazy_layers)
 
     def finish(self, plans: Sequence[Prefill]) -> None:
         """After a prefill's last layer: check the tables if asked, free the last queries if used."""

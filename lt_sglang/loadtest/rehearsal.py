@@ -9,6 +9,7 @@ from typing import Any
 from lt_sglang.config import format_layers
 from lt_sglang.loadtest.scenario import Engine, Length, Load, Scenario, Traffic
 from lt_sglang.loadtest.shapes import SHAPES
+from lt_sglang.selection.choices import LIST
 
 SHAPE = "tiny"
 # 128K prompts become 2K.
@@ -90,8 +91,8 @@ def _engine(engine: Engine) -> Engine:
 
 
 def _layers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Half of the tiny model's layers lazy, or as many in dynamic mode."""
+    """Half of the tiny model's layers lazy, or as many found in dynamic mode."""
     layers = SHAPES[SHAPE]["num_hidden_layers"]
-    if given.get("mode") == "dynamic":
+    if given.get("mode") == "dynamic" and given.get("score") != LIST:
         return {"keep": layers // 2}
     return {"lazy_layers": format_layers(range(layers // 4, 3 * layers // 4))}

@@ -1,8 +1,10 @@
 """A static list by what lazy layers cost together: greedy, in transformers, on samples of one's traffic.
 
 Layers are made lazy one by one, each time the one that then raises the divergence from full attention least.
-A sample is prefilled once with full attention; only its last tokens are computed again for every choice. The
-model runs in transformers, on one device: an engine cannot change a request's layers that often.
+For a list that is cut behind the prompt a sample is prefilled once with full attention, and only its last
+tokens are computed again for every choice; for a static list, whose layers have their windows in prefill
+too, all of it is. The model runs in transformers, on one device: an engine cannot change a request's layers
+that often.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import torch
 
 from lt_sglang.errors import LightTransferError
 
-AT_ONCE = 32  # choices in one batch, each with a copy of the sample's cache
+AT_ONCE = 32  # choices in one batch, each with a copy of the sample's cache and a mask
 COPIES_BYTES = 4 << 30  # of those copies
+MASK_BYTES = 4  # of a query and key: seen or not, and what sdpa makes of it
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def greedy_order(
     layers: int,
     cost: Callable[[Sequence[tuple[int, ...]]], Sequence[float]],
     progress: Callable[[range], Any] = iter,
+    candidates: int | None = None,
 ) -> GreedyOrder:
     """All layers but one, in the order in which they become lazy; of equals the higher index first.
 
@@ -48,16 +52,21 @@ def greedy_order(
         layers: of the model.
         cost: of several sets of lazy layers.
         progress: wraps the steps.
+        candidates: after the first step, try only as many layers, those that added least when last tried. A
+            dear layer seldom becomes a cheap one, so that most of a step is wasted on them.
     """
     order: list[int] = []
-    divergence = []
-    for _ in progress(range(layers - 1)):
-        left = [layer for layer in range(layers) if layer not in order]
-        costs = cost([tuple(sorted([*order, layer])) for layer in left])
-        least, chosen = min(zip(costs, left, strict=True), key=lambda pair: (pair[0], -pair[1]))
+    divergence = [0.0]
+    added = dict.fromkeys(range(layers), 0.0)  # nats a position, by a layer that is not lazy, when last tried
+    for step in progress(range(layers - 1)):
+        tried = sorted(added, key=lambda layer: (added[layer], -layer))[: candidates if step else None]
+        costs = cost([tuple(sorted([*order, layer])) for layer in tried])
+        least, chosen = min(zip(costs, tried, strict=True), key=lambda pair: (pair[0], -pair[1]))
+        added.update((layer, value - divergence[-1]) for layer, value in zip(tried, costs, strict=True))
+        del added[chosen]
         order.append(chosen)
         divergence.append(float(least))
-    return GreedyOrder(tuple(order), tuple(divergence))
+    return GreedyOrder(tuple(order), tuple(divergence[1:]))
 
 
 class Windowed:
@@ -115,17 +124,23 @@ class Windowed:
         cached: Sequence[tuple[torch.Tensor, torch.Tensor]],
         ids: Sequence[int],
         choices: Sequence[Collection[int]],
+        last: int,
     ) -> torch.Tensor:
-        """Of what follows each of ``ids``: [choices, len(ids), vocabulary], float32."""
+        """Of what follows each of the last ``last`` of ``ids``: [choices, last, vocabulary], float32.
+
+        cached: keys and values of what comes before ``ids``, by layer; empty if nothing does.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache()
         for index, parts in enumerate(cached):
             copies = (part.to(self._model.device).expand(len(choices), -1, -1, -1) for part in parts)
             cache.update(*copies, index)
-        with self._choosing(choices, cached[0][0].shape[2]):
-            fed = self._ids(ids, len(choices))
-            logits = self._model(fed, past_key_values=cache, use_cache=True).logits
+        options: dict[str, Any] = (
+            {"past_key_values": cache, "use_cache": True} if cached else {"use_cache": False}
+        )
+        with self._choosing(choices, cache.get_seq_length()):
+            logits = self._model(self._ids(ids, len(choices)), logits_to_keep=last, **options).logits
         return torch.log_softmax(logits.float(), 2)
 
     def _ids(self, ids: Sequence[int], times: int) -> torch.Tensor:
@@ -136,12 +151,21 @@ class Costs:
     """What choices cost on samples: the mean KL divergence of their last tokens' predictions.
 
     samples: token ids. compared: how many tokens of a sample's end are compared; those before are prefilled.
-    counted: samples long enough for a window to hide anything from their last tokens. Raises
-    LightTransferError if none is.
+    in_prefill: lazy layers have their windows there too, as in static mode; else only behind it. counted:
+    samples long enough for a window to hide anything from their last tokens. Raises LightTransferError if
+    none is.
     """
 
-    def __init__(self, model: Windowed, samples: Sequence[Sequence[int]], compared: int, window: int) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Windowed,
+        samples: Sequence[Sequence[int]],
+        compared: int,
+        window: int,
+        *,
+        in_prefill: bool = False,
+    ) -> None:
+        self._model, self._compared = model, compared
         long = [ids for ids in samples if len(ids) - compared > window]
         if not long:
             raise LightTransferError(
@@ -150,17 +174,19 @@ class Costs:
         self.counted = len(long)
         self._cases = []
         for ids in long:
-            cached, last = model.prefill(ids[:-compared]), ids[-compared:]
-            self._cases.append((cached, last, model.log_probabilities(cached, last, [()])))
+            cached, fed = ([], ids) if in_prefill else (model.prefill(ids[:-compared]), ids[-compared:])
+            self._cases.append((cached, fed, model.log_probabilities(cached, fed, [()], compared)))
 
     def __call__(self, choices: Sequence[tuple[int, ...]]) -> list[float]:
         """Nats a position, of each choice of lazy layers."""
         totals = [0.0] * len(choices)
-        for cached, last, full in self._cases:
-            size = sum(part.nbytes for parts in cached for part in parts)
-            at_once = max(1, min(AT_ONCE, COPIES_BYTES // max(size, 1)))
+        for cached, fed, full in self._cases:
+            keys = len(fed) + (cached[0][0].shape[2] if cached else 0)
+            size = sum(part.nbytes for parts in cached for part in parts) + MASK_BYTES * len(fed) * keys
+            at_once = max(1, min(AT_ONCE, COPIES_BYTES // size))
             for start in range(0, len(choices), at_once):
-                logs = self._model.log_probabilities(cached, last, choices[start : start + at_once])
+                some = choices[start : start + at_once]
+                logs = self._model.log_probabilities(cached, fed, some, self._compared)
                 kl = (full.exp() * (full - logs)).sum(2).mean(1).tolist()
                 for number, value in enumerate(kl):
                     totals[start + number] += value

@@ -55,6 +55,8 @@ _CHOICES: dict[str, Callable[[int, int, int], set[int]]] = {
     "pyramid": _pyramid,
 }
 CHOICES = tuple(_CHOICES)
+# The layers that a configuration names, cut behind each request's prompt; CHOICES become static lists.
+LIST = "list"
 
 
 def choose(name: str, num_layers: int, keep: int, seed: int = 0) -> tuple[int, ...]:

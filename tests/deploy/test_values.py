@@ -14,6 +14,7 @@ import yaml
 from k8s.render import render
 from lt_sglang.config import DECIDE, MODES, SCORES
 from lt_sglang.errors import LightTransferError
+from lt_sglang.selection.choices import LIST
 
 from .chart import CHART, MINIMAL
 
@@ -123,5 +124,5 @@ def test_schema_and_defaults_name_the_same_keys() -> None:
 def test_schema_knows_the_choices_that_exist() -> None:
     known = SCHEMA["properties"]["lightTransfer"]["properties"]
     assert set(known["mode"]["enum"]) == set(MODES)
-    assert set(known["score"]["enum"]) - {None} == set(SCORES)
+    assert set(known["score"]["enum"]) - {None} == {*SCORES, LIST}
     assert set(known["decide"]["enum"]) - {None} == set(DECIDE)

@@ -69,6 +69,7 @@ TENSOR_PARALLEL = "qwen2-tp2"
 SMOLLM2 = "smollm2"
 DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
+DYNAMIC_LIST = "dynamic-list"
 DYNAMIC_TP = "dynamic-tp2"
 DYNAMIC_SMOLLM2 = "dynamic-smollm2"
 
@@ -209,6 +210,15 @@ DYNAMIC_SERVERS = {
             flags=(*REUSE_FLAGS, *TINY_POOL),
             expected=640,
             env=RESTLESS,
+        ),
+        DynamicServer(
+            DYNAMIC_LIST,
+            partial(ensure_model, "qwen2"),
+            3,
+            (0, 3, 5),
+            "list",
+            expected=1000,
+            more={"staging_tokens": LONGEST_PROMPT},
         ),
         DynamicServer(
             DYNAMIC_TP,

@@ -16,7 +16,7 @@ from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
 from .prompts import mixed_prompts, random_prompt
 from .reference import Comparison
 from .server import Reply, Server
-from .specs import CHUNK, DYNAMIC, DYNAMIC_SERVERS, LONGEST_PROMPT, NEW_TOKENS
+from .specs import CHUNK, DYNAMIC, DYNAMIC_LIST, DYNAMIC_SERVERS, LONGEST_PROMPT, NEW_TOKENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(DYNAMIC)]
 
@@ -111,3 +111,38 @@ def test_choices_and_outputs_equal_the_reference(server: Server, reference: Dyna
         assert not reference.same_scores(
             reply.choice["laziness"], reference.scores(prompt, len(prompt) - 1)
         ), "one token less gives the same scores"
+
+
+@pytest.mark.served_by(DYNAMIC_LIST)
+def test_a_given_list_is_cut_behind_the_prompt(server: Server) -> None:
+    """Whole and staged prompts, with full attention in prefill; a repeat inherits; short ones have it too."""
+    lazy = DYNAMIC_SERVERS[DYNAMIC_LIST]
+    # The score plays no part: nothing here asks the reference for a choice.
+    reference = DynamicReference(
+        lazy.model(), lazy.keep, lazy.sinks, lazy.recent, "lighttransfer", lazy.default
+    )
+    rng = random.Random(9)
+    window = lazy.sinks + lazy.recent
+    lengths = (3, window, window + 1, 200, CHUNK, CHUNK + 1, 2 * CHUNK + 30, 900, 1700, LONGEST_PROMPT)
+    asked = [random_prompt(length, rng) for length in lengths]
+    server.flush_cache()
+    replies = server.generate_all(asked, NEW_TOKENS, ask=True)
+    outputs = Comparison(0, 0, [])
+    for prompt, reply in zip(asked, replies, strict=True):
+        long = len(prompt) > window
+        assert reply.cached == 0 and reply.choice is not None
+        assert reply.choice["lazy_layers"] == list(lazy.default)
+        assert reply.choice["origin"] == ("prompt" if long else "default")
+        listed = [float(layer in lazy.default) for layer in range(reference.num_layers)]
+        assert reply.choice["laziness"] == (listed if long else None)
+        reference.compare_output(outputs, prompt, reply.tokens, lazy.default, len(prompt) if long else 0)
+    outputs.assert_equal()
+    # Windows in prefill, as of a static list, would have gone on otherwise; so would no windows at all.
+    for layers, full_rows in ((lazy.default, 0), ((), lengths[-1])):
+        control = Comparison(0, 0, [])
+        reference.compare_output(control, asked[-1], replies[-1].tokens, layers, full_rows)
+        assert control.wrong
+    again = server.generate(asked[-1], 1, ask=True)
+    assert again.choice == {**replies[-1].choice, "origin": "prefix"} and again.cached == lengths[-1] - 1
+    info = server.lighttransfer()
+    assert info["score"] == "list" and info["mode"] == "dynamic" and info["lazy_layers"] == "0,3,5"

@@ -38,11 +38,22 @@ from tests.gpu.run import Run, Step, engine_args, hybrid
 SINKS = 4
 KL_TOKENS, KL_POSITIONS = 4096, 64
 DEMO_LAYERS = "0-3,10-13,16,19,24-25,27-29"
+# By per cent lazy: lt-sglang calibrate on --calibration's samples, in bfloat16 on a CPU (docs/quality.md).
+CALIBRATED = {
+    50: "0-4,9-13,16,25,27-29",
+    65: "0-5,8-13,16,19,22,25-29",
+    75: "0-6,8-13,16,19,21-22,25-29",
+}
 
 
 def dynamic(score: str, keep: float, **more: Any) -> dict[str, Any]:
     """A configuration of dynamic mode."""
     return {"mode": "dynamic", "score": score, "keep": keep, **more}
+
+
+def after_prompt(layers: str) -> dict[str, Any]:
+    """A configuration of dynamic mode with the same list for every prompt."""
+    return {"mode": "dynamic", "score": "list", "lazy_layers": layers}
 
 
 FULL = "full"
@@ -61,10 +72,8 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "residual-50-first-chunk": dynamic("residual-error", 0.5, decide="first-chunk"),
     "residual-65-first-chunk": dynamic("residual-error", 0.35, decide="first-chunk"),
     "static-demo-50": {"lazy_layers": DEMO_LAYERS},
-    # lt-sglang calibrate on --calibration's samples, in bfloat16 on a CPU (docs/quality.md).
-    "static-calibrated-50": {"lazy_layers": "0-4,9-13,16,25,27-29"},
-    "static-calibrated-65": {"lazy_layers": "0-5,8-13,16,19,22,25-29"},
-    "static-calibrated-75": {"lazy_layers": "0-6,8-13,16,19,21-22,25-29"},
+    **{f"static-calibrated-{share}": {"lazy_layers": layers} for share, layers in CALIBRATED.items()},
+    **{f"list-calibrated-{share}": after_prompt(layers) for share, layers in CALIBRATED.items()},
     "squeeze-50": dynamic("squeeze", 0.5),
     "ends-50": dynamic("ends", 0.5),
     "random-50": dynamic("random", 0.5),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lt_sglang.cli.options import resolve_config, take_options
-from lt_sglang.config import CONFIG_KEY
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.rehearsal import rehearsal
 from lt_sglang.loadtest.scenario import Scenario
@@ -62,6 +62,14 @@ def test_a_rehearsal_is_small() -> None:
         small = rehearsal(one)
         assert small.engine.shape == "tiny" and small.engine.tp <= 2
         assert (small.load.requests or 0) <= 6 and (small.load.seconds or 0) <= 20
+
+
+def test_a_rehearsal_of_a_given_list_has_one(tmp_path: Path) -> None:
+    given = {"mode": "dynamic", "score": "list", "lazy_layers": "8-23", "keep": 16}
+    small = rehearsal(load(tmp_path, engine={"shape": "mistral-7b", "lighttransfer": given})).engine
+    layers = SHAPES["tiny"]["num_hidden_layers"]
+    settled = LightTransferConfig.from_dict(small.lighttransfer).settle(layers)
+    assert settled.dynamic and settled.score == "list" and settled.keep == layers // 2
 
 
 def test_cases_are_laid_over_the_file(tmp_path: Path) -> None:

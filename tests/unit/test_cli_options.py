@@ -337,6 +337,28 @@ def test_dynamic_mode_of_a_model_with_a_static_list() -> None:
     assert config.lazy_layers != load_config({}, {}, QWQ).lazy_layers
 
 
+def test_a_list_after_a_full_prefill(tmp_path: Path) -> None:
+    """Named, or a static list from elsewhere, with as many full layers as it leaves."""
+    asked = ("--lt-mode=dynamic", "--lt-score=list")
+    config = resolve_config(options(*asked, "--lt-lazy-layers=1-3,5"), "m", PLAIN, {})
+    assert config is not None and config.dynamic
+    assert config.lazy_layers == (1, 2, 3, 5) and config.keep == 4
+    assert describe(config).startswith("dynamic: 4 lazy layers (1-3,5), cut at each request's prompt")
+    file = tmp_path / "layers.json"
+    file.write_text('{"lighttransfer": {"lazy_layers": "2,4", "recent_tokens": 60}}')
+    config = resolve_config(options(*asked, f"--lt-config={file}"), "m", PLAIN, {})
+    assert config is not None and config.dynamic
+    assert (config.lazy_layers, config.keep, config.recent_tokens) == ((2, 4), 6, 60)
+    known = resolve_config(options(*asked), QWQ, {"num_hidden_layers": 64}, {})
+    assert known is not None and known.lazy_layers == load_config({}, {}, QWQ).lazy_layers
+    with pytest.raises(LightTransferError, match="lazy_layers: none given for m and none known"):
+        resolve_config(options(*asked), "m", PLAIN, {})
+    with pytest.raises(LightTransferError, match="lazy_layers: 4 layers in the list, but keep 2 of 8"):
+        resolve_config(options(*asked, "--lt-lazy-layers=1-3,5", "--lt-keep=2"), "m", PLAIN, {})
+    with pytest.raises(LightTransferError, match="but keep 0.5 of 8 leaves 4 lazy"):
+        resolve_config(options("--lt-mode=dynamic", "--lt-keep=0.5", "--lt-lazy-layers=1"), "m", PLAIN, {})
+
+
 def test_a_choice_that_ignores_the_prompt_is_a_static_list() -> None:
     config = resolve_config(options("--lt-mode=dynamic", "--lt-score=pyramid", "--lt-keep=3"), "m", PLAIN, {})
     assert config is not None and config.mode == "static"

@@ -71,6 +71,20 @@ def test_the_default_for_short_prompts_is_the_ends() -> None:
     assert dynamic(keep=3, lazy_layers="0,2,4").settle(6).lazy_layers == (0, 2, 4)
 
 
+def test_keep_is_half_unless_given() -> None:
+    assert dynamic(keep=None).settle(6) == dynamic().settle(6) == dynamic(keep=0.5).settle(6)
+
+
+@pytest.mark.parametrize("keep", [{}, {"keep": None}, {"keep": 2}, {"keep": 0.34}], ids=str)
+def test_a_given_list_says_how_many_layers_are_full(keep: dict[str, Any]) -> None:
+    """It stays dynamic: static layers would have their windows in prefill too."""
+    settled = dynamic(score="list", lazy_layers="1-3,5", **keep).settle(6)
+    assert settled.dynamic and settled.score == "list"
+    assert settled.lazy_layers == (1, 2, 3, 5) and settled.keep == 2
+    assert settled.settle(6) == settled
+    assert LightTransferConfig.from_dict(json.loads(json.dumps(settled.to_dict()))) == settled
+
+
 @pytest.mark.parametrize("score", CHOICES)
 def test_choices_become_static_lists(score: str) -> None:
     """They do not look at the prompt, so they cost what static mode costs."""
@@ -96,7 +110,6 @@ def test_every_score_exists() -> None:
         ({"keep": 0.0}, "keep: 0.0 is neither"),
         ({"keep": True}, "keep: True is neither"),
         ({"keep": "half"}, "keep: 'half' is neither"),
-        ({"keep": None}, "keep: None is neither"),
         ({"keep": float("nan")}, "keep: nan is neither"),
         ({"keep": 1025}, "keep: 1025 is neither"),
         (
@@ -135,6 +148,14 @@ def test_refused_as_it_is_read(given: dict[str, Any], says: str) -> None:
         ),
         ({"keep": 3, "lazy_layers": "1-4"}, "lazy_layers: 4 layers for short prompts, but keep 3 of 6"),
         ({"keep": 3, "lazy_layers": "4-6"}, "lazy_layers: layer 6 does not exist"),
+        ({"score": "list"}, "lazy_layers: the score 'list' needs them, 1 to 5 of the layers 0 to 5"),
+        ({"score": "list", "lazy_layers": "none"}, "lazy_layers: the score 'list' needs them"),
+        ({"score": "list", "lazy_layers": "4-6"}, "lazy_layers: layer 6 does not exist"),
+        ({"score": "list", "lazy_layers": "0-5"}, "keep: 0 of 6 layers is 0; dynamic mode needs 1 to 5"),
+        (
+            {"score": "list", "lazy_layers": "1,2", "keep": 0.5},
+            "lazy_layers: 2 layers in the list, but keep 0.5 of 6 leaves 3 lazy; both must agree",
+        ),
     ],
     ids=str,
 )
