@@ -42,7 +42,9 @@ class StreamingUser(FastHttpUser):
     def converse(self) -> None:
         """One conversation; nothing if there is none left."""
         session: Session | None = self.environment.lt_session
-        conversation = session.take() if session is not None else None
+        # All begin together, also where one of them was there before.
+        begun = session is not None and self.environment.runner.user_count >= session.scenario.load.users
+        conversation = session.take() if session is not None and begun else None
         if session is None or conversation is None:
             gevent.sleep(IDLE_SECONDS)
         elif session.scenario.load.kind == "closed":
@@ -61,7 +63,9 @@ class ScenarioShape(LoadTestShape):
         session: Session | None = environment.lt_session
         if environment.lt_failed or (session is not None and session.over):
             return None
-        users = environment.lt_scenario.load.users
+        load = environment.lt_scenario.load
+        # How many fit is only known once the server was asked, and locust cuts off users that are too many.
+        users = 1 if load.fill and session is None else load.users
         return users, users
 
 

@@ -22,6 +22,7 @@ CALIBRATION = (64, 512)
 WARMUP_SEED = 1_000_003
 # One request decodes alone: 8K tokens would be a minute in which nothing is measured.
 WARMUP_TOKENS = 16
+CUT_OFF = "cut off: the user that sent it was stopped before its end"
 
 
 class Session:
@@ -103,9 +104,17 @@ class Session:
         self._sleep(max(0.0, conversation.at - (time.perf_counter() - self._began)))
 
     def play(self, client: Any, conversation: Conversation) -> None:
-        """Send every turn of a conversation that was taken."""
+        """Send every turn of a conversation that was taken; stopping its user meanwhile is an error."""
+        start = time.perf_counter() - self._began
         try:
             self.samples += self._play(client, conversation)
+        except BaseException:
+            spent = time.perf_counter() - self._began - start
+            cut = Sample(
+                conversation.index, 0, conversation.kind, ERROR, start, spent, None, 0, 0, error=CUT_OFF
+            )
+            self.samples.append(cut)
+            raise
         finally:
             self._in_flight -= 1
 

@@ -17,12 +17,14 @@ class Delays:
     """Seconds before the first token and between tokens; what the server saw.
 
     fail_every: every so many requests the answer is 500. break_every: the connection ends after one token.
+    info: what /server_info answers.
     """
 
     first: float = 0.2
     between: float = 0.03
     fail_every: int = 0
     break_every: int = 0
+    info: dict[str, Any] | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
 
@@ -36,7 +38,14 @@ def serve(delays: Delays) -> Iterator[str]:
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            self.send_error(404)
+            if delays.info is None or self.path != "/server_info":
+                self.send_error(404)
+                return
+            body = json.dumps(delays.info).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -23,7 +23,7 @@ from lt_sglang.planner.capacity import RESERVE_BYTES
 from lt_sglang.planner.roofline import LazyShare, kv_bytes
 from lt_sglang.planner.shapes import GPUS, shape_from_config
 
-from .runs import REPOSITORY, run, scenario, write
+from .runs import REPOSITORY, dump, run, scenario, write
 from .slow_server import Delays, serve
 
 TP8 = REPOSITORY / "loadtest" / "scenarios" / "tp8"
@@ -230,6 +230,17 @@ def test_filling_needs_a_server_that_says_what_it_holds(tmp_path: Path) -> None:
     with serve(Delays(first=0.01, between=0.01)) as url:
         done = run(url, scenario(load=load), tmp_path)
     assert done.code == 2 and "load.fill needs SGLang's /server_info" in done.text
+
+
+def test_filling_sends_what_fits_and_waits_for_all_of_it(tmp_path: Path) -> None:
+    """Users beyond it must not even start: stopped later, they would take their answers with them."""
+    load = {"kind": "closed", "users": 200, "requests": 200, "warmup": 1, "fill": True}
+    delays = Delays(first=0.5, between=0.1, info=server(memory_usage={"token_capacity": 5 * (8 + 30)}))
+    with serve(delays) as url:
+        done = run(url, scenario(load=load, traffic={"input": 8, "output": 30}), tmp_path)
+    assert done.code == 0, dump(done)
+    assert done.summary["completed"] == 5 and done.summary["errors"] == 0
+    assert len(delays.requests) == 6 and not delays.dropped
 
 
 def test_only_gpus_that_may_be_used_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

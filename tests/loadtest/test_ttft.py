@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gevent import GreenletExit
 
-from lt_sglang.loadtest.session import WARMUP_TOKENS
+from lt_sglang.loadtest.scenario_file import load_scenarios
+from lt_sglang.loadtest.session import WARMUP_TOKENS, Session
 
-from .runs import dump, run, scenario
+from .runs import dump, run, scenario, write
 from .slow_server import Delays, serve
 
 FIRST, BETWEEN, TOKENS = 0.30, 0.05, 12
@@ -49,6 +52,22 @@ def test_a_warm_up_is_short(tmp_path: Path) -> None:
     asked = [request["sampling_params"]["max_new_tokens"] for request in delays.requests]
     assert asked == [WARMUP_TOKENS, WARMUP_TOKENS, 200], dump(done)
     assert delays.dropped <= 1 and done.summary["aborted"] == 1
+
+
+def test_an_answer_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    (one,) = load_scenarios(write(tmp_path, scenario(load={"kind": "closed", "users": 1, "requests": 1})))
+    session = Session(one, "http://127.0.0.1:9", lambda _: None)
+
+    class Stopped:
+        def post(self, *_: Any, **__: Any) -> None:
+            raise GreenletExit
+
+    taken = session.take()
+    assert taken is not None
+    with pytest.raises(GreenletExit):
+        session.play(Stopped(), taken)
+    assert [sample.status for sample in session.samples] == ["error"]
+    assert session.samples[0].error.startswith("cut off") and session.over
 
 
 def test_refused_and_broken_answers_are_errors(tmp_path: Path) -> None:
