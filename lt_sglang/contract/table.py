@@ -172,6 +172,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "output_ids",
         "extra_key",
         "cache_salt",
+        "decode_batch_idx",
         "finished",
         "extend_end",
         "sampling_params",

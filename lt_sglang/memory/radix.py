@@ -105,10 +105,16 @@ class LightTransferRadixCache(UnifiedRadixCache):
         super().checkpoint(req, up_to=up_to, **kwargs)
 
     def evict_sliding_windows(self, req: Req, pre_len: int, *, eviction_interval: int = 1) -> None:
-        """As UnifiedRadixCache; slides only once the sinks are safe."""
+        """As UnifiedRadixCache; slides only once the sinks are safe, and lets the prompt's window go.
+
+        SGLang does the latter only if SGLANG_OPT_RELEASE_PREFILL_SWA is set (ScheduleBatch.maybe_evict_swa):
+        without it a request holds two windows to its end, and long outputs do not fit the streaming pool.
+        """
         if pre_len > self._kept_tokens and not self._keep_sinks(req):
             return
         super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
+        if req.decode_batch_idx >= self._kept_tokens:
+            self.release_swa_prefix_lock(req)
 
     def release_swa_prefix_lock(self, req: Req) -> None:
         """As UnifiedRadixCache, once the sinks are safe."""

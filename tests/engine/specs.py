@@ -46,12 +46,11 @@ REUSE_FLAGS = (
     *("--max-running-requests", "32"),
     *("--context-length", "4096"),
 )
-# Admission reckons with 16 new tokens a request, so that decode runs out of memory; windows slide at every
-# step instead of every 128; and a request that has left its prompt's window gives that back.
+# Admission reckons with 16 new tokens a request, so that decode runs out of memory; and windows slide at
+# every step instead of every 128.
 RESTLESS = {
     "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
     "SGLANG_SWA_EVICTION_INTERVAL": "1",
-    "SGLANG_OPT_RELEASE_PREFILL_SWA": "1",
 }
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
 # That makes pools of a million tokens, too many to look through after every step.

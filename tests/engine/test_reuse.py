@@ -7,6 +7,7 @@ there are fewer sink sets than windows, so that sets are refused and evicted.
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,17 @@ def test_prefixes_grow_and_diverge(ask) -> None:
     ask([trunk])
     assert all(reply.cached > 0 for reply in ask(forks))
     ask(forks[::-1])
+
+
+@reuse
+def test_a_long_output_holds_one_window(server: Server, ask) -> None:
+    """The prompt's window is free to be evicted once the output has left it; stock keeps it to the end."""
+    server.flush_cache()
+    before = len(server.log_text())
+    ask([random_prompt(120, random.Random(6))], new_tokens=200)
+    lines = re.findall(r"Decode batch.*#swa token: (\d+)", server.log_text()[before:])
+    assert len(lines) > 2, "decode is logged every 40 tokens"
+    assert int(lines[-1]) <= LAZY_SERVERS[REUSE].recent + 4, lines
 
 
 @reuse
