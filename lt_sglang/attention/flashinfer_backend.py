@@ -331,7 +331,7 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
         # FA3's dense kernel for all layers, where FlashInfer has it and a copy of the tokens is small.
         fa3 = use_ragged and backend.prefix.kernels(self) == "fa3"
         whole_rows = prefix_rows = window_rows = None
-        if fa3 and fits(sum(lengths)):
+        if fa3 and fits(self, sum(lengths)):
             backend.whole.plan(self, extends, lengths)
             whole_rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
         elif not use_ragged:
@@ -347,7 +347,7 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
         before = windows.recent_tokens - 1
         spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
         _, rows = slots(prefix_lens.clamp(min=before) - before, seq_lens, sum(spans))
-        if fa3 and fits(sum(spans)):
+        if fa3 and fits(self, sum(spans)):
             backend.window.plan(self, extends, spans)
             window_rows = rows
         else:

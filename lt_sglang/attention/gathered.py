@@ -13,14 +13,19 @@ from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
 from lt_sglang.attention.flashinfer_plans import plan_ragged
 
-# More tokens in one batch are read where they are: a copy of one layer of them would take
-# hundreds of MB beside the KV pools (65,536 tokens, 8 KV heads of 128, bfloat16: 268 MB).
-GATHER_TOKENS = 65536
+# K and V of one layer of a batch; more is read where it is. A copy takes memory beside the KV pools, which
+# SGLang did not reckon with. 65,536 tokens of 8 KV heads of 128.
+GATHER_BYTES = 1 << 28
+_ELEMENT_BYTES = 2  # FA3 reads float16 and bfloat16
 
 
-def fits(tokens: int) -> bool:
-    """Whether a batch's ``tokens`` are few enough to be copied, layer by layer."""
-    return tokens <= GATHER_TOKENS
+def fits(updater: Any, tokens: int) -> bool:
+    """Whether a batch's ``tokens`` are few enough to be copied, layer by layer.
+
+    updater: SGLang's indices updater, for the heads of this rank.
+    """
+    row_bytes = 2 * int(updater.num_kv_heads) * int(updater.head_dim) * _ELEMENT_BYTES
+    return tokens * row_bytes <= GATHER_BYTES
 
 
 class GatheredAttention:

@@ -51,7 +51,7 @@ class PrefixAttention:
 
         updater: SGLang's indices updater, for heads and dtypes. Some prefix must be longer than 0.
         """
-        self._gather = self.kernels(updater) == "fa3" and fits(sum(prefixes))
+        self._gather = self.kernels(updater) == "fa3" and fits(updater, sum(prefixes))
         if self._gather:
             plan_ragged(updater, self._dense, extends, over=prefixes, causal=False)
         else:

@@ -284,7 +284,8 @@ class World:
         monkeypatch.setattr(
             prefix.flashinfer_prefill, "determine_attention_backend", lambda *_, **__: self.kernels
         )
-        monkeypatch.setattr(gathered, "GATHER_TOKENS", {5: 0, 7: 90}.get(seed, 65536))
+        row_bytes = 2 * KV_HEADS * DIM * 2
+        monkeypatch.setattr(gathered, "GATHER_BYTES", {5: 0, 7: 90}.get(seed, 65536) * row_bytes)
         torch.manual_seed(seed)
         rng = random.Random(seed)
         self.full = iter(rng.sample(range(1, FULL + 1), FULL))

@@ -147,11 +147,12 @@ def test_fa3_gathers_for_all_layers() -> None:
 def test_fa3_does_not_copy_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = sum(len(rows) for rows in windows_of(plan(PREFIXES, use_ragged=True)[0]))
     assert windows < sum(LENGTHS)
-    monkeypatch.setattr(gathered, "GATHER_TOKENS", windows)
+    row_bytes = 2 * 2 * 16 * 2  # of both, 2 KV heads of 16
+    monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes)
     _, ragged, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
     assert backend.prefill.whole_rows is None and backend.prefix.planned and hasattr(ragged, "given")
     assert backend.prefill.window_rows is not None and not hasattr(paged[LAZY], "given")
-    monkeypatch.setattr(gathered, "GATHER_TOKENS", windows - 1)
+    monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes - 1)
     *_, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
     assert backend.prefill.window_rows is None and hasattr(paged[LAZY], "given")
 
