@@ -157,7 +157,8 @@ class PrefillPlanner:
         if windowed:
             before = windows.recent_tokens - 1
             firsts = [max(prefix - before, 0) for prefix in prefixes]
-            calls["lazy"] = self._call(LAZY, plans, given, firsts, ends, before, ~full if fa3 else None)
+            gathered = fa3 and fits(updater, sum(ends) - sum(firsts))
+            calls["lazy"] = self._call(LAZY, plans, given, firsts, ends, before, ~full if gathered else None)
         if windowed and (not fa3 or fits(updater, sum(ends))):
             calls["full"] = self._call(FULL, plans, given, [0] * len(plans), ends, -1, full if fa3 else None)
         else:
@@ -261,7 +262,7 @@ class PrefillPlanner:
         spans = [end - first for first, end in zip(firsts, ends, strict=True)]
         backend = self._backend
         updater = backend.indices_updater_prefill
-        if fa3 is not None and fits(updater, sum(spans)):
+        if fa3 is not None:
             attention = (backend.window, backend.whole)[index]
             attention.plan(updater, extends, spans)
             rows = self._lists(plans, given, firsts, ends, EVERY).rows.view(len(fa3), -1)
