@@ -23,14 +23,10 @@ def run(argv: list[str]) -> int:
     from lt_sglang.loadtest.bench import Bench, Settings
     from lt_sglang.loadtest.machine import this_machine
     from lt_sglang.loadtest.rehearsal import rehearsal
-    from lt_sglang.loadtest.scenario import Scenario
-    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+    from lt_sglang.loadtest.scenario_file import load_scenarios, pick_cases
 
     files = [file for path in args.scenarios for file in scenario_files(path)]
-    groups: list[list[Scenario]] = []
-    for file in files:
-        found = load_scenarios(file)
-        groups.append([pick(found, name) for name in args.case] or list(found))
+    groups = [list(found) for found in pick_cases([load_scenarios(file) for file in files], args.case)]
     if args.rehearse:
         groups = [[rehearsal(one) for one in group] for group in groups]
     # A server is started once for all scenarios of a group that need it; where time may run out, files are
@@ -76,7 +72,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenarios", nargs="+", type=Path, help="scenario files, or folders of them")
-    parser.add_argument("--case", action="append", default=[], help="only this case of a file; repeatable")
+    parser.add_argument(
+        "--case", action="append", default=[], help="only this case, of every file that has it; repeatable"
+    )
     parser.add_argument(
         "--rehearse",
         action="store_true",

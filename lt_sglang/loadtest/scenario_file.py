@@ -7,7 +7,7 @@ that is laid over the file's own, and its ``name`` is appended.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,33 @@ def load_scenarios(path: Path) -> tuple[Scenario, ...]:
 
 def pick(scenarios: tuple[Scenario, ...], name: str | None) -> Scenario:
     """The scenario ``name``, given whole or without the file's own part; the only one if name is None."""
-    found = [one for one in scenarios if name in (None, one.name) or one.name.endswith(f"-{name}")]
+    found = [one for one in scenarios if name is None or _is_case(one, name)]
     if len(found) != 1:
         names = ", ".join(one.name for one in scenarios)
         raise LightTransferError(f"--case {name or 'missing'}: must be one of {names}")
     return found[0]
+
+
+def pick_cases(files: Sequence[tuple[Scenario, ...]], names: Sequence[str]) -> list[tuple[Scenario, ...]]:
+    """Of each file the scenarios that one of ``names`` picks, as in `pick`; all of them without names.
+
+    Raises LightTransferError if a name picks nothing, or two of one file.
+    """
+    if not names:
+        return list(files)
+    everything = tuple(one for scenarios in files for one in scenarios)
+    picked: list[tuple[Scenario, ...]] = [() for _ in files]
+    for name in names:
+        having = [i for i, scenarios in enumerate(files) if any(_is_case(one, name) for one in scenarios)]
+        if not having:
+            pick(everything, name)
+        for i in having:
+            picked[i] += (pick(files[i], name),)
+    return [scenarios for scenarios in picked if scenarios]
+
+
+def _is_case(scenario: Scenario, name: str) -> bool:
+    return name == scenario.name or scenario.name.endswith(f"-{name}")
 
 
 def as_mapping(scenario: Scenario) -> dict[str, Any]:

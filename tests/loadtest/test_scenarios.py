@@ -13,7 +13,7 @@ from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest.rehearsal import rehearsal
 from lt_sglang.loadtest.scenario import Scenario
-from lt_sglang.loadtest.scenario_file import as_mapping, load_scenarios, pick
+from lt_sglang.loadtest.scenario_file import as_mapping, load_scenarios, pick, pick_cases
 from lt_sglang.loadtest.shapes import SHAPES
 
 from .runs import REPOSITORY, scenario, write
@@ -81,6 +81,17 @@ def test_cases_are_laid_over_the_file(tmp_path: Path) -> None:
     for name in (None, "c"):
         with pytest.raises(LightTransferError, match="small-a, small-b"):
             pick(found, name)
+
+
+def test_cases_are_picked_over_files(tmp_path: Path) -> None:
+    one = load_scenarios(write(tmp_path, scenario(cases=[{"name": "a"}, {"name": "b"}])))
+    two = load_scenarios(write(tmp_path, scenario(name="big", cases=[{"name": "b"}, {"name": "c"}])))
+    assert pick_cases([one, two], []) == [one, two]
+    assert pick_cases([one, two], ["a"]) == [one[:1]]
+    assert pick_cases([one, two], ["c", "b"]) == [one[1:], two[::-1]]
+    assert pick_cases([one, two], ["big-b"]) == [two[:1]]
+    with pytest.raises(LightTransferError, match="--case d: must be one of small-a, small-b, big-b, big-c"):
+        pick_cases([one, two], ["a", "d"])
 
 
 @pytest.mark.parametrize(
