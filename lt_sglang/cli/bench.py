@@ -22,13 +22,13 @@ def run(argv: list[str]) -> int:
     check_installed()
     from lt_sglang.loadtest.bench import Bench, Settings
     from lt_sglang.loadtest.machine import this_machine
-    from lt_sglang.loadtest.rehearsal import rehearsal
+    from lt_sglang.loadtest.rehearsal import RANKS, rehearsal
     from lt_sglang.loadtest.scenario_file import load_scenarios, pick_cases
 
     files = [file for path in args.scenarios for file in scenario_files(path)]
     groups = [list(found) for found in pick_cases([load_scenarios(file) for file in files], args.case)]
     if args.rehearse:
-        groups = [[rehearsal(one) for one in group] for group in groups]
+        groups = [[rehearsal(one, args.tp_size or RANKS) for one in group] for group in groups]
     # A server is started once for all scenarios of a group that need it; where time may run out, files are
     # finished one by one.
     if args.budget_s is None:
@@ -78,8 +78,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="a tiny model, short lengths and few requests: tries scenario files on a machine without GPUs; "
-        "its figures mean nothing and go to the folder of --work",
+        help="a tiny model, short lengths, few requests and at most 2 ranks (or --tp-size): tries scenario "
+        "files on a machine without GPUs; its figures mean nothing and go to the folder of --work",
     )
     parser.add_argument(
         "--baseline",

@@ -40,10 +40,9 @@ examples:
   lt-sglang serve --model-path ./mistral-7b --lt-lazy-layers 8-23 --lt-expected-tokens 16384 --port 30000
   lt-sglang serve"""
 
-# Half of SmolLM2's 30 layers: those whose attention output changes least without the middle of a prompt (the
-# largest error relative to the residual stream, over the last 32 queries of three passkey prompts). What they
-# cost is in docs/quality.md (static-demo-50 of tests/gpu/quality.py).
-DEMO_LAZY_LAYERS = "0-3,10-13,16,19,24-25,27-29"
+# Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
+# docs/quality.md (static-greedy-50 of tests/gpu/quality.py).
+DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
 # Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
 DEMO_ARGS = (
     ("--max-total-tokens", "32768"),

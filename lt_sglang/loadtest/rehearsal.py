@@ -16,6 +16,7 @@ SHAPE = "tiny"
 FACTOR = 1 / 64
 LONGEST = 4000
 REQUESTS = 6
+RANKS = 2
 SECONDS = 20.0
 SINK, RECENT = 4, 60
 FLAGS = (
@@ -24,8 +25,8 @@ FLAGS = (
 )
 
 
-def rehearsal(scenario: Scenario) -> Scenario:
-    """The same scenario with a tiny model, 1/64 of the lengths, 6 requests and at most 2 ranks.
+def rehearsal(scenario: Scenario, most_tp: int = RANKS) -> Scenario:
+    """The same scenario with a tiny model, 1/64 of the lengths, 6 requests and at most ``most_tp`` ranks.
 
     Flags of the scenario's own are left out, but for those of one side only; gates are, too.
     """
@@ -35,7 +36,7 @@ def rehearsal(scenario: Scenario) -> Scenario:
         load=_load(scenario.load),
         traffic=tuple(_traffic(kind) for kind in scenario.traffic),
         gates=(),
-        engine=_engine(scenario.engine),
+        engine=_engine(scenario.engine, most_tp),
     )
 
 
@@ -73,7 +74,7 @@ def _scaled(tokens: int) -> int:
     return max(1, min(LONGEST, round(tokens * FACTOR)))
 
 
-def _engine(engine: Engine) -> Engine:
+def _engine(engine: Engine, most_tp: int) -> Engine:
     given = dict(engine.lighttransfer)
     own: dict[str, Any] = {
         name: given[name] for name in ("mode", "score", "decide", "check_tables") if name in given
@@ -84,7 +85,7 @@ def _engine(engine: Engine) -> Engine:
         engine,
         shape=SHAPE,
         baseline_shape=None,
-        tp=min(engine.tp, 2),
+        tp=min(engine.tp, most_tp),
         lighttransfer={**own, **_layers(given), "sink_tokens": SINK, "recent_tokens": RECENT},
         flags=FLAGS,
     )

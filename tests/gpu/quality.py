@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lt_sglang.cli.serve import DEMO_LAZY_LAYERS
 from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.quality.divergence import Divergence, divergence
 from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
@@ -37,13 +38,20 @@ from tests.gpu.run import Run, Step, engine_args, hybrid
 
 SINKS = 4
 KL_TOKENS, KL_POSITIONS = 4096, 64
-DEMO_LAYERS = "0-3,10-13,16,19,24-25,27-29"
 # By per cent lazy: lt-sglang calibrate on --calibration's samples, in bfloat16 on a CPU (docs/quality.md).
 CALIBRATED = {
     50: "0-4,9-13,16,25,27-29",
     65: "0-5,8-13,16,19,22,25-29",
     75: "0-6,8-13,16,19,21-22,25-29",
 }
+# The same with --greedy 32 --windows prefill --candidates 8, on a GPU.
+GREEDY = {
+    50: DEMO_LAZY_LAYERS,
+    65: "0-6,8-13,16,19,22,25,27-29",
+    75: "0-6,8-13,15-16,19,22,24-25,27-29",
+}
+# By layers that stay full: --greedy 32, behind the prompt.
+GREEDY_AFTER = {4: "0-6,8-16,19-22,24-29", 3: "0-6,8-17,19-22,24-29"}
 
 
 def dynamic(score: str, keep: float, **more: Any) -> dict[str, Any]:
@@ -71,9 +79,11 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "mass-75": dynamic("discarded-mass", 0.25),
     "residual-50-first-chunk": dynamic("residual-error", 0.5, decide="first-chunk"),
     "residual-65-first-chunk": dynamic("residual-error", 0.35, decide="first-chunk"),
-    "static-demo-50": {"lazy_layers": DEMO_LAYERS},
     **{f"static-calibrated-{share}": {"lazy_layers": layers} for share, layers in CALIBRATED.items()},
     **{f"list-calibrated-{share}": after_prompt(layers) for share, layers in CALIBRATED.items()},
+    **{f"static-greedy-{share}": {"lazy_layers": layers} for share, layers in GREEDY.items()},
+    **{f"list-greedy-keep-{keep}": after_prompt(layers) for keep, layers in GREEDY_AFTER.items()},
+    **{f"residual-keep-{keep}": dynamic("residual-error", keep) for keep in GREEDY_AFTER},
     "squeeze-50": dynamic("squeeze", 0.5),
     "ends-50": dynamic("ends", 0.5),
     "random-50": dynamic("random", 0.5),

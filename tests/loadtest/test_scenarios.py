@@ -62,6 +62,7 @@ def test_a_rehearsal_is_small() -> None:
         small = rehearsal(one)
         assert small.engine.shape == "tiny" and small.engine.tp <= 2
         assert (small.load.requests or 0) <= 6 and (small.load.seconds or 0) <= 20
+        assert rehearsal(one, 8).engine.tp == one.engine.tp
 
 
 def test_a_rehearsal_of_a_given_list_has_one(tmp_path: Path) -> None:
