@@ -47,19 +47,26 @@ def helm() -> Path:
     return Path(found) if found else folder("helm4") / "helm"
 
 
-def render(values: Sequence[Path], sets: Sequence[str] = (), program: Path | None = None) -> str:
+def render(
+    values: Sequence[Path],
+    sets: Sequence[str] = (),
+    program: Path | None = None,
+    chart: Path = CHART,
+    upgrade: bool = False,
+) -> str:
     """The manifests of the chart with ``values``; raises LightTransferError with Helm's message.
 
-    ``helm test``'s pod is left out: kubectl would run it at once.
+    ``helm test``'s pod is left out: kubectl would run it at once. upgrade: as `helm upgrade` renders it.
     """
     command = [
         str(program or helm()),
         "template",
         RELEASE,
-        str(CHART),
+        str(chart),
         "--namespace",
         NAMESPACE,
         "--skip-tests",
+        *(["--is-upgrade"] if upgrade else []),
     ]
     for file in values:
         command += ["--values", str(file)]

@@ -139,6 +139,7 @@ def _strict(schema: Any) -> Any:
 __all__ = [
     "CHART",
     "KUBERNETES",
+    "MINIMAL",
     "VALUES",
     "container",
     "faults",

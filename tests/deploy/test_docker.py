@@ -44,6 +44,15 @@ def test_user_is_the_charts() -> None:
     assert "runAsUser: 10001" in names
 
 
+def test_manifests_name_files_of_the_image() -> None:
+    """What a manifest takes from the image's own folder, the image has."""
+    files = [*(ROOT / "k8s").rglob("*.yaml"), *(ROOT / "deploy").rglob("*.yaml")]
+    named = {
+        path for file in files for path in re.findall(r"/opt/[\w./-]+", file.read_text(encoding="utf-8"))
+    }
+    assert [path for path in named if path not in DOCKERFILE] == []
+
+
 def test_only_the_tools_that_an_engine_needs_stay() -> None:
     """SGLang compiles its activation, norm and rope kernels as it starts, so nvcc and g++ are needed."""
     import sglang.kernels.ops.activation.activation as activation

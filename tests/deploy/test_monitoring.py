@@ -77,7 +77,9 @@ def test_unit_tests_notice_alerts_that_never_fire(promtool: Path, tmp_path: Path
         ('event!="evicted"', 'event=~".+"'),
         ('result="different"', 'result=~".+"'),
         ('result="different"}[1h]', 'result="different"}[5m]'),
-        ('unless max_over_time(up{job="lt-sglang"}[1h]) == 1', ""),
+        ('unless max_over_time(up{job="lt-sglang",elastic=""}[1d]) == 1', ""),
+        ('elastic=""', 'elastic=~".*"'),
+        ('is_streaming="true"', 'is_streaming=~".*"'),
     ],
 )
 def test_unit_tests_notice_an_alert_that_fires_too_soon(

@@ -108,4 +108,6 @@ def test_cluster_has_room_and_time() -> None:
     monitor = next(item for item in MANIFESTS if item["kind"] == "PodMonitor")
     scraped = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     assert scraped == {port["name"] for port in worker["ports"]}
+    for endpoint in monitor["spec"]["podMetricsEndpoints"][1:]:
+        assert endpoint["relabelings"] == [{"targetLabel": "elastic", "replacement": "true"}]
     assert SERVICE["spec"]["upgradeStrategy"] == {"type": "None"}, "there are no GPUs for a second cluster"

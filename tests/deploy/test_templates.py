@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from .chart import CHART, container, flags, kinds, one, template
+from k8s.render import render
+
+from .chart import CHART, MINIMAL, container, flags, kinds, objects, one, template
 
 LWS = ("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2", "engine.tensorParallel=16")
 ENGINE = "lt-sglang-engine"
@@ -181,16 +185,45 @@ def test_models_job() -> None:
     found = template("model.name=me/My-Model", "model.revision=v2")
     job = one(found, "Job")
     env = {item["name"]: item.get("value") for item in container(job)["env"]}
-    assert env["TARGET"] == "/models/v2/My-Model"
+    assert env["TARGET"] == "/models/v2/me/My-Model", "another owner's is another model"
     deployment = one(found, "Deployment", ENGINE)
     assert flags(container(deployment))["--model-path"] == env["TARGET"]
     (wait,) = pod(deployment)["initContainers"]
-    assert wait["args"][1] == "/models/v2/My-Model/.complete"
-    other = one(template("model.name=me/My-Model", "model.revision=v3"), "Job")
-    assert other["metadata"]["name"] != job["metadata"]["name"], "a Job cannot be changed"
+    assert wait["args"][1] == "/models/v2/me/My-Model/.complete"
+    changes = (
+        "model.revision=v3",
+        "modelCache.downloadMemory=9Gi",
+        "model.tokenSecret.name=hub",
+        "image.tag=new",
+    )
+    names = {one(template("model.name=me/My-Model", change), "Job")["metadata"]["name"] for change in changes}
+    assert len({*names, job["metadata"]["name"]}) == 5, "a Job cannot be changed"
     mine = template("modelCache.existingClaim=mine", "model.path=/models/mine")
     assert "Job" not in kinds(mine)
     assert "initContainers" not in pod(one(mine, "Deployment", ENGINE))
+
+
+def test_models_are_there_before_an_upgrade_begins() -> None:
+    """A hook that Helm waits for: the same pod as the Job's, which then finds the model."""
+    upgraded = objects(render([], MINIMAL, upgrade=True))
+    job, hook = (item for item in upgraded if item["kind"] == "Job")
+    assert hook["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade"
+    assert hook["spec"] == job["spec"] and "annotations" not in job["metadata"]
+    assert hook["metadata"]["name"] == f"{job['metadata']['name']}-before"
+
+
+def test_pods_do_not_change_with_the_chart(tmp_path: Path) -> None:
+    """Another version of the chart does not start engines again, nor ask for another download."""
+    other = tmp_path / "chart"
+    shutil.copytree(CHART, other)
+    chart = other / "Chart.yaml"
+    chart.write_text(re.sub(r"(?m)^version: .*", "version: 99.0.0", chart.read_text(encoding="utf-8")))
+    changed = objects(render([], MINIMAL, chart=other))
+    for mine, theirs in zip(template(), changed, strict=True):
+        assert mine["metadata"]["name"] == theirs["metadata"]["name"]
+        assert mine["metadata"]["labels"] != theirs["metadata"]["labels"]
+        if mine["kind"] in ("Deployment", "Job"):
+            assert mine["spec"] == theirs["spec"]
 
 
 def test_models_job_script(tmp_path: Path) -> None:
@@ -208,7 +241,8 @@ def test_models_job_script(tmp_path: Path) -> None:
 
     assert run(f"mkdir -p {target}; exit 1") != 0
     assert not (target / ".complete").exists()
-    assert run('[ "$*" = "download m --revision r --local-dir ' + str(target) + '" ]') == 0
+    wanted = f"download m --revision r --local-dir {target} --exclude original/*"
+    assert run(f'[ "$*" = "{wanted}" ]') == 0
     assert (target / ".complete").exists()
     assert run("exit 1") == 0, "a second run finds it there"
 

@@ -158,10 +158,14 @@ volumeMounts:
 {{ add .Values.engine.drainSeconds .Values.engine.preStopSeconds 20 }}
 {{- end }}
 
+{{- define "lt.progressDeadline" -}}
+{{ add (mul .Values.engine.startupMinutes 60) (include "lt.gracePeriod" .) 300 }}
+{{- end }}
+
 {{- define "lt.enginePodMeta" -}}
 {{- $ := index . 0 -}}
 labels:
-  {{- include "lt.labels" (list $ "engine") | nindent 2 }}
+  {{- include "lt.selector" (list $ "engine") | nindent 2 }}
   {{- if index . 1 }}
   lt-sglang/serves: http
   {{- end }}

@@ -14,6 +14,7 @@ app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
+{{- /* Not of pods: they change with the chart's version, and every engine would start again for it. */ -}}
 {{- define "lt.labels" -}}
 {{ include "lt.selector" . }}
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
@@ -38,9 +39,9 @@ labels:
 
 {{- define "lt.servedName" -}}{{ .Values.model.servedName | default .Values.model.name | default .Values.model.path }}{{- end }}
 
-{{- /* The folder's last part is the model's own name: by it the known models' lazy layers are found. */ -}}
+{{- /* The last part is the model's own name: by it the known models' lazy layers are found. */ -}}
 {{- define "lt.modelPath" -}}
-{{ .Values.model.path | default (printf "/models/%s/%s" .Values.model.revision (base .Values.model.name)) }}
+{{ .Values.model.path | default (printf "/models/%s/%s" .Values.model.revision .Values.model.name) }}
 {{- end }}
 
 {{- define "lt.downloads" -}}{{ if and .Values.modelCache.download (not .Values.model.path) }}true{{ end }}{{- end }}

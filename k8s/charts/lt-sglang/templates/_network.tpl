@@ -12,6 +12,11 @@ to:
   - namespaceSelector:
       matchLabels:
         kubernetes.io/metadata.name: kube-system
+  # NodeLocal DNSCache listens on the node itself.
+  - ipBlock: {cidr: 169.254.20.10/32}
+  {{- with .Values.networkPolicy.dnsPeers }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 ports:
   - {port: 53, protocol: UDP}
   - {port: 53, protocol: TCP}
