@@ -59,7 +59,9 @@ def scenario_files(path: Path) -> list[Path]:
         return [path]
     files = sorted(path.glob("*.yaml"))
     if not files:
-        raise LightTransferError(f"{path}: neither a scenario file nor a folder with *.yaml in it")
+        raise LightTransferError(
+            f"{path}: neither a scenario file nor a folder with *.yaml in it; SGLang's flags come after them"
+        )
     return files
 
 
