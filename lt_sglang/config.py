@@ -166,7 +166,8 @@ class LightTransferConfig:
         if self.decide == "first-chunk":
             return self.decide_tokens - 1
         staging = self.staging_tokens or self.expected_tokens or DEFAULT_EXPECTED_TOKENS
-        return min(staging, context_tokens)
+        # A prompt whose keys are all sink or recent tells no layers apart.
+        return min(max(staging, self.lazy_tokens + LAST_QUERIES), context_tokens)
 
     def undecided_rows(self, context_tokens: int, batch_tokens: int) -> int:
         """Rows, of one layer's K and V, set aside for prompts that are not decided yet; 0 in static mode.
@@ -196,6 +197,13 @@ class LightTransferConfig:
                     f"{num_layers - 1} (--lt-lazy-layers 5-24,26)"
                 )
         share = self.keep
+        if self.score == "all" and share is not None:
+            raise LightTransferError(f"keep: {share}, but the score 'all' keeps no layer full")
+        if self.score in CHOICES and self.lazy_layers:
+            raise LightTransferError(
+                f"lazy_layers: the score {self.score!r} chooses them; to give them, use mode 'static' or the "
+                "score 'list'"
+            )
         if share is None:
             share = num_layers - len(self.lazy_layers) if listed else DEFAULT_KEEP
         keep = share if isinstance(share, int) else round(share * num_layers)
@@ -266,6 +274,10 @@ class LightTransferConfig:
         if "lazy_layers" not in data:
             raise LightTransferError(f"{CONFIG_KEY}.lazy_layers: missing; write e.g. '5-24,26' or 'none'")
         values = {key: value for key, value in data.items() if key in allowed}
+        if values.get("mode", MODES[0]) == MODES[0]:
+            for name in DYNAMIC_FIELDS:
+                if values.get(name) not in (None, cls.__dataclass_fields__[name].default):
+                    raise LightTransferError(f"{CONFIG_KEY}.{name}: only with mode 'dynamic'")
         layers = values["lazy_layers"]
         if isinstance(layers, str):
             values["lazy_layers"] = parse_layers(layers)

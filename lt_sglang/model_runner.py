@@ -22,6 +22,7 @@ from lt_sglang.hooks.table import check_applied
 from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
 from lt_sglang.memory.radix import request_id
 from lt_sglang.memory.sinks import SinkStore
+from lt_sglang.names import BACKEND
 from lt_sglang.selection import get_score
 from lt_sglang.selection.choices import LIST
 
@@ -98,8 +99,21 @@ class LightTransferModelRunner(ModelRunner):
         if self.lt_config.dynamic:
             self._init_dynamic()
 
+    def init_attention_backends(self) -> None:
+        """As ModelRunner; raises LightTransferError if SGLang settled for another backend in any phase."""
+        super().init_attention_backends()
+        if not type(self.attn_backend).__module__.startswith("lt_sglang."):
+            raise LightTransferError(
+                f"attention backend: SGLang built {type(self.attn_backend).__name__}, which knows no lazy "
+                f"layers; use --attention-backend {BACKEND} for both phases"
+            )
+
     def _init_dynamic(self) -> None:
         config, model = self.lt_config, self.model_config
+        if not model.is_generation:
+            raise LightTransferError(
+                "mode: dynamic needs a model that generates; embedding and reward models run with static"
+            )
         arena = self.kv_cache_configurator.arena
         if arena is None or not arena.complete:
             raise LightTransferError(
@@ -140,6 +154,8 @@ class LightTransferModelRunner(ModelRunner):
 
     def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
         """The plan of the prefill that is running; a warm-up run, which no request is behind, uses set 0."""
+        if self._plans is None and forward_batch.rids:
+            raise LightTransferError("prefill: a batch of requests runs that was not planned")
         prefixes, extends = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
         prefixes, extends = [int(p) for p in prefixes], [int(e) for e in extends]
         if self._plans is None:

@@ -44,7 +44,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--enable-hierarchical-cache", "enable_hierarchical_cache", _set, "HiCache does not store sink rows"
     ),
-    Refusal("--enable-dp-attention", "enable_dp_attention", _set, "it was not tested with hybrid caches"),
+    # Of --enable-dp-attention, too, which SGLang has turned into this one by now.
+    Refusal("--attn-dp-size", "attn_dp_size", _above_one, "DP attention was not tested with hybrid caches"),
     Refusal("--enable-mixed-chunk", "enable_mixed_chunk", _set, "lazy layers plan prefill and decode apart"),
     Refusal(
         "--enable-unified-memory", "enable_unified_memory", _set, "the pools are split by request length"
@@ -114,6 +115,13 @@ def check_server_args(args: Any) -> None:
     if args.attention_backend not in (None, BACKEND):
         raise LightTransferError(
             f"--attention-backend {args.attention_backend}: must be {BACKEND} for both phases"
+        )
+    roles = {args.prefill_attention_backend, args.decode_attention_backend}
+    if args.attention_backend is None and None in roles and BACKEND in roles:
+        given = "prefill" if args.prefill_attention_backend else "decode"
+        raise LightTransferError(
+            f"--{given}-attention-backend {BACKEND}: must be given for both phases; use --attention-backend "
+            f"{BACKEND}"
         )
     _refuse(args, REFUSALS, "with lazy layers")
     _check_environment()

@@ -126,7 +126,10 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         layout, windows = self.state.layout, self.runner.windows()
         full = min(max_bs * self.max_context_len, 2 * layout.full_rows)
         size = layout.full_banks * full + layout.streaming_banks * max_bs * windows.lazy_tokens
+        # A graph's batch is filled up with rows of no request, one element a layer each.
+        size += layout.layers * max_bs
         self.graph_rows = torch.zeros(size, dtype=torch.int32, device="cuda")
+        self._graph_padding = layout.layers * max_bs
         self._graph_pointers = torch.zeros(layout.layers * max_bs + 1, dtype=torch.int32, device="cuda")
         self._graph_write = torch.zeros((layout.layers, max_bs), dtype=torch.int32, device="cuda")
         self.graph_plans = GraphPlans(self, self.indices_updater_decode, layout.layers, max_bs)
@@ -136,7 +139,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         lengths = forward_batch.seq_lens_cpu
         if self.graph_rows is None or lengths is None:
             return True
-        return self.list_size(lengths) <= len(self.graph_rows)
+        return self.list_size(lengths) + self._graph_padding <= len(self.graph_rows)
 
     def list_size(self, lengths: torch.Tensor) -> int:
         """Elements of all layers' lists for requests of ``lengths`` (host tensor)."""

@@ -186,7 +186,10 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         """A full layer: all tokens at once, or new ones among themselves, then over the cached ones."""
         given = self.prefill
         assert given is not None
-        if save_kv_cache:
+        # What is gathered has to be written before. Else K and V are read first: an fp8 pool divides them by
+        # its scales in place.
+        gathered = given.whole_rows is not None
+        if save_kv_cache and gathered:
             self._store(k, v, layer, forward_batch)
         query, new = by_head(q, layer), self._new(k, v, layer)
         cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
@@ -201,6 +204,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
             keys, values = cache
             cached = self.prefix.run(query, keys, values, given.prefix_rows, layer)
             out, _ = stock._safe_merge_state(*among, *cached)
+        if save_kv_cache and not gathered:
+            self._store(k, v, layer, forward_batch)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def _store(

@@ -113,6 +113,7 @@ SIGNATURES: dict[str, str] = {
         "self, forward_batch, skip_attn_backend_init=, pp_proxy_tensors=, reinit_attn_backend=, "
         "split_forward_count="
     ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends": "self",
     "sglang.srt.model_executor.model_runner.ModelRunner.init_kv_cache_configurator": (
         "self, draft_parallel_layout="
     ),
@@ -257,6 +258,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "extend_prefix_lens_cpu",
         "extend_seq_lens_cpu",
         "residual_stream",
+        "rids",
     ),
     "sglang.srt.layers.layer_boundary.residual.stream.ResidualStream": ("residual",),
     "sglang.srt.runtime_context.ParallelContext": ("attn_tp_group", "attn_tp_size", "attn_tp_rank"),
@@ -287,6 +289,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "v_head_dim",
         "context_len",
         "num_hidden_layers",
+        "is_generation",
     ),
     "sglang.srt.managers.tp_worker.TpModelWorker": (
         "server_args",

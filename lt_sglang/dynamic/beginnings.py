@@ -52,9 +52,10 @@ class BeginningIndex:
     """Keys (ints) filed under prompts; a key may be filed under many."""
 
     def __init__(self) -> None:
-        # By digest, the keys that were filed or used last at the end, with the rests of prompts that go on
-        # by less than a step.
-        self._at: dict[bytes, OrderedDict[int, set[bytes]]] = {}
+        # By digest, the keys that were filed or used last at the end; and those of prompts that go on by less
+        # than a step, with the rests.
+        self._at: dict[bytes, OrderedDict[int, None]] = {}
+        self._rests: dict[bytes, OrderedDict[int, set[bytes]]] = {}
         self._digests: dict[int, set[bytes]] = {}
 
     def file(self, key: int, prompt: Beginnings) -> None:
@@ -65,9 +66,11 @@ class BeginningIndex:
         self._digests.setdefault(key, set()).update(prompt.digests)
         for digest in prompt.digests:
             here = self._at.setdefault(digest, OrderedDict())
-            here.setdefault(key, set())
+            here[key] = None
             here.move_to_end(key)
-        rests = self._at[prompt.digests[-1]][key]
+        ending = self._rests.setdefault(prompt.digests[-1], OrderedDict())
+        rests = ending.setdefault(key, set())
+        ending.move_to_end(key)
         if len(rests) >= MOST_RESTS:
             rests.clear()
         rests.add(prompt.rest)
@@ -75,14 +78,17 @@ class BeginningIndex:
     def drop(self, key: int) -> None:
         """No longer find ``key``."""
         for digest in self._digests.pop(key):
-            here = self._at[digest]
-            del here[key]
-            if not here:
-                del self._at[digest]
+            for index in (self._at, self._rests):
+                here = index.get(digest)
+                if here is not None and key in here:
+                    del here[key]
+                    if not here:
+                        del index[digest]
 
     def clear(self) -> None:
         """Find nothing any more."""
         self._at.clear()
+        self._rests.clear()
         self._digests.clear()
 
     def find(self, prompt: Beginnings) -> Iterator[int]:
@@ -93,15 +99,13 @@ class BeginningIndex:
         """
         seen: set[int] = set()
         for end, digest in zip(reversed(prompt.ends), reversed(prompt.digests), strict=True):
-            here = self._at.get(digest)
-            if here is None:
-                continue
-            new = [key for key in reversed(here) if key not in seen]
-            for key in new:
-                if any(prompt.data.startswith(rest, end) for rest in here[key]):
+            # Thousands may share a system prompt: most callers stop at the first few.
+            ending = self._rests.get(digest, OrderedDict())
+            for key in reversed(ending):
+                if key not in seen and any(prompt.data.startswith(rest, end) for rest in ending[key]):
                     seen.add(key)
                     yield key
-            for key in new:
+            for key in reversed(self._at.get(digest, OrderedDict())):
                 if key not in seen:
                     seen.add(key)
                     yield key

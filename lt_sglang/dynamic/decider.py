@@ -138,7 +138,7 @@ class Decider:
                 laziness = found
         for index, plan, gathered in self._alone:
             last = state.tails.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
-            keys, values = gathered.selected(number, k, v)
+            keys, values = gathered.selected(layer, k, v)
             evidence = single_evidence(
                 state, plan, number, last, keys, values, gathered.positions, layer.scaling
             )
@@ -207,14 +207,19 @@ class _Gathered:
         self._after = torch.tensor(after, dtype=torch.int64).to(device, non_blocking=True)
         self._slots = prefill.requests.full[offset : offset + plan.end].to(torch.int64)[self._before]
 
-    def selected(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def selected(
+        self, layer: RadixAttention, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, kv heads, dim] K and V at ``positions``."""
-        layout, arena = self._state.layout, self._state.arena
-        if layer < layout.full_banks:
-            rows = self._slots + layout.bank_start(layer)
+        layout, arena, number = self._state.layout, self._state.arena, layer.layer_id
+        if number < layout.full_banks:
+            rows = self._slots + layout.bank_start(number)
         else:
-            rows = self._before + layout.staging_bank_start(layer)
+            rows = self._before + layout.staging_bank_start(number)
         kv_dtype = self._state.kv_dtype
         old_k = arena.keys[rows].view(kv_dtype).to(k.dtype)
         old_v = arena.values[rows].view(kv_dtype).to(v.dtype)
+        if kv_dtype != k.dtype:  # stored divided by the scales
+            old_k = old_k * (layer.k_scale_float or 1.0)
+            old_v = old_v * (layer.v_scale_float or 1.0)
         return torch.cat([old_k, k[self._after]]), torch.cat([old_v, v[self._after]])

@@ -10,7 +10,7 @@ not known yet. Its window slides all the same; its sink rows are reserved, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 # Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
 TRIES = 4
+# Of a waiting prompt, behind its first block.
+TOUCH_TOKENS = 4096
 
 
 class NameSpace(str):
@@ -66,9 +68,12 @@ class DynamicRadixCache(LightTransferRadixCache):
             key.extra_key = given
 
     def touch_prefix(self, key: RadixKey) -> None:
-        """As UnifiedRadixCache, in the name space of the set that is tried first."""
+        """As UnifiedRadixCache, in the name space of the set that is tried first.
+
+        SGLang does this for 128 waiting requests at a time, so only the prompt's first tokens are looked at.
+        """
         given = key.extra_key
-        entry = next(self._sets_of(self._beginnings(key)), None)
+        entry = next(self._sets_of(self._beginnings(key, TOUCH_TOKENS)), None)
         if entry is None:
             return
         key.extra_key = _name(entry.uid, given)
@@ -124,7 +129,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         known = req.customized_info or {}
         entry = self.prefills.sets.of(request_id(req))
         if (
-            not asked
+            not isinstance(asked, Mapping)  # SGLang takes whatever a client sends
             or not asked.get(CONFIG_KEY)
             or CONFIG_KEY in known
             or entry is None
@@ -159,11 +164,13 @@ class DynamicRadixCache(LightTransferRadixCache):
         sets = self.prefills.sets
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
-    def _beginnings(self, key: RadixKey) -> Beginnings | None:
-        """None of a prompt that has no layers of its own."""
-        if len(key.token_ids) <= self.prefills.block_tokens:
+    def _beginnings(self, key: RadixKey, most: int | None = None) -> Beginnings | None:
+        """Of the block and ``most`` tokens more (all); None of a prompt that has no layers of its own."""
+        block = self.prefills.block_tokens
+        if len(key.token_ids) <= block:
             return None
-        return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
+        tokens = key.token_ids if most is None else key.token_ids[: block + most]
+        return self.prefills.beginnings(tokens, key.extra_key, key.cache_salt)
 
 
 def _name(uid: int, extra_key: str | None) -> NameSpace:

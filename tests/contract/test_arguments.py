@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.names import BACKEND
 from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
+from tests.engine.models import ensure_model
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
     ServerArgs.add_cli_args(made)
     return made
+
+
+@pytest.fixture(scope="module")
+def llama_folder() -> Path:
+    return ensure_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,18 @@ def test_refused_fields_and_flags_exist(
 ) -> None:
     assert refusal.field in defaults
     assert options(parser)[refusal.flag].dest == refusal.field
+
+
+@pytest.mark.slow
+def test_each_is_refused_once_sglang_has_resolved_it(llama_folder: Path) -> None:
+    """SGLang rewrites fields before it asks us: a refusal of a field that it has reset would never fire."""
+    command = [sys.executable, "-m", "tests.contract.refused_flags", str(llama_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(REFUSALS) + len(DYNAMIC_REFUSALS) + 1
+    for flag, error in found.items():
+        refused = "--attn-dp-size" if flag == "--enable-dp-attention" else flag
+        assert error.startswith(f"LightTransferError: {refused}"), (flag, error)
 
 
 def test_sglangs_defaults_pass(defaults: dict[str, Any]) -> None:

@@ -201,6 +201,14 @@ def test_at_the_same_time(ask: Asker, server: Server) -> None:
         assert ask.heir(history, replies[i], prompts[i]).cached > len(prompts[i])
 
 
+@pytest.mark.parametrize("given", [[1], "lighttransfer", {"lighttransfer": 0}], ids=str)
+def test_what_clients_send_as_custom_params_ends_no_server(given: object, server: Server) -> None:
+    parameters = {"temperature": 0, "max_new_tokens": 2, "custom_params": given}
+    prompt = random_prompt(120, random.Random(11))
+    answer = server.post("/generate", {"input_ids": prompt, "sampling_params": parameters})
+    assert answer.status_code == 200 and "lighttransfer" not in answer.json()["meta_info"]
+
+
 def test_users_of_one_system_prompt_keep_their_conversations(ask: Asker) -> None:
     """Each was decided by itself; whoever comes between, the next turn finds its own K, V and layers."""
     rng = random.Random(10)

@@ -72,6 +72,15 @@ CASES = {
     "other-decode-backend": Case(
         "--decode-attention-backend torch_native", flags=("--decode-attention-backend", "torch_native")
     ),
+    "dp-attention": Case(
+        "--attn-dp-size 2: not supported with lazy layers",
+        flags=("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
+    ),
+    "embedding-dynamic": Case(
+        "mode: dynamic needs a model that generates",
+        lazy={"mode": "dynamic", "keep": 3},
+        flags=("--is-embedding",),
+    ),
     "plugin-excluded": Case("invalid choice: 'lighttransfer'", env={"SGLANG_PLUGINS": "another"}),
     "runner-hook-missing": Case("hooks are not in place", hook="TpModelWorker._init_model_runner"),
     "checker-hook-missing": Case("_check_all_pools is not wrapped", hook="._check_all_pools"),

@@ -88,7 +88,7 @@ CONFIGS: dict[str, dict[str, Any] | None] = {
     "ends-50": dynamic("ends", 0.5),
     "random-50": dynamic("random", 0.5),
     "pyramid-50": dynamic("pyramid", 0.5),
-    "all": dynamic("all", 0.5),
+    "all": {"mode": "dynamic", "score": "all"},
     "full-fp8": None,
     "residual-50-fp8": dynamic("residual-error", 0.5),
     "residual-75-fp8": dynamic("residual-error", 0.25),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import islice
 
 from lt_sglang.dynamic.beginnings import (
     MOST_DIGESTS,
@@ -88,11 +91,33 @@ def test_a_key_that_everybody_uses_stays_small() -> None:
     index = BeginningIndex()
     for _ in range(3 * MOST_RESTS):
         index.file(1, begin(document + tokens(rng, 20)))
-    assert len(index._at[begin(document).digests[-1]][1]) <= MOST_RESTS
+    assert len(index._rests[begin(document).digests[-1]][1]) <= MOST_RESTS
     for _ in range(40):
         last = document + tokens(rng, 40 * STEP)
         index.file(1, begin(last))
     assert len(index._digests[1]) <= MOST_DIGESTS
     assert list(index.find(begin(last))) == list(index.find(begin(document))) == [1]
     index.drop(1)
-    assert not index._at
+    assert not index._at and not index._rests
+
+
+def test_the_first_few_of_thousands_cost_no_more_than_of_few() -> None:
+    """A scheduler looks at every waiting prompt, and all of them may begin with one system prompt."""
+    rng = random.Random(7)
+    system = tokens(rng, BLOCK + 2 * STEP)
+    index = BeginningIndex()
+    for key in range(3000):
+        index.file(key, begin(system + tokens(rng, STEP + 20)))
+
+    class Counted(OrderedDict):  # type: ignore[type-arg]
+        looked = 0
+
+        def __reversed__(self) -> Iterator[int]:
+            for key in super().__reversed__():
+                Counted.looked += 1
+                yield key
+
+    index._at = {digest: Counted(here) for digest, here in index._at.items()}
+    index._rests = {digest: Counted(here) for digest, here in index._rests.items()}
+    assert list(islice(index.find(begin(system + tokens(rng, 700))), 4)) == [2999, 2998, 2997, 2996]
+    assert Counted.looked < 10

@@ -88,9 +88,10 @@ def test_a_given_list_says_how_many_layers_are_full(keep: dict[str, Any]) -> Non
 @pytest.mark.parametrize("score", CHOICES)
 def test_choices_become_static_lists(score: str) -> None:
     """They do not look at the prompt, so they cost what static mode costs."""
-    settled = dynamic(score=score, keep=2).settle(6)
+    given = {} if score == "all" else {"keep": 2}
+    settled = dynamic(score=score, **given).settle(6)
     assert settled.mode == "static" and not settled.dynamic
-    keep = 0 if score == "all" else 2
+    keep = given.get("keep", 0)
     assert settled.lazy_layers == choose(score, 6, keep, seed=0) and len(settled.lazy_layers) == 6 - keep
     assert score in settled.source
     assert settled.settle(6) == settled
@@ -151,6 +152,8 @@ def test_refused_as_it_is_read(given: dict[str, Any], says: str) -> None:
         ({"score": "list"}, "lazy_layers: the score 'list' needs them, 1 to 5 of the layers 0 to 5"),
         ({"score": "list", "lazy_layers": "none"}, "lazy_layers: the score 'list' needs them"),
         ({"score": "list", "lazy_layers": "4-6"}, "lazy_layers: layer 6 does not exist"),
+        ({"score": "all", "keep": 3}, "keep: 3, but the score 'all' keeps no layer full"),
+        ({"score": "random", "lazy_layers": "1,2"}, "lazy_layers: the score 'random' chooses them"),
         ({"score": "list", "lazy_layers": "0-5"}, "keep: 0 of 6 layers is 0; dynamic mode needs 1 to 5"),
         (
             {"score": "list", "lazy_layers": "1,2", "keep": 0.5},
@@ -163,6 +166,25 @@ def test_refused_once_the_model_is_known(given: dict[str, Any], says: str) -> No
     with pytest.raises(LightTransferError) as caught:
         dynamic(**given).settle(6)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"keep": 3},
+        {"score": "list"},
+        {"decide": "first-chunk"},
+        {"staging_tokens": 9},
+        {"check_tables": True},
+    ],
+    ids=str,
+)
+def test_static_mode_refuses_what_is_dynamic_modes(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(LightTransferError, match=f"lighttransfer.{name}: only with mode 'dynamic'"):
+        LightTransferConfig.from_dict({"lazy_layers": "1-3", **given})
+    defaults = {name: LightTransferConfig.__dataclass_fields__[name].default}
+    assert LightTransferConfig.from_dict({"lazy_layers": "1-3", **defaults}).lazy_layers == (1, 2, 3)
 
 
 def test_static_mode_does_not_look_at_keep() -> None:
@@ -179,7 +201,9 @@ def test_static_mode_does_not_look_at_keep() -> None:
         ({}, 4096, 4096),
         ({"expected_tokens": 3000}, 4096, 3000),
         ({"expected_tokens": 3000, "staging_tokens": 5000}, 4096, 4096),
-        ({"expected_tokens": 3000, "staging_tokens": 700}, 4096, 700),
+        ({"expected_tokens": 3000, "staging_tokens": 1500}, 4096, 1500),
+        ({"expected_tokens": 3000, "staging_tokens": 700}, 4096, 1024 + 32),
+        ({"expected_tokens": 900}, 1000, 1000),
         ({"decide": "first-chunk"}, 4096, 1024 + 128 - 1),
         ({"decide": "first-chunk", "sink_tokens": 4, "recent_tokens": 60}, 4096, 64 + 128 - 1),
         ({"decide": "first-chunk", "staging_tokens": 9, "sink_tokens": 0, "recent_tokens": 1}, 4096, 128),

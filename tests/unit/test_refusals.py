@@ -24,6 +24,7 @@ BAD: dict[str, Any] = {
     "pp_size": 2,
     "dcp_size": 2,
     "attn_cp_size": 2,
+    "attn_dp_size": 2,
     "page_size": 16,
     "kv_cache_dtype": "fp4_e2m1",
     "radix_cache_backend": "cpp",
@@ -44,6 +45,7 @@ def good_args(**changes: Any) -> SimpleNamespace:
         "pp_size": 1,
         "dcp_size": 1,
         "attn_cp_size": 1,
+        "attn_dp_size": 1,
         "page_size": None,
         "kv_cache_dtype": "auto",
         "radix_cache_backend": None,
@@ -119,3 +121,13 @@ def test_the_first_problem_is_named_alone() -> None:
         check_server_args(good_args(speculative_algorithm="EAGLE", pp_size=2))
     assert "--speculative-algorithm EAGLE" in str(caught.value)
     assert "--pp-size" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["prefill", "decode"])
+def test_one_phase_alone_is_refused(given: str) -> None:
+    """SGLang would choose a stock backend for the other, which reads lazy layers as if all was there."""
+    args = good_args(attention_backend=None, **{f"{given}_attention_backend": BACKEND})
+    with pytest.raises(LightTransferError, match=f"^--{given}-attention-backend {BACKEND}: .*both"):
+        check_server_args(args)
+    both = {f"{role}_attention_backend": BACKEND for role in ("prefill", "decode")}
+    check_server_args(good_args(attention_backend=None, **both))
