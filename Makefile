@@ -23,7 +23,7 @@ ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
 PY = $(ENV_PATH)/bin/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve test test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
+.PHONY: help env model serve run test test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,8 +38,11 @@ env: ## build the Python environment, once, outside the clone
 model: env ## convert the demo model, once, and print its folder
 	@$(PY) -m lt_sglang.demo.smollm2
 
-serve: env ## serve MODEL; without one, and without a GPU, the demo model with half its layers lazy
+serve: env ## serve MODEL; without one, the demo model with half its layers lazy
 	@exec $(PY) -m lt_sglang serve $(if $(MODEL),--model-path $(MODEL)) $(if $(TP),--tp-size $(TP)) $(ARGS)
+
+run: env ## any command of lt-sglang: make run ARGS="plan --shape mistral-7b"
+	@exec $(PY) -m lt_sglang $(ARGS)
 
 test: lint typecheck ## everything that needs no GPU and less than a minute
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu and not slow' \

@@ -5,7 +5,9 @@ Every check is a function that returns a sentence when all is well and raises Do
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -206,10 +208,13 @@ def _resolve_arguments(argv: list[str]) -> str:
     from sglang.srt.server_args import prepare_server_args
 
     load_plugins()
+    said = io.StringIO()
     try:
-        prepare_server_args(argv).resolve_once()
+        with contextlib.redirect_stderr(said):
+            prepare_server_args(argv).resolve_once()
     except SystemExit:
-        raise DoctorError("SGLang does not accept these flags; start the server to read its usage") from None
+        lines = said.getvalue().strip().splitlines() or ["start the server to read its usage"]
+        raise DoctorError(f"SGLang does not accept these flags: {lines[-1]}") from None
     return "SGLang accepts the flags, and none is refused with lazy layers"
 
 

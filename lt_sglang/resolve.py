@@ -41,7 +41,7 @@ def load_config(
     if CONFIG_KEY in overrides:
         given = overrides[CONFIG_KEY]
         return LightTransferConfig.from_dict(
-            given, source=None if "source" in given else "model override args"
+            given, source=None if isinstance(given, dict) and "source" in given else "model override args"
         )
     if CONFIG_KEY in model_config:
         return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")

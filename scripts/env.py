@@ -3,7 +3,7 @@
 Usage: ``python scripts/env.py path | build``
 
 ``path`` prints where the environment belongs; ``build`` makes it there if need be. It is kept outside the
-clone, in ``$LT_SGLANG_HOME`` (``~/.cache/lt-sglang`` by default), because it takes 10 GB, and is named after
+clone, in ``$LT_SGLANG_HOME`` (``~/.cache/lt-sglang`` by default), because it takes 11 GB, and is named after
 the Python version and the lock files' content, so that a changed lock never meets an old environment.
 
 A virtual environment cannot be moved, so it is built in its final place; the file ``.ready`` appears in it
@@ -66,7 +66,7 @@ def build() -> Path:
         if (target / READY).is_file():  # built while this process waited
             return target
         started = time.monotonic()
-        _say(f"building {target}: 10 GB, 5 to 15 minutes, once for this lock")
+        _say(f"building {target}: 11 GB, 5 to 15 minutes, once for this lock")
         shutil.rmtree(target, ignore_errors=True)  # left by an interrupted build
         log = target.with_name(target.name + ".log")
         _make_venv(target)
@@ -139,7 +139,7 @@ def _pip_install(target: Path, log: Path, guard: int) -> None:
     command = [str(target / "bin" / "python"), "-m", "pip", "install"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     # The lock is complete, so there is nothing to resolve. Python compiles what it imports; compiling all of
-    # the 10 GB at once would take longer than the first start does.
+    # the 11 GB at once would take longer than the first start does.
     command += ["--no-deps", "--no-compile", "--requirement", str(LOCK), "--requirement", str(NODEPS_LOCK)]
     total = sum(1 for file in (LOCK, NODEPS_LOCK) for line in file.read_text().splitlines() if "==" in line)
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lt_sglang.cli.options import OPTIONS_HELP, take_options
 from lt_sglang.cli.parser import Parser, positive, positive_float
-from lt_sglang.cli.run_options import add_run_options
+from lt_sglang.cli.run_options import add_run_options, check_side
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.loadtest import check_installed
@@ -33,6 +33,8 @@ def run(argv: list[str]) -> int:
     # finished one by one.
     if args.budget_s is None:
         groups = [[one for group in groups for one in group]]
+    for one in (scenario for group in groups for scenario in group):
+        check_side(one, args.model_path, options, has_gpu())
     settings = Settings(
         work=args.work,
         out=args.work / "rehearsal" if args.rehearse else args.out,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, take_options
-from lt_sglang.cli.parser import Parser
+from lt_sglang.cli.parser import Parser, positive
 from lt_sglang.config import (
     CONFIG_KEY,
     DEFAULT_DECIDE,
@@ -57,6 +57,7 @@ def run(argv: list[str]) -> int:
     place = argv.index("--") if "--" in argv else len(argv)
     options, rest = take_options(argv[:place])
     args = _parser().parse_args(rest)
+    _check(options, args)
     if args.greedy:
         return _run_greedy(options, args, argv[place + 1 :])
     for flag, value in (("--windows", args.windows), ("--candidates", args.candidates)):
@@ -70,6 +71,9 @@ def run(argv: list[str]) -> int:
     data, out = Path(args.data).expanduser(), Path(args.out)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     samples = read_samples(data, tokenizer, args.samples, args.max_tokens, args.seed)
+    window = _or(options.sink_tokens, DEFAULT_SINK_TOKENS) + _or(options.recent_tokens, DEFAULT_RECENT_TOKENS)
+    if all(len(sample.ids) <= window for sample in samples):
+        raise LightTransferError(f"--data {data}: no sample is longer than sink + recent tokens ({window})")
     setting = Setting(
         model=Path(args.model_path).name,
         score=score,
@@ -93,6 +97,18 @@ def run(argv: list[str]) -> int:
         laziness = measure(endpoint, samples, journal, _progress)
     write(out, setting, laziness, options, args, len(samples))
     return 0
+
+
+def _check(options: LtOptions, args: argparse.Namespace) -> None:
+    """Raise LightTransferError for what would only come to light when all is measured, or be dropped."""
+    out = Path(args.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise LightTransferError(f"--out {out}: must be a file in a folder that exists")
+    for flag, value in (("--lt-config", options.config), ("--lt-lazy-layers", options.lazy_layers)):
+        if value is not None:
+            raise LightTransferError(f"{flag}: calibrate finds the lazy layers; leave it out")
+    if options.mode == "static":
+        raise LightTransferError("--lt-mode static: samples are measured in dynamic mode; leave it out")
 
 
 def write(
@@ -246,7 +262,7 @@ def _parser() -> Parser:
     parser.add_argument("--endpoint", metavar="URL", help="a running server in dynamic mode")
     parser.add_argument(
         "--greedy",
-        type=_positive,
+        type=positive,
         nargs="?",
         const=DEFAULT_COMPARED,
         metavar="N",
@@ -259,20 +275,14 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--candidates",
-        type=_positive,
+        type=positive,
         metavar="M",
         help="of --greedy: try M layers a step, those that added least when last tried; default all",
     )
     parser.add_argument("--device", help="of --greedy: cpu, cuda, ...; a GPU if there is one")
-    parser.add_argument("--samples", type=_positive, default=64, help="drawn from the file, default 64")
-    parser.add_argument("--max-tokens", type=_positive, default=8192, help="of a sample's end, default 8192")
+    parser.add_argument("--samples", type=positive, default=64, help="drawn from the file, default 64")
+    parser.add_argument("--max-tokens", type=positive, default=8192, help="of a sample's end, default 8192")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clients", type=_positive, default=4, help="requests at a time, default 4")
+    parser.add_argument("--clients", type=positive, default=4, help="requests at a time, default 4")
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
-    return int(text)

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.parser import Parser
+from lt_sglang.cli.options import take_options
+from lt_sglang.cli.parser import Parser, positive
 from lt_sglang.errors import LightTransferError
 from lt_sglang.quality.endpoint import Endpoint
 from lt_sglang.quality.engines import EngineSpec, running
@@ -65,6 +66,10 @@ def check(args: argparse.Namespace) -> None:
             raise LightTransferError(f"{flag} {name}: named twice")
     if args.engine and args.tokenizer and not args.model_path:
         raise LightTransferError("--model-path: missing; it is what --engine starts")
+    for text in args.engine or ():
+        take_options(shlex.split(text.partition("=")[2]))  # before the first engine starts
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise LightTransferError(f"--out {args.out}: must be a folder")
     if not (args.tokenizer or args.model_path):
         raise LightTransferError("--tokenizer: missing; the model's folder or hub name (or --model-path)")
 
@@ -193,32 +198,30 @@ def _parser() -> Parser:
         default=(4096, 8192),
         help="prompt tokens, e.g. 4096,8192; answers take up to 128 more",
     )
-    parser.add_argument("--trials", type=_positive, default=30, help="a task and length, default 30")
+    parser.add_argument("--trials", type=positive, default=30, help="a task and length, default 30")
     parser.add_argument(
-        "--recent-tokens", type=_positive, default=1020, help="keys are stated before the last of them"
+        "--recent-tokens", type=positive, default=1020, help="keys are stated before the last of them"
     )
     parser.add_argument("--text", help="a text file: RULER's essays, and what perplexity and KL are of")
-    parser.add_argument("--texts", type=_positive, default=16, help="passages of the task text, default 16")
+    parser.add_argument("--texts", type=positive, default=16, help="passages of the task text, default 16")
     parser.add_argument(
-        "--continuation", type=_positive, default=64, help="positions of the task text, default 64"
+        "--continuation", type=positive, default=64, help="positions of the task text, default 64"
     )
-    parser.add_argument(
-        "--top", type=_positive, default=256, help="log-probabilities a position, default 256"
-    )
+    parser.add_argument("--top", type=positive, default=256, help="log-probabilities a position, default 256")
     parser.add_argument("--longbench", metavar="FOLDER", help="a local copy of LongBench: config/ and data/")
     parser.add_argument(
         "--longbench-tasks", type=_longbench, default=list(LONGBENCH), help=f"of {', '.join(LONGBENCH)}"
     )
     for name in MATH_METRICS:
         parser.add_argument(f"--{name}", metavar="FILE.jsonl", help="problems with their answers")
-    parser.add_argument("--samples", type=_positive, help="of each file; all by default")
-    parser.add_argument("--math-tokens", type=_positive, default=2048, help="new tokens, default 2048")
+    parser.add_argument("--samples", type=positive, help="of each file; all by default")
+    parser.add_argument("--math-tokens", type=positive, default=2048, help="new tokens, default 2048")
     parser.add_argument("--chat", action="store_true", help="use the chat template for files' questions")
     parser.add_argument(
         "--margin", type=_share, default=DEFAULT_MARGIN, help="a loss one accepts, default 0.05"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clients", type=_positive, default=8, help="requests at a time, default 8")
+    parser.add_argument("--clients", type=positive, default=8, help="requests at a time, default 8")
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
     return parser
 
@@ -240,13 +243,7 @@ def _some(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part.strip()) for part in text.split(","))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
-    return int(text)
+    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def _share(text: str) -> float:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.cli.parser import Parser, port, url
 from lt_sglang.loadtest import check_installed
 
 
@@ -33,12 +33,12 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenario", type=Path, help="a scenario file")
-    parser.add_argument("--url", required=True, help="the server, e.g. http://127.0.0.1:30000")
+    parser.add_argument("--url", type=url, required=True, help="the server, e.g. http://127.0.0.1:30000")
     parser.add_argument("--case", help="which case of the file, if it has several")
     parser.add_argument(
         "--out", type=Path, default=Path("loadtest-out"), help="folder for the results, default loadtest-out"
     )
     parser.add_argument(
-        "--web-port", type=positive, help="start and watch runs on locust's page on this port of 127.0.0.1"
+        "--web-port", type=port, help="start and watch runs on locust's page on this port of 127.0.0.1"
     )
     return parser

@@ -13,13 +13,15 @@ from lt_sglang.errors import LightTransferError
 def read_model_config(model_path: str, revision: str | None = None) -> dict[str, Any] | None:
     """config.json of a local folder or a hub name; None if it is neither, or cannot be fetched.
 
-    Raises LightTransferError if a local folder has none, or if it is not a JSON object.
+    Raises LightTransferError if a local folder has none or is not there, or if it is not a JSON object.
     """
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         file = folder / "config.json"
         if not file.is_file():
             raise LightTransferError(f"--model-path {model_path}: the folder has no config.json")
+    elif model_path.startswith(("/", "./", "../", "~")) and not folder.is_file():
+        raise LightTransferError(f"--model-path {model_path}: no such folder")
     else:
         fetched = _fetch(model_path, revision)
         if fetched is None:

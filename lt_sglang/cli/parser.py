@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 from typing import Any, NoReturn
 
 from lt_sglang.errors import LightTransferError
@@ -24,6 +25,28 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
     return int(text)
+
+
+def port(text: str) -> int:
+    """A TCP port, for ``type=``."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 65535")
+    return int(text)
+
+
+def url(text: str) -> str:
+    """An address of HTTP, for ``type=``."""
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://127.0.0.1:30000")
+    return text.rstrip("/")
+
+
+def iso_date(text: str) -> str:
+    """A day, for ``type=``."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day such as 2026-01-31") from None
 
 
 def positive_float(text: str) -> float:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.cli.model_config import read_model_config
+from lt_sglang.cli.options import LtOptions, resolve_config
+from lt_sglang.cli.parser import Parser, iso_date, positive
+from lt_sglang.config import CONFIG_KEY
+from lt_sglang.errors import LightTransferError
+from lt_sglang.loadtest.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from lt_sglang.loadtest.scenario import Scenario
 
 
 def add_run_options(parser: Parser) -> None:
@@ -19,6 +28,28 @@ def add_run_options(parser: Parser) -> None:
         "--work", type=Path, default=Path("loadtest-out"), help="logs and reports, default loadtest-out"
     )
     parser.add_argument(
-        "--date", default=datetime.date.today().isoformat(), help="of the result files, default today"
+        "--date",
+        type=iso_date,
+        default=datetime.date.today().isoformat(),
+        help="of the result files, default today",
     )
     parser.add_argument("--note", action="append", default=[], help="for the result files; repeatable")
+
+
+def check_side(scenario: Scenario, model: str | None, options: LtOptions, gpu: bool) -> None:
+    """Raise LightTransferError if our server could not start with ``scenario``, before any server does.
+
+    model: --model-path. gpu: whether there is one.
+    """
+    engine = scenario.engine
+    if model is None and engine.shape not in (None, "tiny") and not gpu:
+        raise LightTransferError(
+            f"{scenario.name}: the shape {engine.shape} needs a GPU; --rehearse tries the file without one"
+        )
+    shape = SHAPES.get(engine.shape) if engine.shape is not None else None
+    found = read_model_config(model) if model is not None and Path(model).expanduser().is_dir() else shape
+    if model is not None and Path(model).is_absolute() and found is shape:
+        raise LightTransferError(f"--model-path {model}: no such folder")
+    if found is not None:
+        overrides = {CONFIG_KEY: dict(engine.lighttransfer)} if engine.lighttransfer else {}
+        resolve_config(options, model or str(engine.shape), found, overrides)

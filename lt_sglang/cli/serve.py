@@ -103,14 +103,14 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     _check_backends(args)
     overrides = args.overrides()
     tp = args.get_int(flags.TP_SIZE, 1)
-    url = base_url(args.argv, args.get(flags.HOST), args.get_int(flags.PORT, 30000))
+    url = base_url(args.argv, args.get(flags.HOST), args.get_int(flags.PORT, 30000, most=65535))
     device = args.get(flags.DEVICE)
     on_cpu = device == "cpu" or (device is None and not machine.has_gpu())
 
     model_path = args.get(flags.MODEL_PATH)
     demo = model_path is None
     if model_path is None:
-        model_path = _demo_model(on_cpu, machine)
+        model_path = _demo_model(machine)
         if options.config is None:
             overrides.setdefault(CONFIG_KEY, {"lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"})
         missing = [part for pair in DEMO_ARGS if not args.has(pair[0]) for part in pair]
@@ -154,12 +154,8 @@ def _check_backends(args: SglangArgs) -> None:
             )
 
 
-def _demo_model(on_cpu: bool, machine: Machine) -> str:
-    if not on_cpu:
-        raise LightTransferError(
-            "--model-path: missing; only on a machine without a GPU is there a demonstration model"
-        )
-    _say("no --model-path given and no GPU found: serving the demonstration model SmolLM2-135M-Instruct")
+def _demo_model(machine: Machine) -> str:
+    _say("no --model-path given: serving the demonstration model SmolLM2-135M-Instruct")
     try:
         return str(machine.demo_model())
     except DemoModelMissing as error:

@@ -66,13 +66,15 @@ class SglangArgs:
         """Whether ``flag`` is given, with or without a value."""
         return any(arg == flag or arg.startswith(flag + "=") for arg in (*self.argv, *self._file))
 
-    def get_int(self, flags: tuple[str, ...], default: int) -> int:
-        """As get, for a positive integer; raises LightTransferError on anything else."""
+    def get_int(self, flags: tuple[str, ...], default: int, most: int = 1 << 31) -> int:
+        """As get, for an integer from 1 to ``most``; raises LightTransferError on anything else."""
         value = self.get(flags)
         if value is None:
             return default
         if not value.isdecimal() or int(value) < 1:
             raise LightTransferError(f"{flags[0]}: {value!r} is not an integer from 1")
+        if int(value) > most:
+            raise LightTransferError(f"{flags[0]}: {value} is not an integer from 1 to {most}")
         return int(value)
 
     def overrides(self) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from lt_sglang.cli.options import OPTIONS_HELP, take_options
 from lt_sglang.cli.parser import Parser, positive_float
-from lt_sglang.cli.run_options import add_run_options
+from lt_sglang.cli.run_options import add_run_options, check_side
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.loadtest import check_installed
 
 
@@ -27,6 +29,9 @@ def run(argv: list[str]) -> int:
     scenario = pick(load_scenarios(args.scenario), args.case)
     if args.seconds is not None:
         scenario = replace(scenario, load=replace(scenario.load, seconds=args.seconds))
+    if not scenario.load.seconds:
+        raise LightTransferError(f"{scenario.name}: load.seconds: missing; give --seconds")
+    check_side(scenario, args.model_path, options, has_gpu())
     machine = this_machine()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -36,6 +41,8 @@ def run(argv: list[str]) -> int:
     with Engine(spec, work / "soak.log", STRICT) as engine:
         found = soak(scenario, engine, work / scenario.name)
     result = {**header(scenario, machine, spec), "soak": found, "notes": args.note}
+    if not scenario.name.startswith("soak"):
+        result["scenario"] = f"soak-{scenario.name}"  # bench's result has its name
     print(write(result, args.out, args.date, machine.label))
     for name, held in found["passed"].items():
         print(f"{'PASS' if held else 'FAIL'} {name}")

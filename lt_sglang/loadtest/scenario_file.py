@@ -62,7 +62,8 @@ def pick(scenarios: tuple[Scenario, ...], name: str | None) -> Scenario:
     found = [one for one in scenarios if name is None or _is_case(one, name)]
     if len(found) != 1:
         names = ", ".join(one.name for one in scenarios)
-        raise LightTransferError(f"--case {name or 'missing'}: must be one of {names}")
+        given = f"--case {name}: must be" if name is not None else "--case: missing; give"
+        raise LightTransferError(f"{given} one of {names}")
     return found[0]
 
 

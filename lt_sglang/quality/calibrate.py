@@ -102,7 +102,10 @@ def read_samples(path: Path, tokenizer: Tokenizer, count: int, max_tokens: int, 
         if names is None:
             known = " or ".join(" + ".join(names) for names in FIELDS)
             raise LightTransferError(f"--data {path}: record {number} has neither {known}")
-        text = "\n".join(str(line[name]) for name in names)
+        wrong = next((name for name in names if not isinstance(line[name], str)), None)
+        if wrong is not None:
+            raise LightTransferError(f"--data {path}: record {number}: {wrong} is no text")
+        text = "\n".join(line[name] for name in names)
         ids = [*tokenizer.prefix, *tokenizer.encode(text)]
         samples.append(Sample(number, tuple(ids[-max_tokens:])))
     return samples
@@ -126,20 +129,25 @@ class Journal:
             path.write_text(json.dumps(asdict(setting)) + "\n", encoding="utf-8")
             return
         text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            # A run was cut off within this line.
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text, encoding="utf-8")
-        first, *lines = text.splitlines() or ["{}"]
-        known = json.loads(first)
+        first, *lines = text.splitlines() or [""]
+        known = _object(first)
+        if known is None or known.keys() != asdict(setting).keys():
+            raise LightTransferError(f"{path}: is no journal of calibrate's; give another --journal or --out")
         for name, value in asdict(setting).items():
             if known.get(name) != value:
                 raise LightTransferError(
                     f"{path}: holds samples with {name} {known.get(name)!r}, not {value!r}; delete it, or "
                     "give another --out"
                 )
+        if not text.endswith("\n"):
+            # A run was cut off within the last line, which may be the first.
+            text = text[: text.rfind("\n") + 1] if lines else text + "\n"
+            lines = lines[:-1]
+            path.write_text(text, encoding="utf-8")
         for line in lines:
-            sample = json.loads(line)
+            sample = _object(line)
+            if sample is None or sample.keys() != {"number", "laziness"}:
+                raise LightTransferError(f"{path}: holds a line that is no sample; delete it")
             scores = sample["laziness"]
             self.laziness[sample["number"]] = None if scores is None else tuple(scores)
 
@@ -148,6 +156,15 @@ class Journal:
         self.laziness[sample.number] = laziness
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"number": sample.number, "laziness": laziness}) + "\n")
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """Of a line of JSON; None if it holds none."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def measure(

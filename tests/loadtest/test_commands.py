@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 
+import lt_sglang.cli.bench
 import lt_sglang.loadtest
 from lt_sglang.cli import main
 from lt_sglang.launch.processes import free_port
@@ -66,6 +67,15 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     [
         (["loadtest", "FILE", "--url", "http://x", "--case", "none"], "--case none: must be one of small"),
         (["loadtest", "FILE"], "--url"),
+        (["loadtest", "FILE", "--url", "localhost:30000"], "is not an address such as http://"),
+        (
+            ["loadtest", "FILE", "--url", "http://x", "--web-port", "70000"],
+            "is not an integer from 1 to 65535",
+        ),
+        (["bench", "TINY", "--lt-lazy-layers", "5-99"], "lazy_layers: layer 99 does not exist"),
+        (["bench", "TINY", "--date", "../x"], "is not a day such as"),
+        (["bench", "TINY", "--model-path", "/none/such"], "--model-path /none/such: no such folder"),
+        (["soak", "TINY"], "load.seconds: missing; give --seconds"),
         (["bench", "FILE", "--rounds", "0"], "'0' is not an integer from 1"),
         (["bench", "EMPTY"], "neither a scenario file nor a folder"),
         (["bench", "FILE"], "has no engine.shape; give --model-path"),
@@ -78,11 +88,25 @@ def test_a_bad_command_is_one_line(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"FILE": str(write(tmp_path, scenario())), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "tiny").mkdir()
+    tiny = write(
+        tmp_path / "tiny", scenario(engine={"shape": "tiny", "lighttransfer": {"lazy_layers": "1-3"}})
+    )
+    places = {"FILE": str(write(tmp_path, scenario())), "TINY": str(tiny), "EMPTY": str(tmp_path / "empty")}
     work = [] if argv[0] == "loadtest" else ["--work", str(tmp_path / "work")]
     assert main([places.get(part, part) for part in argv] + work) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_large_shape_needs_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70B of dummy weights would be loaded into the machine's memory until there is none."""
+    monkeypatch.setattr(lt_sglang.cli.bench, "has_gpu", lambda: False)
+    file = write(tmp_path, scenario(engine={"shape": "llama-3-70b", "lighttransfer": {"lazy_layers": "1"}}))
+    assert main(["bench", str(file), "--work", str(tmp_path / "work")]) == 2
+    assert "the shape llama-3-70b needs a GPU; --rehearse" in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_install(

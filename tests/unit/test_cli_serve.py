@@ -176,9 +176,10 @@ def test_demo_model_with_other_layers_from_a_file(tmp_path: Path) -> None:
     assert launch.config.lazy_layers == (4,)
 
 
-def test_no_demo_model_on_a_gpu() -> None:
-    with pytest.raises(LightTransferError, match="--model-path: missing"):
-        Fake().launch()
+def test_demo_model_on_a_gpu() -> None:
+    launch = Fake(config=SMOLLM2).launch()
+    assert launch.model_path == "/demo/model" and not launch.on_cpu
+    assert launch.config is not None and launch.config.source == "the demonstration"
 
 
 @pytest.mark.parametrize("error", [DemoModelMissing("install it\nso"), CompilerMissing("no cc")])

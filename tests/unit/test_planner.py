@@ -12,8 +12,8 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.split import SplitInput, split_budget
 from lt_sglang.planner.capacity import Deployment, plan_length
 from lt_sglang.planner.report import as_dict, as_text
-from lt_sglang.planner.roofline import Hardware, LazyShare, decode_bound, kv_bytes, throughput
-from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_config
+from lt_sglang.planner.roofline import Efficiency, Hardware, LazyShare, decode_bound, kv_bytes, throughput
+from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, Gpu, ModelShape, shape_from_config
 
 MISTRAL = SHAPES["mistral-7b"]
 LLAMA = SHAPES["llama-3-70b"]
@@ -39,6 +39,50 @@ def deployment(**changes: Any) -> Deployment:
 )
 def test_bound(tokens: int, share: float, ratio: float) -> None:
     assert decode_bound(tokens, share, 1024) == pytest.approx(ratio, abs=0.05 if ratio == 3.4 else 0.005)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_seconds_by_hand(tp: int) -> None:
+    """Two requests of 1,000 tokens in and 100 out; 4 layers, 2 of them lazy with 100 tokens."""
+    toy = ModelShape("toy", 4e9, layers=4, q_heads=8, kv_heads=8, head_dim=100)
+    hardware = Hardware(Gpu("toy", 1e12, bandwidth=1e11, flops=1e12), tp, Efficiency(1.0, 1.0, 1.0))
+    found = throughput(toy, hardware, LazyShare(2, 100), 2, 1000, 100)
+    assert found.weight_time == pytest.approx(0.08 / tp)  # 8 GB at 100 GB/s
+    assert found.compute_time == pytest.approx(0.016 / tp)  # 2 x 4e9 x 2 products at 1e12/s
+    # 8 heads x 100 x 2 bytes, K and V: 3,200 bytes a token and layer. 2 x 1,050 + 2 x 100 tokens a request.
+    assert found.kv_time == pytest.approx(2 * 3200 * 2300 / tp / 1e11)
+    # A full layer 500,000 pairs; a lazy one 95,000: 100 keys each, but 50 on average for the first 100.
+    products = 2 * 4e9 * 1000 + 4 * 8 * 100 * (2 * 500_000 + 2 * 95_000)
+    assert found.prefill_time == pytest.approx(products / tp / 1e12)
+    step = found.weight_time + found.kv_time
+    assert found.decode_rate == pytest.approx(2 / step)
+    assert found.total_rate == pytest.approx(200 / (2 * found.prefill_time + 100 * step))
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_kv_of_a_request_is_that_of_all_ranks(tp: int) -> None:
+    """Mistral-7B: 128 KiB a token. 16,384 tokens are 2 GiB, and 1 GiB + 16 layers' 1,024 with half lazy."""
+    plan = plan_length(deployment(hardware=Hardware(A100, tp)), 16000, 384)
+    assert plan.full_kv_gib == pytest.approx(2.0)
+    assert plan.hybrid_kv_gib == pytest.approx(1.0 + 1 / 16)
+
+
+def test_requests_of_another_length_by_hand() -> None:
+    """Pools split for 16K hold as many short requests as their windows allow, behind one prefill chunk."""
+    served = deployment(config=replace(HALF, expected_tokens=16384))
+    split = plan_length(served, 700, 200).split
+    assert split.requests == pytest.approx((split.streaming_tokens - 8192 - 2) / 900)
+    assert split.requests < split.full_tokens / 900
+
+
+def test_undecided_prompts_take_their_memory_by_hand() -> None:
+    """In dynamic mode: 16 layers of 16,384 staged tokens, and one layer of a chunk, 4 KiB each."""
+    dynamic = replace(HALF, mode="dynamic", keep=16)
+    plans = [plan_length(deployment(config=config), 16000, 384).split for config in (HALF, dynamic)]
+    static, less = plans
+    request = 4096 * 16 * (16384 + static.streaming_per_request + 4)
+    taken = 4096 * (16 * 16384 + 8192)
+    assert static.requests - less.requests == pytest.approx(taken / request)
 
 
 def test_bound_at_the_ends() -> None:

@@ -7,6 +7,8 @@ import random
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -19,6 +21,7 @@ from lt_sglang.quality.calibrate import (
     Setting,
     choose_layers,
     laziest,
+    measure,
     read_samples,
     sha256_of,
 )
@@ -104,6 +107,42 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
         with pytest.raises(LightTransferError, match=f"holds samples with {name} "):
             Journal(path, replace(SETTING, **{name: value}))
     assert json.loads(path.read_text().splitlines()[0]) == asdict(SETTING)
+
+
+@pytest.mark.parametrize("text", ['{"precious": 1}', "notes", '{"a": 1}\n{"b": 2', "[1]\n", "\n"])
+def test_a_file_that_is_no_journal_is_left_alone(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "precious.json"
+    path.write_text(text)
+    with pytest.raises(LightTransferError, match=f"{path}: is no journal"):
+        Journal(path, SETTING)
+    assert path.read_text() == text
+
+
+def test_a_journal_that_is_spoiled_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(path, SETTING)
+    path.write_text(path.read_text() + "notes\n")
+    with pytest.raises(LightTransferError, match="a line that is no sample"):
+        Journal(path, SETTING)
+
+
+def test_measured_samples_are_not_measured_again(tmp_path: Path) -> None:
+    """Of four samples the second and fourth are known, one of them as too short."""
+    asked: list[list[int]] = []
+
+    def decide(prompts: list[tuple[int, ...]]) -> list[Any]:
+        asked.extend(list(ids) for ids in prompts)
+        return [SimpleNamespace(laziness=(float(ids[0]),)) for ids in prompts]
+
+    journal = Journal(tmp_path / "journal", SETTING)
+    samples = [Sample(number, (number,)) for number in range(4)]
+    journal.add(samples[1], (0.5,))
+    journal.add(samples[3], None)
+    endpoint: Any = SimpleNamespace(name="e", decide=decide)
+    assert measure(endpoint, samples, journal) == [(0.0,), (0.5,), (2.0,)]
+    assert asked == [[0], [2]]
+    assert measure(endpoint, samples, Journal(tmp_path / "journal", SETTING)) == [(0.0,), (0.5,), (2.0,)]
+    assert len(asked) == 2
 
 
 def test_a_line_after_a_cut_off_one_is_read(tmp_path: Path) -> None:
