@@ -12,6 +12,7 @@ from lt_sglang.config import (
     CONFIG_KEY,
     DECIDE,
     DEFAULT_KEEP,
+    DEFAULT_SCORE,
     DYNAMIC_FIELDS,
     MODES,
     SCORES,
@@ -33,12 +34,14 @@ lazy layers:
   --lt-mode static|dynamic  the same layers for every request (default), or found in each request's prefill
   --lt-sink-tokens N        first tokens a lazy layer keeps (default 4)
   --lt-recent-tokens N      most recent tokens it keeps, the query's own included (default 1020)
-  --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory
+  --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory (default: the
+                            context length, at most 8192)
   --lt-expected-output-tokens N   how many of them are output
 dynamic mode only:
   --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5; with --lt-score
                             list, what it leaves)
-  --lt-score NAME           {", ".join(SCORES)};
+  --lt-score NAME           (default {DEFAULT_SCORE})
+                            {", ".join(SCORES)};
                             or a static list that does not look at the prompt: {", ".join(CHOICES)};
                             or {LIST}: the layers given, after a prefill with full attention in all
   --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill

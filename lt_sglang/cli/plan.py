@@ -37,6 +37,8 @@ def run(argv: list[str]) -> int:
 def build_deployment(args: argparse.Namespace, options: LtOptions) -> Deployment:
     """The deployment that the arguments describe; raises LightTransferError."""
     shape, config = _model(args, options)
+    if shape.q_heads % args.tp:
+        raise LightTransferError(f"--tp {args.tp}: does not divide the model's {shape.q_heads} heads")
     if args.weights_gib is not None:
         shape = replace(shape, weight_bytes=args.weights_gib * GIB / shape.params)
     gpu = GPUS[args.gpu or DEFAULT_GPU]

@@ -47,6 +47,7 @@ def model(tmp_path: Path) -> str:
         ["serve", "m", "--lt-lazy-layers", "1", "--port", "65536"],
         ["plan"],
         ["plan", "--shape", "nobody"],
+        ["plan", "--shape", "mistral-7b", "--tp", "7"],
         ["plan", "--shape", "mistral-7b", "--lengths", "1,x"],
         ["plan", "--shape", "mistral-7b", "--mem-fraction-static", "1.5"],
         ["plan", "--shape", "mistral-7b", "--input-tokens", "99999999"],
