@@ -33,8 +33,9 @@ def run(argv: list[str]) -> int:
     # finished one by one.
     if args.budget_s is None:
         groups = [[one for group in groups for one in group]]
+    gpu = has_gpu()
     for one in (scenario for group in groups for scenario in group):
-        check_side(one, args.model_path, options, has_gpu())
+        check_side(one, args.model_path, options, gpu)
     settings = Settings(
         work=args.work,
         out=args.work / "rehearsal" if args.rehearse else args.out,
@@ -44,7 +45,7 @@ def run(argv: list[str]) -> int:
         most_tp=args.tp_size,
         flags=tuple(flags),
         options=tuple(options.as_flags()),
-        baselines=tuple(args.baseline or (["flashinfer"] if has_gpu() else ["torch_native"])),
+        baselines=tuple(args.baseline or (["flashinfer"] if gpu else ["torch_native"])),
         rounds=args.rounds,
         repeats=args.repeats,
         budget_s=args.budget_s,

@@ -95,7 +95,7 @@ class BeginningIndex:
         """Each key that begins like ``prompt``, once: those that agree longest first.
 
         Of equals, first those with a prompt that ``prompt`` continues, as the next turn of a conversation
-        does; then the last used.
+        does; then the last used. Nothing may be filed or dropped while it is iterated.
         """
         seen: set[int] = set()
         for end, digest in zip(reversed(prompt.ends), reversed(prompt.digests), strict=True):
