@@ -255,4 +255,7 @@ def _typed(flag: str, name: str, value: str) -> str | int | float:
         return _keep(flag, value)
     if name == "lazy_layers" and value != HALF:
         parse_layers(value)
+    if name == "config" and not Path(value).is_file():
+        # Now, since a model's name may be looked up for half a minute before it is read.
+        raise LightTransferError(f"--lt-config {value}: cannot be read (no such file)")
     return value

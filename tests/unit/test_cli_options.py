@@ -44,10 +44,12 @@ def test_both_forms_and_the_rest_in_order(equals: bool) -> None:
     assert rest == ["--port", "1", "-x", "tail"]
 
 
-def test_every_option() -> None:
+def test_every_option(tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_text("{}")
     expected = {
         "lazy_layers": "none",
-        "config": "f.json",
+        "config": str(file),
         "mode": "static",
         "sink_tokens": 1,
         "recent_tokens": 2,
