@@ -16,12 +16,12 @@ def read_model_config(model_path: str, revision: str | None = None) -> dict[str,
     Raises LightTransferError if a local folder has none or is not there, or if it is not a JSON object.
     """
     folder = Path(model_path).expanduser()
-    if folder.is_dir():
+    if names_folder(model_path):
+        if not folder.is_dir():
+            raise LightTransferError(f"--model-path {model_path}: no such folder")
         file = folder / "config.json"
         if not file.is_file():
             raise LightTransferError(f"--model-path {model_path}: the folder has no config.json")
-    elif model_path.startswith(("/", "./", "../", "~")) and not folder.is_file():
-        raise LightTransferError(f"--model-path {model_path}: no such folder")
     else:
         fetched = _fetch(model_path, revision)
         if fetched is None:
@@ -34,6 +34,12 @@ def read_model_config(model_path: str, revision: str | None = None) -> dict[str,
     if not isinstance(data, dict):
         raise LightTransferError(f"{file}: must be a JSON object")
     return data
+
+
+def names_folder(model_path: str) -> bool:
+    """Whether it is a folder of this machine, or is written as one, which no hub name or file is."""
+    path = Path(model_path).expanduser()
+    return path.is_dir() or (model_path.startswith(("/", "./", "../", "~")) and not path.is_file())
 
 
 _IGNORE_WINDOW = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")

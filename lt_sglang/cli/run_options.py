@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lt_sglang.cli.model_config import read_model_config
+from lt_sglang.cli.model_config import names_folder, read_model_config
 from lt_sglang.cli.options import LtOptions, resolve_config
 from lt_sglang.cli.parser import Parser, iso_date, positive
 from lt_sglang.config import CONFIG_KEY
@@ -46,10 +46,11 @@ def check_side(scenario: Scenario, model: str | None, options: LtOptions, gpu: b
         raise LightTransferError(
             f"{scenario.name}: the shape {engine.shape} needs a GPU; --rehearse tries the file without one"
         )
-    shape = SHAPES.get(engine.shape) if engine.shape is not None else None
-    found = read_model_config(model) if model is not None and Path(model).expanduser().is_dir() else shape
-    if model is not None and Path(model).is_absolute() and found is shape:
-        raise LightTransferError(f"--model-path {model}: no such folder")
+    if model is None:
+        found = SHAPES[engine.shape] if engine.shape is not None else None
+    else:
+        # Of a hub name, not known without asking the hub: SGLang does.
+        found = read_model_config(model) if names_folder(model) else None
     if found is not None:
         overrides = {CONFIG_KEY: dict(engine.lighttransfer)} if engine.lighttransfer else {}
         resolve_config(options, model or str(engine.shape), found, overrides)

@@ -13,8 +13,12 @@ import requests
 import lt_sglang.cli.bench
 import lt_sglang.loadtest
 from lt_sglang.cli import main
+from lt_sglang.cli.options import take_options
+from lt_sglang.cli.run_options import check_side
+from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.processes import free_port
 from lt_sglang.loadtest.outcome import read_summary
+from lt_sglang.loadtest.scenario_file import load_scenarios
 
 from .runs import REPOSITORY, run, scenario, write
 from .slow_server import Delays, serve
@@ -107,6 +111,16 @@ def test_a_large_shape_needs_a_gpu(
     file = write(tmp_path, scenario(engine={"shape": "llama-3-70b", "lighttransfer": {"lazy_layers": "1"}}))
     assert main(["bench", str(file), "--work", str(tmp_path / "work")]) == 2
     assert "the shape llama-3-70b needs a GPU; --rehearse" in capsys.readouterr().err
+
+
+def test_a_hub_name_is_not_judged_by_the_scenarios_shape(tmp_path: Path) -> None:
+    """How many layers it has is not known here, and is not what the shape in its place has."""
+    engine = {"shape": "tiny", "lighttransfer": {"lazy_layers": "1-3"}}
+    (found,) = load_scenarios(write(tmp_path, scenario(engine=engine)))
+    options, _ = take_options(["--lt-lazy-layers", "8-23"])
+    check_side(found, "org/model-of-32-layers", options, gpu=False)
+    with pytest.raises(LightTransferError, match="layer 23 does not exist"):
+        check_side(found, None, options, gpu=False)
 
 
 def test_without_the_extra_it_says_what_to_install(
