@@ -16,7 +16,7 @@ from typing import Any
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import warmup
-from lt_sglang.models import find_known
+from lt_sglang.models import find_config
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
 from lt_sglang.refusals import check_dynamic_args, check_server_args
 
@@ -38,16 +38,9 @@ def load_config(
 
     Raises LightTransferError when there is none.
     """
-    if CONFIG_KEY in overrides:
-        given = overrides[CONFIG_KEY]
-        return LightTransferConfig.from_dict(
-            given, source=None if isinstance(given, dict) and "source" in given else "model override args"
-        )
-    if CONFIG_KEY in model_config:
-        return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
-    known = find_known(model_path)
-    if known is not None:
-        return known.config
+    found = find_config(overrides, model_config, model_path, "model override args")
+    if found is not None:
+        return found
     raise LightTransferError(
         f"lazy_layers: none given for {model_path}; use lt-sglang serve --lt-lazy-layers or --lt-config, "
         f"or the key '{CONFIG_KEY}' in the model's config.json or in --json-model-override-args"

@@ -125,11 +125,10 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         )
         layout, windows = self.state.layout, self.runner.windows()
         full = min(max_bs * self.max_context_len, 2 * layout.full_rows)
-        size = layout.full_banks * full + layout.streaming_banks * max_bs * windows.lazy_tokens
         # A graph's batch is filled up with rows of no request, one element a layer each.
-        size += layout.layers * max_bs
-        self.graph_rows = torch.zeros(size, dtype=torch.int32, device="cuda")
         self._graph_padding = layout.layers * max_bs
+        size = layout.full_banks * full + layout.streaming_banks * max_bs * windows.lazy_tokens
+        self.graph_rows = torch.zeros(size + self._graph_padding, dtype=torch.int32, device="cuda")
         self._graph_pointers = torch.zeros(layout.layers * max_bs + 1, dtype=torch.int32, device="cuda")
         self._graph_write = torch.zeros((layout.layers, max_bs), dtype=torch.int32, device="cuda")
         self.graph_plans = GraphPlans(self, self.indices_updater_decode, layout.layers, max_bs)

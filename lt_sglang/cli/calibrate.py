@@ -71,9 +71,6 @@ def run(argv: list[str]) -> int:
     data, out = Path(args.data).expanduser(), Path(args.out)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     samples = read_samples(data, tokenizer, args.samples, args.max_tokens, args.seed)
-    window = _or(options.sink_tokens, DEFAULT_SINK_TOKENS) + _or(options.recent_tokens, DEFAULT_RECENT_TOKENS)
-    if all(len(sample.ids) <= window for sample in samples):
-        raise LightTransferError(f"--data {data}: no sample is longer than sink + recent tokens ({window})")
     setting = Setting(
         model=Path(args.model_path).name,
         score=score,
@@ -83,6 +80,9 @@ def run(argv: list[str]) -> int:
         data_sha256=sha256_of(data),
         max_tokens=args.max_tokens,
     )
+    window = setting.sink_tokens + setting.recent_tokens
+    if all(len(sample.ids) <= window for sample in samples):
+        raise LightTransferError(f"--data {data}: no sample is longer than sink + recent tokens ({window})")
     measured = Path(args.journal) if args.journal else out.with_name(out.name + JOURNAL_SUFFIX)
     journal = Journal(measured, setting)
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:

@@ -21,7 +21,7 @@ from lt_sglang.config import (
     parse_layers,
 )
 from lt_sglang.errors import LightTransferError
-from lt_sglang.models import find_known
+from lt_sglang.models import find_config
 from lt_sglang.selection.choices import CHOICES, LIST
 
 HALF = "half"
@@ -218,14 +218,7 @@ def _base(
         except (OSError, UnicodeDecodeError) as error:
             raise LightTransferError(f"--lt-config {options.config}: cannot be read ({error})") from None
         return LightTransferConfig.from_json(text, source=options.config)
-    if CONFIG_KEY in overrides:
-        given = overrides[CONFIG_KEY]
-        named = isinstance(given, Mapping) and "source" in given
-        return LightTransferConfig.from_dict(given, source=None if named else "--json-model-override-args")
-    if model_config is not None and CONFIG_KEY in model_config:
-        return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
-    known = find_known(model_path)
-    return known.config if known is not None else None
+    return find_config(overrides, model_config, model_path, "--json-model-override-args")
 
 
 def _keep(flag: str, value: str) -> int | float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePath
+from typing import Any
 
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,26 @@ def known_models() -> list[KnownModel]:
             )
         )
     return models
+
+
+def find_config(
+    overrides: Mapping[str, Any],
+    model_config: Mapping[str, Any] | None,
+    model_path: str,
+    overrides_source: str,
+) -> LightTransferConfig | None:
+    """That of the override arguments, else the model's own, else the known model's, else None.
+
+    overrides_source: what the first is from, unless it says so itself. Raises LightTransferError.
+    """
+    if CONFIG_KEY in overrides:
+        given = overrides[CONFIG_KEY]
+        named = isinstance(given, Mapping) and "source" in given
+        return LightTransferConfig.from_dict(given, source=None if named else overrides_source)
+    if model_config is not None and CONFIG_KEY in model_config:
+        return LightTransferConfig.from_dict(model_config[CONFIG_KEY], source="the model's config.json")
+    known = find_known(model_path)
+    return known.config if known is not None else None
 
 
 def find_known(model_path: str) -> KnownModel | None:

@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from k8s.render import render
 
+from ..http_server import serving
 from .chart import CHART, MINIMAL, container, flags, kinds, objects, one, template
 
 LWS = ("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2", "engine.tensorParallel=16")
@@ -379,15 +379,9 @@ def test_completion_judges_the_answer(tokens: int, key: str, success: bool) -> N
             pass
 
     code = (CHART / "files" / "completion.py").read_text(encoding="utf-8")
-    with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
-        threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        env = {
-            "URL": f"http://127.0.0.1:{gateway.server_port}/v1/completions",
-            "MODEL": "m",
-            "LT_API_KEY": key,
-        }
+    with serving(Gateway) as url:
+        env = {"URL": f"{url}/v1/completions", "MODEL": "m", "LT_API_KEY": key}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        gateway.shutdown()
     assert (done.returncode == 0) == success, done.stderr
     assert ("Paris" in done.stdout) == success
 

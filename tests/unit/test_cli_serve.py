@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from lt_sglang.demo.smollm2 import DemoModelMissing
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import CompilerMissing, cpu_server_args
 from lt_sglang.names import BACKEND
+
+from ..http_server import serving
 
 CONFIG: dict[str, Any] = {"num_hidden_layers": 8}
 SMOLLM2: dict[str, Any] = {"num_hidden_layers": 30}
@@ -239,12 +240,8 @@ class _Ready(BaseHTTPRequestHandler):
 def ready_server() -> Iterator[tuple[str, list[int]]]:
     answers: list[int] = []
     handler = type("Handler", (_Ready,), {"answers": answers})
-    with HTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", answers
-        http.shutdown()
-        thread.join()
+    with serving(handler) as url:
+        yield url, answers
 
 
 def test_announce(
