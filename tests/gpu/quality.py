@@ -1,6 +1,7 @@
 """What lazy layers cost the demo model, on a GPU: pass keys and KL divergence, many configurations at once.
 
     python -m tests.gpu.quality PROMPTS.json --write [--trials 30] [--lengths 4096 8000] [--kl 16]
+                                [--calibration SAMPLES.jsonl [--samples 16] [--sample-tokens 2048]]
     python -m tests.gpu.quality PROMPTS.json --out FOLDER [--model FOLDER] [--configs full,residual-50,...]
                                 [--baseline-backend triton] [--together 4] [--config NAME=JSON ...]
                                 [--only-texts N]
@@ -104,9 +105,8 @@ def write_prompts(
     kl: int,
     recent: int,
     seed: int,
-    calibration: Path | None,
 ) -> None:
-    """Prompts as token ids, with the ids of their answers; and 16 samples of their kind for calibrate."""
+    """Prompts as token ids, with the ids of their answers."""
     tokenizer = HfTokenizer(str(ensure_model()))
     items = [
         item
@@ -133,16 +133,21 @@ def write_prompts(
         "kl": [{"prompt": text[:kl_tokens], "continuation": text[kl_tokens:]} for text in texts],
     }
     path.write_text(json.dumps(spec))
-    if calibration is not None:
-        # Other keys, places and fillers than any prompt above.
-        tasks = [PasskeyTask(2 * recent + 8, 8, keys, recent, seed=seed + 1000) for keys in (1, 3)]
-        samples = [
-            {"text": f"{tokenizer.decode(list(item.prompt))} {item.answers[0]}."}
-            for task in tasks
-            for item in task.items(tokenizer)
-        ]
-        calibration.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{path}: {len(items)} key prompts, {len(texts)} texts of {kl_tokens} tokens")
+
+
+def write_samples(path: Path, samples: int, tokens: int, recent: int, seed: int) -> None:
+    """Questions of the prompts' kind with their answers, half of either task, for lt-sglang calibrate."""
+    tokenizer = HfTokenizer(str(ensure_model()))
+    # Other keys, places and fillers than any prompt.
+    tasks = [PasskeyTask(tokens, samples // 2, keys, recent, seed=seed + 1000) for keys in (1, 3)]
+    lines = [
+        {"text": f"{tokenizer.decode(list(item.prompt))} {item.answers[0]}."}
+        for task in tasks
+        for item in task.items(tokenizer)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{path}: {len(lines)} samples of {tokens} tokens")
 
 
 def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
@@ -295,6 +300,8 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--write", action="store_true", help="write the prompts; then nothing is measured")
     parser.add_argument("--calibration", type=Path, help="with --write: samples for lt-sglang calibrate")
+    parser.add_argument("--samples", type=int, default=16, help="of --calibration")
+    parser.add_argument("--sample-tokens", type=int, help="their length; default twice --recent-tokens")
     parser.add_argument("--trials", type=int, default=30, help="a length and task")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8000])
     parser.add_argument("--kl", type=int, default=16, help="texts")
@@ -324,7 +331,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         recent, seed = args.recent_tokens, args.seed
-        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, seed, args.calibration)
+        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, seed)
+        if args.calibration is not None:
+            write_samples(args.calibration, args.samples, args.sample_tokens or 2 * recent + 8, recent, seed)
         return
     names = args.configs.split(",") if args.configs else []
     for text in args.config:
