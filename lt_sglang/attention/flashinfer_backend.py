@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
 from lt_sglang.attention.flashinfer_plans import (
     by_head,
+    copied,
     host_indptr,
     plan_decode,
     plan_prefill,
@@ -247,19 +248,20 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         req_pool_indices: torch.Tensor,
     ) -> None:
         """As FlashInferIndicesUpdaterDecode.update_sliding_window; no host sync under CUDA graphs."""
-        self.call_begin_forward(
-            decode_wrappers[FULL],
-            seq_lens,
-            seq_lens_sum,
-            self.kv_indptr[FULL],
-            None,
-            spec_info,
-            seq_lens_cpu=seq_lens_cpu,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=disable_split_kv,
-            plan=plan,
-            req_pool_indices=req_pool_indices,
-        )
+        with copied(decode_wrappers[FULL]):
+            self.call_begin_forward(
+                decode_wrappers[FULL],
+                seq_lens,
+                seq_lens_sum,
+                self.kv_indptr[FULL],
+                None,
+                spec_info,
+                seq_lens_cpu=seq_lens_cpu,
+                fixed_split_size=fixed_split_size,
+                disable_split_kv=disable_split_kv,
+                plan=plan,
+                req_pool_indices=req_pool_indices,
+            )
         backend, wrapper = self.attn_backend, decode_wrappers[FULL]
         backend.full_plan = None
         if backend.graph_plans is not None and wrapper.is_cuda_graph_enabled:

@@ -38,7 +38,9 @@ def copied(wrapper: Any) -> Iterator[None]:
     FlashInfer writes plans into pinned memory that belongs to the wrapper, and the device copies them from
     there when it gets to it. Stock SGLang plans prefills from device tensors, which waits for everything
     before; here nothing else does. The scheduler is one batch ahead at most, so the copy is nearly always
-    done, but it need not be where processes take turns on a GPU.
+    done, but it need not be where processes take turns on a GPU. Decode with the next step's plan, where
+    another request has a row, never ends: a chunk that begins behind its list has 2^32 tokens (decode.cuh,
+    BatchDecodeWithPagedKVCacheDevice).
     """
     event = getattr(wrapper, "_lt_plan_copied", None)
     if event is not None:

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lt_sglang.attention import flashinfer_backend
+from lt_sglang.attention.flashinfer_backend import LazyDecodeUpdater
 from lt_sglang.attention.flashinfer_plans import by_head, plan_decode, plan_prefill, plan_ragged
+from lt_sglang.attention.indices import Windows
 
 UPDATER = SimpleNamespace(num_qo_heads=4, num_kv_heads=2, head_dim=8, q_data_type=None, data_type=None)
 
@@ -27,6 +30,8 @@ class Event:
 
 class Wrapper:
     """A FlashInfer wrapper whose pinned memory is written by every plan."""
+
+    is_cuda_graph_enabled = False
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -61,6 +66,28 @@ def test_a_plan_waits_for_the_copy_of_the_last_one(plan: Any, monkeypatch: pytes
     assert log == ["written", "copy queued", "copy queued"]
     plan(wrapper)
     assert log[3:] == ["copy done", "written", "copy queued"]
+
+
+def test_a_static_decode_step_waits_for_both_plans_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full and lazy layers have a wrapper each; stock SGLang plans the first without waiting."""
+    log: list[str] = []
+    monkeypatch.setattr(Event, "log", log, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(flashinfer_backend, "decode_rows", lambda *_: None)
+    updater: Any = object.__new__(LazyDecodeUpdater)
+    vars(updater).update(vars(UPDATER), kv_indptr=torch.zeros(2, 3, dtype=torch.int32))
+    updater.kv_last_page_len = torch.ones(2, dtype=torch.int32)
+    updater.attn_backend = SimpleNamespace(graph_plans=None)
+    updater.runner = SimpleNamespace(windows=lambda: Windows(4, 12, 4), streaming_tables=lambda: None)
+    updater.call_begin_forward = lambda wrapper, *_, **__: wrapper.begin_forward()
+    wrappers = [Wrapper(log), Wrapper(log)]
+    lengths = torch.tensor([40, 9])
+    for _ in range(2):
+        updater.update_sliding_window(
+            lengths, lengths, 49, wrappers, None, None, plan=None, req_pool_indices=torch.tensor([1, 2])
+        )
+    assert log == ["written", "copy queued"] * 2 + ["copy done", "written", "copy queued"] * 2
 
 
 def test_queries_stay_where_they_lie() -> None:
