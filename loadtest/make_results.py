@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -401,10 +402,14 @@ def plot(results: dict[str, Any]) -> None:
             if ratio is None or "".join(other) != suffix or "CPU only" in result["hardware"]:
                 continue
             name = stem[len("2026-01-02-") :].removesuffix(suffix)
-            label = f"{_label(name, result)}, {backend}"
+            label = f"{_label(name, result)}, {_baseline(result, backend)}"
             shown[name] = label, ratio, _bounds(result).get("decode_tokens_per_second")
-    rows = [shown[name] for name in sorted(shown)]
-    figure = Figure(figsize=(9, 1.0 + 0.36 * max(1, len(rows))), dpi=110, layout="constrained")
+    labels = Counter(label for label, _, _ in shown.values())
+    rows = [
+        (f"{label}: {name.partition('-')[2]}" if labels[label] > 1 else label, ratio, bound)
+        for name, (label, ratio, bound) in sorted(shown.items())
+    ]
+    figure = Figure(figsize=(11, 1.0 + 0.36 * max(1, len(rows))), dpi=110, layout="constrained")
     axis = figure.subplots()
     bars = axis.barh(range(len(rows)), [ratio for _, ratio, _ in rows], color="#8db8dd", label="measured")
     for place, (_, ratio, bound) in enumerate(rows):
@@ -426,10 +431,11 @@ def _label(name: str, result: dict[str, Any]) -> str:
     """GPU, model, length and lazy layers of a row in the plot; ``name`` where the file does not have them."""
     workload, config = result["workload"], result["lighttransfer"].get("config") or {}
     model = MODEL.match(workload.get("model", ""))
-    tokens = workload.get("prompt_tokens")
-    if tokens is None and len(workload.get("traffic", ())) == 1:
-        tokens = workload["traffic"][0].get("input")
-    if not (model and isinstance(tokens, int) and "lazy_layers" in config):
+    tokens, traffic = workload.get("prompt_tokens"), workload.get("traffic", ())
+    if tokens is None and len(traffic) == 1:
+        tokens = traffic[0].get("input")
+    shared = any(one.get("shared") or one.get("turns", 1) > 1 for one in traffic)
+    if shared or not (model and isinstance(tokens, int) and "lazy_layers" in config):
         return name
     shape, tp = model["shape"].lower(), int(model["tp"])
     lazy, layers = len(parse_layers(config["lazy_layers"])), SHAPES[shape]["num_hidden_layers"]
@@ -438,6 +444,14 @@ def _label(name: str, result: dict[str, Any]) -> str:
     if result["ratio"].get("requests_running") == 1:
         parts.append(f"batch {result['lighttransfer']['requests_running']}")
     return ", ".join(parts)
+
+
+def _baseline(result: dict[str, Any], backend: str) -> str:
+    """What ours is compared with; ``backend`` where the file does not have it."""
+    engine = result["workload"].get("engine") or {}
+    flags = engine.get("baseline_flags") or [] if isinstance(engine, dict) else []
+    name = result["baseline"].get("engine", "").removeprefix("stock_")
+    return f"{name or backend}{' and DP attention' if '--enable-dp-attention' in flags else ''}"
 
 
 def _bounds(result: dict[str, Any]) -> dict[str, float]:

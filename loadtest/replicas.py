@@ -144,15 +144,19 @@ def main() -> None:
             wait_for_gpu_memory(idle)
             runs[side] = [measure(scenario, engines[side], work, args.gateway, args.limit_s)]
             print(f"{side}: {_shown(runs[side][0].summary)}", flush=True)
+        if not args.rehearse:
+            # Before the engines end: that takes a while, and a command that is cut off then has its file.
+            result = build(
+                scenario, machine, sides, runs, Bounds({}, "No bound: several replicas."), args.note
+            )
+            result["scenario"] += f"-tp{specs[LIGHTTRANSFER].tp}-{args.replicas}-replicas"
+            result["notes"].insert(
+                0, f"{args.replicas} replicas behind the gateway; figures are of all together."
+            )
+            print(write(result, args.out, args.date, machine.label))
     finally:
         for engine in chain.from_iterable(engines.values()):
             engine.stop()
-    if args.rehearse:
-        return
-    result = build(scenario, machine, sides, runs, Bounds({}, "No bound: several replicas."), args.note)
-    result["scenario"] += f"-{args.replicas}-replicas"
-    result["notes"].insert(0, f"{args.replicas} replicas behind the gateway; figures are of all together.")
-    print(write(result, args.out, args.date, machine.label))
 
 
 def _shown(summary: Mapping[str, float | None]) -> str:
