@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lt_sglang.cli.parser import Parser, port, url
+from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest import check_installed
+
+CONNECT_SECONDS = 10.0
 
 
 def run(argv: list[str]) -> int:
@@ -18,12 +23,23 @@ def run(argv: list[str]) -> int:
     from lt_sglang.loadtest.scenario_file import load_scenarios, pick
 
     scenario = pick(load_scenarios(args.scenario), args.case)
+    _check_reachable(args.url)
     command = [*locust_command(args.scenario, args.url, args.out), "--lt-case", scenario.name]
     if args.web_port is None:
         command += ["--headless", "--only-summary"]
     else:
         command += ["--web-host", "127.0.0.1", "--web-port", str(args.web_port)]
     os.execve(command[0], command, locust_environment())
+
+
+def _check_reachable(address: str) -> None:
+    """Raises LightTransferError if no connection can be made: locust would print empty tables beside that."""
+    parts = urlsplit(address)
+    place = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection(place, CONNECT_SECONDS).close()
+    except OSError as error:
+        raise LightTransferError(f"--url {address}: no connection ({error.strerror or error})") from None
 
 
 def _parser() -> Parser:

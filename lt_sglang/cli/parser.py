@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from lt_sglang.errors import LightTransferError
 
@@ -36,7 +37,12 @@ def port(text: str) -> int:
 
 def url(text: str) -> str:
     """An address of HTTP, for ``type=``."""
-    if not text.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://127.0.0.1:30000")
     return text.rstrip("/")
 

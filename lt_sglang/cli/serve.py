@@ -18,7 +18,7 @@ from pathlib import Path
 from lt_sglang.cli import sglang_args as flags
 from lt_sglang.cli.model_config import read_model_config
 from lt_sglang.cli.options import OPTIONS_HELP, describe, resolve_config, take_options
-from lt_sglang.cli.server import TRY_VARIABLE, URL_VARIABLE, base_url
+from lt_sglang.cli.server import TRY_VARIABLE, URL_VARIABLE, base_url, say
 from lt_sglang.cli.sglang_args import SglangArgs
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
@@ -85,7 +85,7 @@ def run(argv: list[str]) -> int:
         return 0
     launch = plan_launch(argv, os.environ)
     for line in _greeting(launch):
-        _say(line)
+        say(line)
     sys.stdout.flush()
     command = [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv]
     os.execve(sys.executable, command, launch.env)
@@ -155,7 +155,7 @@ def _check_backends(args: SglangArgs) -> None:
 
 
 def _demo_model(machine: Machine) -> str:
-    _say("no --model-path given: serving the demonstration model SmolLM2-135M-Instruct")
+    say("no --model-path given: serving the demonstration model SmolLM2-135M-Instruct")
     try:
         return str(machine.demo_model())
     except DemoModelMissing as error:
@@ -187,7 +187,3 @@ def _greeting(launch: Launch) -> list[str]:
     lines.append(f"will listen on {launch.url}; once it is ready, try:")
     lines.append(f"  {launch.try_line}")
     return lines
-
-
-def _say(text: str) -> None:
-    print(f"lt-sglang: {text}", file=sys.stderr, flush=True)

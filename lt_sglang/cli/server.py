@@ -53,16 +53,16 @@ def main(argv: list[str]) -> int:
 def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS) -> None:
     """Say every 15 s that the server is starting, and once that it is ready."""
     started = shown = time.monotonic()
-    _say("starting SGLang; its log follows")
+    say("starting SGLang; its log follows")
     while (now := time.monotonic()) - started < GIVE_UP_SECONDS:
         if is_ready(url):
-            _say(f"ready after {now - started:.0f} s on {url}")
+            say(f"ready after {now - started:.0f} s on {url}")
             if try_line:
-                _say(f"try: {try_line}")
+                say(f"try: {try_line}")
             return
         if now - shown >= PROGRESS_SECONDS:
             shown = now
-            _say(f"still starting, {now - started:.0f} s")
+            say(f"still starting, {now - started:.0f} s")
         time.sleep(poll_seconds)
 
 
@@ -96,7 +96,8 @@ def _serve(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell who started the server; its own log goes to the same place."""
     print(f"lt-sglang: {text}", file=sys.stderr, flush=True)
 
 

@@ -57,11 +57,6 @@ class Throughput:
     decode_rate: float
     total_rate: float
 
-    @property
-    def step_time(self) -> float:
-        """One decode step."""
-        return max(self.weight_time, self.compute_time) + self.kv_time
-
 
 def decode_bound(tokens: float, lazy_share: float, lazy_tokens: int) -> float:
     """Highest decode ratio, hybrid to full KV, of requests of ``tokens``: 1 to 1 / (1 - lazy_share)."""

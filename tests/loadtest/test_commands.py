@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -59,9 +61,20 @@ def wait_for(what: object, seconds: float = 60) -> None:
     raise AssertionError("not within the time given")
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, scenario())
+    assert main(["loadtest", str(file), "--url", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "--url http://127.0.0.1:9: no connection (" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_hangs_up(tmp_path: Path) -> None:
     load = {"kind": "closed", "users": 1, "requests": 1, "warmup": 1}
-    done = run("http://127.0.0.1:9", scenario(load=load), tmp_path)
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = run(f"http://127.0.0.1:{server.server_address[1]}", scenario(load=load), tmp_path)
+        server.shutdown()
     assert done.code == 2 and not done.out.exists()
     assert "the warm-up failed" in done.text and "no connection" in done.text
 
@@ -72,6 +85,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
         (["loadtest", "FILE", "--url", "http://x", "--case", "none"], "--case none: must be one of small"),
         (["loadtest", "FILE"], "--url"),
         (["loadtest", "FILE", "--url", "localhost:30000"], "is not an address such as http://"),
+        (["loadtest", "FILE", "--url", "http://x:99999"], "is not an address such as http://"),
         (
             ["loadtest", "FILE", "--url", "http://x", "--web-port", "70000"],
             "is not an integer from 1 to 65535",
