@@ -61,6 +61,9 @@ def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
         ("stock_flashinfer", ["dp-attention-16k-quick"]),
         (LIGHTTRANSFER, ["dp-attention-16k-quick"]),
         ("stock_flashinfer", ["dp-attention-16k-quick-against-tp"]),
+        ("stock_flashinfer", ["dp-attention-16k-two-gpus"]),
+        (LIGHTTRANSFER, ["dp-attention-16k-two-gpus"]),
+        ("stock_flashinfer", ["dp-attention-16k-two-gpus-against-tp"]),
         (LIGHTTRANSFER, ["16k-three-quarters"]),
         (LIGHTTRANSFER, ["32k-three-quarters"]),
     ]
@@ -74,22 +77,28 @@ def test_stock_runs_once_for_both_modes(file: str, tmp_path: Path) -> None:
 
 
 def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
-    *dp_cases, tp_case = load_scenarios(TP8 / "2-dp-attention.yaml")
-    for one, fraction in zip(dp_cases, ("0.9", "0.9", "0.6"), strict=True):
+    cases = {one.name: one for one in load_scenarios(TP8 / "2-dp-attention.yaml")}
+    fractions = {"16k": "0.9", "32k": "0.9", "16k-quick": "0.6", "16k-two-gpus": "0.85"}
+    for name, fraction in fractions.items():
+        one = cases.pop(f"table6-dp-attention-{name}")
         specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=("--mem-fraction-static", "0.40"))
         dp = specs["flashinfer"]
         assert Path(dp.model).name == "llama-3-70b-qwen3"
         assert dp.flags[-5:-2] == ("--enable-dp-attention", "--dp-size", "4")
         # The last one counts.
         assert {spec.flags[-2:] for spec in specs.values()} == {("--mem-fraction-static", fraction)}
-    # The same half-lazy server, against stock without DP attention.
-    against_tp = specs_of(tp_case, tmp_path, ["flashinfer"], most_tp=4)
-    quick = specs_of(dp_cases[-1], tmp_path, ["flashinfer"], most_tp=4)
-    assert against_tp[LIGHTTRANSFER] == quick[LIGHTTRANSFER]
-    assert against_tp["flashinfer"].flags == against_tp[LIGHTTRANSFER].flags
+        tp_case = cases.pop(f"table6-dp-attention-{name}-against-tp", None)
+        if tp_case:
+            # The same half-lazy server, against stock without DP attention.
+            dp_specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4)
+            against_tp = specs_of(tp_case, tmp_path, ["flashinfer"], most_tp=4)
+            assert against_tp[LIGHTTRANSFER] == dp_specs[LIGHTTRANSFER]
+            assert against_tp["flashinfer"].flags == against_tp[LIGHTTRANSFER].flags
+    assert not cases
     assert prompts_of_a_dp_rank("h200-141", 4, 0.9) == 7
     assert prompts_of_a_dp_rank("h100-80", 8, 0.9) == 3
     assert prompts_of_a_dp_rank("h200-141", 4, 0.6, tokens=16384) == 6
+    assert prompts_of_a_dp_rank("h200-141", 2, 0.85, tokens=16384) == 7
 
 
 def prompts_of_a_dp_rank(gpu: str, ranks: int, fraction: float, tokens: int = 32768) -> int:
