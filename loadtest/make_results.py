@@ -395,14 +395,14 @@ def plot(results: dict[str, Any]) -> None:
     """decode.png: measured decode ratios on GPUs against stock's fa3, else flashinfer, and their bounds."""
     shown: dict[str, tuple[str, float, float | None]] = {}
     # Files come in the order of their dates: the newest of a GPU and scenario stays.
-    for backend, suffix in (("flashinfer", ""), ("fa3", "-vs-fa3")):
+    for suffix in ("", "-vs-fa3"):
         for stem, result in results.items():
             ratio = result.get("ratio", {}).get("decode_tokens_per_second")
             other = result["scenario"].partition("-vs-")[1:]
             if ratio is None or "".join(other) != suffix or "CPU only" in result["hardware"]:
                 continue
             name = stem[len("2026-01-02-") :].removesuffix(suffix)
-            label = f"{_label(name, result)}, {_baseline(result, backend)}"
+            label = f"{_label(name, result)}, {_baseline(result)}"
             shown[name] = label, ratio, _bounds(result).get("decode_tokens_per_second")
     labels = Counter(label for label, _, _ in shown.values())
     rows = [
@@ -446,12 +446,11 @@ def _label(name: str, result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _baseline(result: dict[str, Any], backend: str) -> str:
-    """What ours is compared with; ``backend`` where the file does not have it."""
-    engine = result["workload"].get("engine") or {}
-    flags = engine.get("baseline_flags") or [] if isinstance(engine, dict) else []
-    name = result["baseline"].get("engine", "").removeprefix("stock_")
-    return f"{name or backend}{' and DP attention' if '--enable-dp-attention' in flags else ''}"
+def _baseline(result: dict[str, Any]) -> str:
+    """What ours is compared with."""
+    flags = (result["workload"].get("engine") or {}).get("baseline_flags", ())
+    backend = result["baseline"]["engine"].removeprefix("stock_")
+    return f"{backend}{' and DP attention' if '--enable-dp-attention' in flags else ''}"
 
 
 def _bounds(result: dict[str, Any]) -> dict[str, float]:

@@ -248,9 +248,10 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         req_pool_indices: torch.Tensor,
     ) -> None:
         """As FlashInferIndicesUpdaterDecode.update_sliding_window; no host sync under CUDA graphs."""
-        with copied(decode_wrappers[FULL]):
+        backend, wrapper = self.attn_backend, decode_wrappers[FULL]
+        with copied(wrapper):
             self.call_begin_forward(
-                decode_wrappers[FULL],
+                wrapper,
                 seq_lens,
                 seq_lens_sum,
                 self.kv_indptr[FULL],
@@ -262,7 +263,6 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
                 plan=plan,
                 req_pool_indices=req_pool_indices,
             )
-        backend, wrapper = self.attn_backend, decode_wrappers[FULL]
         backend.full_plan = None
         if backend.graph_plans is not None and wrapper.is_cuda_graph_enabled:
             requests = len(seq_lens)

@@ -79,9 +79,10 @@ def test_stock_runs_once_for_both_modes(file: str, tmp_path: Path) -> None:
 def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
     cases = {one.name: one for one in load_scenarios(TP8 / "2-dp-attention.yaml")}
     fractions = {"16k": "0.9", "32k": "0.9", "16k-quick": "0.6", "16k-two-gpus": "0.85"}
+    flags = ("--mem-fraction-static", "0.40")
     for name, fraction in fractions.items():
         one = cases.pop(f"table6-dp-attention-{name}")
-        specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=("--mem-fraction-static", "0.40"))
+        specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4, flags=flags)
         dp = specs["flashinfer"]
         assert Path(dp.model).name == "llama-3-70b-qwen3"
         assert dp.flags[-5:-2] == ("--enable-dp-attention", "--dp-size", "4")
@@ -90,9 +91,8 @@ def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Pa
         tp_case = cases.pop(f"table6-dp-attention-{name}-against-tp", None)
         if tp_case:
             # The same half-lazy server, against stock without DP attention.
-            dp_specs = specs_of(one, tmp_path, ["flashinfer"], most_tp=4)
-            against_tp = specs_of(tp_case, tmp_path, ["flashinfer"], most_tp=4)
-            assert against_tp[LIGHTTRANSFER] == dp_specs[LIGHTTRANSFER]
+            against_tp = specs_of(tp_case, tmp_path, ["flashinfer"], most_tp=4, flags=flags)
+            assert against_tp[LIGHTTRANSFER] == specs[LIGHTTRANSFER]
             assert against_tp["flashinfer"].flags == against_tp[LIGHTTRANSFER].flags
     assert not cases
     assert prompts_of_a_dp_rank("h200-141", 4, 0.9) == 7

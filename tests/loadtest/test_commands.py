@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socketserver
 import subprocess
 import sys
-import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from lt_sglang.launch.processes import free_port
 from lt_sglang.loadtest.outcome import read_summary
 from lt_sglang.loadtest.scenario_file import load_scenarios
 
+from ..http_server import serving
 from .runs import REPOSITORY, run, scenario, write
 from .slow_server import Delays, serve
 
@@ -71,10 +71,9 @@ def test_a_server_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_server_that_hangs_up(tmp_path: Path) -> None:
     load = {"kind": "closed", "users": 1, "requests": 1, "warmup": 1}
-    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = run(f"http://127.0.0.1:{server.server_address[1]}", scenario(load=load), tmp_path)
-        server.shutdown()
+    hangs_up = type("HangsUp", (BaseHTTPRequestHandler,), {"handle": lambda _: None})
+    with serving(hangs_up) as url:
+        done = run(url, scenario(load=load), tmp_path)
     assert done.code == 2 and not done.out.exists()
     assert "the warm-up failed" in done.text and "no connection" in done.text
 
