@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
 NODEPS_LOCK = ROOT / "requirements-nodeps.lock"
-EXTRAS = ("dev", "loadtest", "ray")
+EXTRAS = ("dev", "loadtest", "ray", "train")
 NODEPS_EXTRA = "cpu-demo"
 
 HEADER = """\
