@@ -1,4 +1,4 @@
-"""LightTransfer-Train's choice of layers (arXiv 2410.13846, section 4.2): who is lazy most often.
+"""LightTransfer-Train's choice of layers (arXiv 2410.13846, section 5.2): who is lazy most often.
 
 Each sample is prefilled by a server in dynamic mode, which reports how lazy each layer is by its score. Per
 layer it is counted in how many samples the layer is among the laziest; the most frequent ones are chosen.

@@ -61,7 +61,7 @@ def depth_heatmaps(questions: Questions, outcomes: Sequence[Outcome], folder: Pa
 
 
 def score_heatmap(laziness: Sequence[Sequence[float]], score: str, path: Path) -> Path:
-    """Laziness by layer (down) and sample (across), as in the paper's figures 2, 5 and 9."""
+    """Laziness by layer (down) and sample (across)."""
     pyplot = require_matplotlib()
     figure, axis = pyplot.subplots(figsize=(7, 5))
     columns = [list(column) for column in zip(*laziness, strict=True)]
