@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "check this machine and a configuration without starting a server",
     "models": "list the models whose lazy layers are known",
     "calibrate": "choose a model's lazy layers by samples of your traffic",
+    "train": "fine-tune a model for its lazy layers",
     "eval": "what lazy layers cost, against full attention",
 }
 

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from lt_sglang.cli.parser import Parser
 from lt_sglang.config import format_layers
-from lt_sglang.models import KnownModel, known_models
+from lt_sglang.models import KnownModel, entry_of, known_models
+
+REGISTER = """\
+A model whose config.json has the key lighttransfer (lt-sglang train writes it) needs no entry here.
+To make one known by its name alone, lt-sglang models --entry FOLDER prints the entry for
+lt_sglang/models/known.json."""
 
 
 def run(argv: list[str]) -> int:
     """Print the known models, one paragraph each, or JSON."""
     parser = Parser(prog="lt-sglang models", description="List the models whose lazy layers are known.")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--entry",
+        type=Path,
+        metavar="FOLDER",
+        help="print the entry that makes its model known by name",
+    )
     args = parser.parse_args(argv)
+    if args.entry is not None:
+        print(json.dumps(entry_of(args.entry), indent=2))
+        return 0
     models = known_models()
     if args.json:
         print(json.dumps([_as_dict(model) for model in models], indent=2))
         return 0
     for model in models:
         print(_as_text(model))
+    print(REGISTER)
     return 0
 
 

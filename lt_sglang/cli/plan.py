@@ -19,10 +19,15 @@ from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_c
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 DEFAULT_GPU = "h100-80"
 DEFAULT_OUTPUT = 512
+TRAIN = "--train"
 
 
 def run(argv: list[str]) -> int:
     """Print the plan; raises LightTransferError if nothing can be planned."""
+    if TRAIN in argv:
+        from lt_sglang.cli import plan_train
+
+        return plan_train.run([word for word in argv if word != TRAIN])
     options, rest = take_options(argv)
     args = _parser().parse_args(rest)
     deployment = build_deployment(args, options)
@@ -95,7 +100,8 @@ def _model(args: argparse.Namespace, options: LtOptions) -> tuple[ModelShape, Li
 def _parser() -> Parser:
     parser = Parser(
         prog="lt-sglang plan",
-        description="Say how many requests of which length fit into the KV memory, and the gain to expect.",
+        description="Say how many requests of which length fit into the KV memory, and the gain to expect. "
+        "With --train: memory and time of lt-sglang train (lt-sglang plan --train --help).",
         epilog=OPTIONS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

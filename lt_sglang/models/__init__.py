@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig, format_layers
+from lt_sglang.errors import LightTransferError
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,38 @@ def find_known(model_path: str) -> KnownModel | None:
     """The known model that ``model_path`` (a hub name or a folder) names, or None."""
     tail = PurePath(model_path.rstrip("/")).name.lower()
     return next((model for model in known_models() if tail in model.match), None)
+
+
+def entry_of(folder: Path) -> dict[str, Any]:
+    """The entry of ``known.json`` for a model whose config.json has the key ``lighttransfer``.
+
+    Raises LightTransferError if it has none, or a list that does not fit the model.
+    """
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LightTransferError(f"--entry {folder}: no config.json can be read ({error})") from None
+    if not isinstance(data, dict) or CONFIG_KEY not in data:
+        raise LightTransferError(
+            f"--entry {folder}: its config.json has no key {CONFIG_KEY!r}; lt-sglang train writes it"
+        )
+    config = LightTransferConfig.from_dict(data[CONFIG_KEY], source=str(folder))
+    if config.dynamic:
+        raise LightTransferError(f"--entry {folder}: mode 'dynamic'; a known model has a fixed list")
+    layers = data.get("num_hidden_layers")
+    if type(layers) is not int:
+        raise LightTransferError(f"--entry {folder}: num_hidden_layers of its config.json is {layers!r}")
+    config.check_model(layers)
+    name = folder.absolute().name
+    return {
+        "name": name,
+        "match": [name.lower()],
+        "num_layers": layers,
+        "architecture": (data.get("architectures") or ["unknown"])[0],
+        CONFIG_KEY: {
+            "lazy_layers": format_layers(config.lazy_layers),
+            "sink_tokens": config.sink_tokens,
+            "recent_tokens": config.recent_tokens,
+        },
+        "origin": "trained with lt-sglang train",
+    }
