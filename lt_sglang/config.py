@@ -8,6 +8,8 @@ the same one. This module imports neither torch nor sglang.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +35,25 @@ MAX_TOKENS = 1 << 24
 MAX_LAYERS = 1024  # a mistyped range must not fill the memory
 
 
+MAX_DIGITS = 18  # more is no number of anything here
+
+
+def read_int(text: str) -> int | None:
+    """The number that ``text`` writes in ASCII digits and nothing else; None if it writes none.
+
+    ``int`` also reads other scripts' digits, signs, spaces and underscores.
+    """
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else None
+
+
+def read_float(text: str) -> float | None:
+    """The finite number that ``text`` writes in ASCII, such as 0.5 or 1e3; None if it writes none."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parse ``"5-24,26,30-33"`` into sorted unique layer indices; ``"none"`` and ``""`` give ``()``.
 
@@ -44,12 +65,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        low = read_int(first)
+        high = read_int(last) if dash else low
+        if low is None or high is None:
             raise LightTransferError(
                 f"lazy_layers: {part.strip()!r} is neither a layer (7) nor a range (5-24); "
                 "write comma-separated layers and ranges, or none"
             )
-        low, high = int(first), int(last) if dash else int(first)
         if low > high:
             raise LightTransferError(f"lazy_layers: the range {part.strip()!r} runs backwards")
         if high >= MAX_LAYERS:

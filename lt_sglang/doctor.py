@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -26,6 +27,7 @@ ALLOW_LIST_VARIABLE = "SGLANG_PLUGINS"
 # Distributions whose version SGLang pins and the hybrid path depends on.
 PINNED = ("torch", "flashinfer-python", "sglang-kernel")
 MIN_CAPABILITY = (8, 0)
+MOST_MESSAGE = 8192  # characters
 
 
 class DoctorError(LightTransferError):
@@ -144,6 +146,13 @@ def check_arguments(argv: Iterable[str], on_gpu: bool) -> str:
     return message
 
 
+def check_starts(arguments: Mapping[str, Sequence[str]], on_gpu: bool) -> list[Check]:
+    """As check_arguments, for the server arguments of several engines, by name, in one process."""
+    lines = _child("starts", json.dumps(dict(arguments)), gpu=on_gpu)
+    fields = [line.split("|", 2) for line in lines]
+    return [Check(name, state == "ok", message) for name, state, message in fields]
+
+
 def check_inner_names(on_gpu: bool) -> list[Check]:
     """Hooks, registries and overridden methods, checked in a process set up like a server's worker."""
     try:
@@ -192,6 +201,11 @@ def child_main(what: str, argv: list[str]) -> None:
         result = run_check("arguments", lambda: _resolve_arguments(argv))
         _emit("ok" if result.ok else "FAIL", result.message)
         return
+    if what == "starts":
+        for name, given in json.loads(argv[0]).items():
+            result = _resolve_apart(name, given)
+            _emit(name, "ok" if result.ok else "FAIL", result.message)
+        return
     if what == "gpu":
         import torch
 
@@ -201,6 +215,27 @@ def child_main(what: str, argv: list[str]) -> None:
     for name, check in _name_checks():
         result = run_check(name, check)
         _emit(result.name, "ok" if result.ok else "FAIL", result.message)
+
+
+def _resolve_apart(name: str, argv: list[str]) -> Check:
+    """_resolve_arguments in a fork, since it leaves traces in its process; SGLang is imported here, once."""
+    import sglang.launch_server  # noqa: F401
+
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            result = run_check(name, lambda: _resolve_arguments(argv))
+            os.write(writer, json.dumps([result.ok, result.message[:MOST_MESSAGE]]).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    ok, message = json.loads(said) if said else (False, "SGLang ended while it read the arguments")
+    return Check(name, ok, message)
 
 
 def _resolve_arguments(argv: list[str]) -> str:

@@ -20,12 +20,14 @@ def register() -> None:
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
+    from lt_sglang.launch.lifeline import end_if_orphaned
     from lt_sglang.resolve import apply_config, settle_runtime
 
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
         register_resolution_hook("handle_model_source_paths")(apply_config)
         register_resolution_hook("handle_attention_backend_compatibility")(settle_runtime)
     if os.environ.get(ACTIVE_VARIABLE) == "1":
+        end_if_orphaned()
         _install()
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND])

@@ -24,6 +24,10 @@ def _set(value: Any) -> bool:
     return value not in (None, False, "", 0, [], {})
 
 
+def _given(value: Any) -> bool:
+    return value is not None
+
+
 def _above_one(value: Any) -> bool:
     return value is not None and value > 1
 
@@ -85,6 +89,43 @@ REFUSALS: tuple[Refusal, ...] = (
         "supported are auto, bfloat16, fp8_e4m3 and fp8_e5m2",
     ),
     Refusal("--dllm-algorithm", "dllm_algorithm", _set, "diffusion models attend both ways"),
+    Refusal(
+        "--enable-nvidia-megakernel", "enable_nvidia_megakernel", _set, "it replaces the attention of decode"
+    ),
+    Refusal("--enable-amd-monokernel", "enable_amd_monokernel", _set, "it replaces the attention of decode"),
+    Refusal(
+        "--swa-full-tokens-ratio",
+        "swa_full_tokens_ratio",
+        _given,
+        "the pools are split by request length; use --lt-expected-tokens",
+    ),
+    Refusal(
+        "--swa-prefix-tails",
+        "swa_prefix_tails",
+        _given,
+        "the pools are split by request length; use --lt-expected-tokens",
+    ),
+    Refusal(
+        "--enable-unified-cache-external-linker",
+        "enable_unified_cache_external_linker",
+        _set,
+        "external caches do not store sink rows",
+    ),
+    Refusal(
+        "--prefill-only-disable-kv-cache", "prefill_only_disable_kv_cache", _set, "it replaces the KV pools"
+    ),
+    Refusal(
+        "--enable-page-major-kv-layout", "enable_page_major_kv_layout", _set, "sinks and windows are rows"
+    ),
+    Refusal("--enable-mis", "enable_mis", _set, "lazy layers do not mask the other items of a request"),
+    Refusal("--enable-prefill-cp", "enable_prefill_cp", _set, "context-parallel KV is not cut into windows"),
+    # SGLang turns it into --enable-deterministic-inference after it has asked us.
+    Refusal(
+        "--rl-on-policy-target",
+        "rl_on_policy_target",
+        _given,
+        "it needs deterministic inference, and lazy layers split the KV of a request by its length",
+    ),
 )
 
 
@@ -127,15 +168,25 @@ def check_server_args(args: Any) -> None:
     _check_environment()
 
 
+# Variables of SGLang's that are switches, and why they cannot be on.
+VARIABLES: dict[str, str] = {
+    # Stock SGLang's FlashInfer backend would decode with stale plans, too, and nothing would say so.
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": (
+        "decode steps are planned on the host, and a captured plan would not follow the requests"
+    ),
+    # It gives the pools their memory after the graphs are captured, for the allocator's tokens alone.
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "the rows of sinks would have no memory",
+    "SGLANG_USE_HND_KVCACHE": "sinks and windows are rows of the NHD layout",
+    "SGLANG_RUST_SERVER": "it neither warms lazy layers up nor runs the guards of SGLang's Python server",
+}
+
+
 def _check_environment() -> None:
     from sglang.srt.environ import envs
 
-    # Stock SGLang's FlashInfer backend would decode with stale plans, too, and nothing would say so.
-    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
-        raise LightTransferError(
-            "SGLANG_ENABLE_METADATA_GLUE_GRAPH=1: not supported with lazy layers: decode steps are planned "
-            "on the host, and a captured plan would not follow the requests"
-        )
+    for name, why in VARIABLES.items():
+        if getattr(envs, name).get():
+            raise LightTransferError(f"{name}=1: not supported with lazy layers: {why}")
 
 
 def _refuse(args: Any, refusals: tuple[Refusal, ...], where: str) -> None:

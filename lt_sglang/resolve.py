@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import warmup
 from lt_sglang.models import find_config
-from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
+from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, HIDDEN, KEYS
 from lt_sglang.refusals import check_dynamic_args, check_server_args
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     config = config.settle(num_layers)
     if config.dynamic:
         check_dynamic_args(args)
+        _check_generates(model.architectures or (), args.is_embedding)
     overrides.update(model_overrides(config, num_layers))
     declare_resolution(
         server_args, _SOURCE, json_model_override_args=json.dumps(overrides), radix_cache_backend=BACKEND
@@ -89,7 +91,38 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     # Children inherit it; see plugin.register.
     os.environ[ACTIVE_VARIABLE] = "1"
     warmup.register()
+    _guard_keys(server_args, args)
     logger.info("LightTransfer: %s", config)
+
+
+def _check_generates(architectures: Sequence[str], is_embedding: bool) -> None:
+    from sglang.srt.configs.model_config import is_generation_model
+
+    if not is_generation_model(list(architectures), is_embedding):
+        what = "--is-embedding" if is_embedding else f"{architectures[0]}"
+        raise LightTransferError(
+            f"{what}: dynamic mode needs a model that generates; embedding and reward models run with static "
+            "lists"
+        )
+
+
+def _guard_keys(server_args: Any, args: Any) -> None:
+    """Show the server's keys to nobody; say so if its admin routes have none."""
+    from lt_sglang.hooks import table
+
+    table.install_in_launcher()
+    command = server_args.launch_command
+    if command is not None:
+        for value in filter(None, (getattr(args, name) for name in KEYS)):
+            command = re.sub(rf"(?<=[ =]){re.escape(value)}(?= |$)", HIDDEN, command)
+        server_args._launch_command = command
+    # Other nodes have no routes.
+    if args.node_rank == 0 and (args.admin_api_key is None or args.tokenizer_worker_num > 1):
+        logger.warning(
+            "LightTransfer: SGLang's HTTP server leaves its admin routes (/flush_cache, /abort_request, "
+            "/update_weights_from_disk and others) open to every client; --admin-api-key closes them, with "
+            "one --tokenizer-worker-num"
+        )
 
 
 def settle_runtime(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -53,7 +53,9 @@ def run(argv: list[str]) -> int:
         overlap=args.overlap_starts,
         notes=tuple(args.note),
     )
-    return Bench(settings).run(groups)
+    bench = Bench(settings)
+    bench.check(groups)
+    return bench.run(groups)
 
 
 def scenario_files(path: Path) -> list[Path]:

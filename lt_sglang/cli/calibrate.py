@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, take_options
-from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.cli.parser import Parser, positive, seed
 from lt_sglang.config import (
     CONFIG_KEY,
     DEFAULT_DECIDE,
@@ -282,7 +282,7 @@ def _parser() -> Parser:
     parser.add_argument("--device", help="of --greedy: cpu, cuda, ...; a GPU if there is one")
     parser.add_argument("--samples", type=positive, default=64, help="drawn from the file, default 64")
     parser.add_argument("--max-tokens", type=positive, default=8192, help="of a sample's end, default 8192")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--clients", type=positive, default=4, help="requests at a time, default 4")
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
     return parser

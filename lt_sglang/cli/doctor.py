@@ -9,8 +9,9 @@ from itertools import chain
 
 from lt_sglang.cli.model_config import read_model_config, unsupported_features
 from lt_sglang.cli.options import OPTIONS_HELP, describe
-from lt_sglang.cli.serve import Launch, plan_launch
-from lt_sglang.cli.sglang_args import REVISION, SglangArgs
+from lt_sglang.cli.serve import Launch, check_ports, plan_launch
+from lt_sglang.cli.sglang_args import REVISION
+from lt_sglang.cli.weights import check_weights
 from lt_sglang.doctor import Check, DoctorError, check_arguments, check_machine, run_check
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
@@ -51,6 +52,8 @@ def check_model(argv: list[str]) -> Iterator[Check]:
     yield run_check("configuration", lambda: _check_configuration(launch))
     features = run_check("model", lambda: _check_features(launch))
     yield features
+    yield run_check("weights", lambda: check_weights(launch.args))
+    yield run_check("ports", lambda: _check_ports(launch))
     if features.ok:
         yield run_check("flags", lambda: check_arguments(launch.argv, on_gpu=not launch.on_cpu))
 
@@ -61,8 +64,13 @@ def _check_configuration(launch: Launch) -> str:
     return describe(launch.config)
 
 
+def _check_ports(launch: Launch) -> str:
+    check_ports(launch)
+    return f"{launch.url} is free"
+
+
 def _check_features(launch: Launch) -> str:
-    revision = SglangArgs(list(launch.argv)).get(REVISION)
+    revision = launch.args.get(REVISION)
     config = read_model_config(launch.model_path, revision)
     if config is None:
         return f"{launch.model_path} cannot be looked up here"

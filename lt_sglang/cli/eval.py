@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.options import take_options
-from lt_sglang.cli.parser import Parser, positive
+from lt_sglang.cli.parser import Parser, positive, seed, share
+from lt_sglang.cli.preflight import check_engines
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.processes import free_port
 from lt_sglang.quality.endpoint import Endpoint
 from lt_sglang.quality.engines import EngineSpec, running
 from lt_sglang.quality.evaluate import Outcome, Questions, Row, ask, compare
@@ -44,11 +46,12 @@ def run(argv: list[str]) -> int:
     if args.plots:
         require_matplotlib()  # before hours of measuring
     check(args)
+    specs = engine_specs(args, shared)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     questions = build_questions(args, tokenizer)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = measure(args, shared, questions, tokenizer, folder)
+    outcomes = measure(args, specs, questions, tokenizer, folder)
     rows = compare(questions, outcomes, args.margin)
     write(args, questions, outcomes, rows, folder)
     print(table(rows))
@@ -66,12 +69,32 @@ def check(args: argparse.Namespace) -> None:
             raise LightTransferError(f"{flag} {name}: named twice")
     if args.engine and args.tokenizer and not args.model_path:
         raise LightTransferError("--model-path: missing; it is what --engine starts")
-    for text in args.engine or ():
-        take_options(shlex.split(text.partition("=")[2]))  # before the first engine starts
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise LightTransferError(f"--out {args.out}: must be a folder")
     if not (args.tokenizer or args.model_path):
         raise LightTransferError("--tokenizer: missing; the model's folder or hub name (or --model-path)")
+
+
+def engine_specs(args: argparse.Namespace, shared: list[str]) -> list[EngineSpec]:
+    """The engines to start, each of which can; raises LightTransferError that names the one that cannot."""
+    specs = []
+    for number, text in enumerate(args.engine or ()):
+        name, _, options = text.partition("=")
+        try:
+            words = shlex.split(options)
+        except ValueError as error:
+            raise LightTransferError(f"--engine {name}: {options!r}: {error}") from None
+        stock = number == 0 and not any(word.startswith("--lt-") for word in words)
+        lt, given = (None, (*shared, *words)) if stock else (tuple(words), tuple(shared))
+        specs.append(EngineSpec(name, args.model_path, lt, given))
+    commands = {}
+    for spec in specs:
+        try:
+            commands[f"--engine {spec.name}"], _ = spec.command(free_port(), os.environ)
+        except LightTransferError as error:
+            raise LightTransferError(f"--engine {spec.name}: {error}") from None
+    check_engines(commands)
+    return specs
 
 
 def build_questions(args: argparse.Namespace, tokenizer: HfTokenizer) -> Questions:
@@ -105,7 +128,7 @@ def build_questions(args: argparse.Namespace, tokenizer: HfTokenizer) -> Questio
 
 def measure(
     args: argparse.Namespace,
-    shared: list[str],
+    specs: list[EngineSpec],
     questions: Questions,
     tokenizer: HfTokenizer,
     folder: Path,
@@ -117,18 +140,9 @@ def measure(
             endpoint.info()  # all of them answer, before the first is measured
         return [ask(endpoint, questions, tokenizer, _progress(endpoint.name)) for endpoint in endpoints]
     outcomes = []
-    for number, text in enumerate(args.engine):
-        name, _, options = text.partition("=")
-        words = shlex.split(options)
-        stock = number == 0 and not any(word.startswith("--lt-") for word in words)
-        spec = EngineSpec(
-            name,
-            args.model_path,
-            None if stock else tuple(words),
-            (*shared, *words) if stock else tuple(shared),
-        )
+    for spec in specs:
         with running(spec, folder, args.clients) as endpoint:
-            outcomes.append(ask(endpoint, questions, tokenizer, _progress(name)))
+            outcomes.append(ask(endpoint, questions, tokenizer, _progress(spec.name)))
     return outcomes
 
 
@@ -218,9 +232,9 @@ def _parser() -> Parser:
     parser.add_argument("--math-tokens", type=positive, default=2048, help="new tokens, default 2048")
     parser.add_argument("--chat", action="store_true", help="use the chat template for files' questions")
     parser.add_argument(
-        "--margin", type=_share, default=DEFAULT_MARGIN, help="a loss one accepts, default 0.05"
+        "--margin", type=share, default=DEFAULT_MARGIN, help="a loss one accepts, default 0.05"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--clients", type=positive, default=8, help="requests at a time, default 8")
     parser.add_argument("--no-plots", dest="plots", action="store_false", help="no figures")
     return parser
@@ -244,13 +258,3 @@ def _some(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
-    return value

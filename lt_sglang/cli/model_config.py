@@ -58,16 +58,40 @@ def _fetch(name: str, revision: str | None) -> Path | None:
 
 def unsupported_features(model_config: Mapping[str, Any]) -> list[str]:
     """What a config.json names that lazy layers do not work with; the server checks the model again."""
-    nested = model_config.get("text_config")
-    text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else model_config
+    text = _text(model_config)
     layer_types = set(text.get("layer_types") or ())
-    # These name a window in config.json that SGLang's model code does not use.
-    window = text.get("sliding_window") if text.get("model_type") not in _IGNORE_WINDOW else None
+    # SGLang's code of these models reads neither the window nor the kinds of layers: it serves all of them
+    # with full attention, and so finds no layer with a window of its own (model_runner._check_layers).
+    ignored = text.get("model_type") in _IGNORE_WINDOW
+    window = not ignored and (bool(text.get("sliding_window")) or "sliding_attention" in layer_types)
     found = {
-        "a sliding window of its own": bool(window) or "sliding_attention" in layer_types,
+        "a sliding window of its own": window,
         "latent attention (MLA)": bool(text.get("kv_lora_rank")),
         "linear-attention or state-space layers": bool(layer_types - {"full_attention", "sliding_attention"}),
         "logit soft-capping": bool(text.get("attn_logit_softcapping")),
         "an encoder": bool(text.get("is_encoder_decoder")),
     }
     return [name for name, present in found.items() if present]
+
+
+def check_tp(model_config: Mapping[str, Any], tp: int, flag: str) -> None:
+    """Raise LightTransferError if a model's heads cannot be dealt out to ``tp`` GPUs; ``flag`` names it.
+
+    Of a model whose heads config.json does not name, nothing is said. On a CPU, SGLang pads heads.
+    """
+    text = _text(model_config)
+    heads = text.get("num_attention_heads")
+    if type(heads) is not int or heads < 1:
+        return
+    if heads % tp:
+        raise LightTransferError(f"{flag} {tp}: does not divide the model's {heads} heads")
+    kv_heads = text.get("num_key_value_heads")
+    if type(kv_heads) is int and kv_heads >= 1 and kv_heads % tp and tp % kv_heads:
+        raise LightTransferError(
+            f"{flag} {tp}: neither divides the model's {kv_heads} KV heads nor is a multiple of them"
+        )
+
+
+def _text(model_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    nested = model_config.get("text_config")
+    return nested if isinstance(nested, Mapping) else model_config

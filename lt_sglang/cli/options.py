@@ -19,6 +19,8 @@ from lt_sglang.config import (
     LightTransferConfig,
     format_layers,
     parse_layers,
+    read_float,
+    read_int,
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_config
@@ -222,13 +224,10 @@ def _base(
 
 
 def _keep(flag: str, value: str) -> int | float:
-    if value.isdecimal() and int(value) >= 1:
-        return int(value)
-    try:
-        share = float(value)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
+    number, share = read_int(value), read_float(value)
+    if number is not None and number >= 1:
+        return number
+    if share is None or not 0 < share < 1:
         raise LightTransferError(f"{flag}: {value!r} is neither a number of layers nor a share such as 0.5")
     return share
 
@@ -236,9 +235,10 @@ def _keep(flag: str, value: str) -> int | float:
 def _typed(flag: str, name: str, value: str) -> str | int | float:
     if name.endswith("_tokens"):
         low = 0 if name in ("sink_tokens", "expected_output_tokens") else 1
-        if not value.isdecimal() or int(value) < low:
+        number = read_int(value)
+        if number is None or number < low:
             raise LightTransferError(f"{flag}: {value!r} is not an integer from {low}")
-        return int(value)
+        return number
     allowed = {"mode": MODES, "score": ALL_SCORES, "decide": DECIDE, "check_tables": ("on", "off")}
     if name in allowed and value not in allowed[name]:
         raise LightTransferError(f"{flag}: {value!r} is not one of {', '.join(allowed[name])}")

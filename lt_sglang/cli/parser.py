@@ -7,6 +7,7 @@ import datetime
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from lt_sglang.config import read_float, read_int
 from lt_sglang.errors import LightTransferError
 
 
@@ -23,16 +24,26 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """An integer from 1, for ``type=``."""
-    if not text.isdecimal() or int(text) < 1:
+    number = read_int(text)
+    if number is None or number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
-    return int(text)
+    return number
+
+
+def seed(text: str) -> int:
+    """An integer from 0, for ``type=``."""
+    number = read_int(text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0")
+    return number
 
 
 def port(text: str) -> int:
     """A TCP port, for ``type=``."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+    number = read_int(text)
+    if number is None or not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 65535")
-    return int(text)
+    return number
 
 
 def url(text: str) -> str:
@@ -57,10 +68,15 @@ def iso_date(text: str) -> str:
 
 def positive_float(text: str) -> float:
     """A finite number above 0, for ``type=``."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+    value = read_float(text)
+    if value is None or value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1, for ``type=``."""
+    value = read_float(text)
+    if value is None or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
     return value

@@ -6,9 +6,9 @@ import argparse
 import json
 from dataclasses import replace
 
-from lt_sglang.cli.model_config import read_model_config, unsupported_features
+from lt_sglang.cli.model_config import check_tp, read_model_config, unsupported_features
 from lt_sglang.cli.options import HALF, OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
-from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.parser import Parser, positive, positive_float, share
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, LengthPlan, plan_length
@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
 def build_deployment(args: argparse.Namespace, options: LtOptions) -> Deployment:
     """The deployment that the arguments describe; raises LightTransferError."""
     shape, config = _model(args, options)
-    if shape.q_heads % args.tp:
-        raise LightTransferError(f"--tp {args.tp}: does not divide the model's {shape.q_heads} heads")
+    heads = {"num_attention_heads": shape.q_heads, "num_key_value_heads": shape.kv_heads}
+    check_tp(heads, args.tp, "--tp")
     if args.weights_gib is not None:
         shape = replace(shape, weight_bytes=args.weights_gib * GIB / shape.params)
     gpu = GPUS[args.gpu or DEFAULT_GPU]
@@ -119,9 +119,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tp", "--tp-size", type=positive, default=1, help="GPUs (tensor parallel), default 1"
     )
-    parser.add_argument(
-        "--mem-fraction-static", type=_fraction, default=0.88, help="as SGLang's, default 0.88"
-    )
+    parser.add_argument("--mem-fraction-static", type=share, default=0.88, help="as SGLang's, default 0.88")
     parser.add_argument(
         "--kv-cache-dtype", choices=sorted(KV_ELEMENT_BYTES), default="auto", help="as SGLang's"
     )
@@ -145,10 +143,3 @@ def _parser() -> Parser:
 
 def _lengths(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
-
-
-def _fraction(text: str) -> float:
-    value = positive_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
-    return value

@@ -15,15 +15,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lt_sglang.cli import admin
 from lt_sglang.cli import sglang_args as flags
-from lt_sglang.cli.model_config import read_model_config
+from lt_sglang.cli.admin import KEY_VARIABLE, Admin
+from lt_sglang.cli.model_config import check_tp, read_model_config
 from lt_sglang.cli.options import OPTIONS_HELP, describe, resolve_config, take_options
 from lt_sglang.cli.server import TRY_VARIABLE, URL_VARIABLE, base_url, say
 from lt_sglang.cli.sglang_args import SglangArgs
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.cli.weights import check_weights
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig, read_int
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.launch.ports import check_port
 from lt_sglang.names import BACKEND
 
 HELP = f"""\
@@ -34,6 +38,8 @@ Starts SGLang's server with lazy layers. Every flag that does not begin with --l
 without a model it serves a small demonstration model there.
 
 {OPTIONS_HELP}
+
+{admin.HELP}
 
 examples:
   lt-sglang serve cxdu/QwQ-32B-LightTransfer --tp-size 2
@@ -49,6 +55,8 @@ DEMO_ARGS = (
     ("--max-running-requests", "8"),
     ("--chunked-prefill-size", "2048"),
 )
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000  # SGLang's
+LAST_PORT = 65535
 NO_HTTP = ("--grpc-mode", "--smg-grpc-mode", "--encoder-only")
 
 
@@ -57,6 +65,7 @@ class Launch:
     """What to start: SGLang's arguments, the whole environment, and what to tell the user.
 
     config is None if only SGLang's process can find it (a model this machine cannot look up by itself).
+    admin: the key of SGLang's admin routes; it travels in env.
     """
 
     argv: tuple[str, ...]
@@ -66,6 +75,12 @@ class Launch:
     url: str
     try_line: str
     on_cpu: bool
+    admin: Admin = Admin()
+
+    @property
+    def args(self) -> SglangArgs:
+        """SGLang's arguments, for lookups."""
+        return SglangArgs(list(self.argv))
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ def run(argv: list[str]) -> int:
         print(HELP)
         return 0
     launch = plan_launch(argv, os.environ)
+    check_ports(launch)
+    check_weights(launch.args)
     for line in _greeting(launch):
         say(line)
     sys.stdout.flush()
@@ -98,12 +115,14 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     convert the demonstration model and compile the driver stub, both once per machine.
     """
     machine = machine or Machine()
-    options, rest = take_options(argv)
+    leave_open, rest = admin.take_option(argv)
+    options, rest = take_options(rest)
     args = SglangArgs(rest)
     _check_backends(args)
     overrides = args.overrides()
     tp = args.get_int(flags.TP_SIZE, 1)
-    url = base_url(args.argv, args.get(flags.HOST), args.get_int(flags.PORT, 30000, most=65535))
+    port = args.get_int(flags.PORT, DEFAULT_PORT, most=LAST_PORT)
+    url = base_url(args.argv, args.get(flags.HOST), port)
     device = args.get(flags.DEVICE)
     on_cpu = device == "cpu" or (device is None and not machine.has_gpu())
 
@@ -117,11 +136,13 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         args = SglangArgs([*args.argv, "--model-path", model_path, *missing])
     model_config = machine.model_config(model_path, args.get(flags.REVISION))
     config = resolve_config(options, model_path, model_config, overrides)
+    if model_config is not None and not on_cpu:
+        check_tp(model_config, tp, flags.TP_SIZE[0])
 
     values: dict[tuple[str, ...], str] = {flags.ATTENTION_BACKEND: BACKEND}
     if config is not None:
         values[flags.MODEL_OVERRIDES] = json.dumps({**overrides, CONFIG_KEY: config.to_dict()})
-    final = args.replaced(values)
+    final = args.replaced(values, without=(flags.ADMIN_KEY,))
     changes: dict[str, str] = {}
     if on_cpu:
         final += _missing_cpu_args(args)
@@ -132,7 +153,8 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     try_line = _try_line(url, demo)
     # Other nodes, and servers that speak gRPC only, never answer /ready.
     silent = args.get(flags.NODE_RANK) not in (None, "0") or any(map(args.has, NO_HTTP))
-    news = {URL_VARIABLE: "" if silent else url, TRY_VARIABLE: try_line}
+    chosen = admin.choose_key(args, env, leave_open, has_routes=not silent)
+    news = {URL_VARIABLE: "" if silent else url, TRY_VARIABLE: try_line, KEY_VARIABLE: chosen.key or ""}
     return Launch(
         argv=tuple(final),
         env={**env, **changes, **news},
@@ -141,7 +163,34 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         url=url,
         try_line=try_line,
         on_cpu=on_cpu,
+        admin=chosen,
     )
+
+
+def check_ports(launch: Launch) -> None:
+    """Raise LightTransferError unless the ports that the server is told to take are free now.
+
+    SGLang finds that out when the model is loaded. Ports it chooses itself are free when it chooses them.
+    """
+    args = launch.args
+    host = args.get(flags.HOST)
+    host = DEFAULT_HOST if host is None else host
+    asked = {flags.PORT[0]: args.get_int(flags.PORT, DEFAULT_PORT, most=LAST_PORT)}
+    for names in (flags.GRPC_PORT, flags.NCCL_PORT):
+        if args.get(names) is not None:
+            asked[names[0]] = args.get_int(names, DEFAULT_PORT, most=LAST_PORT)
+    if (address := args.get(flags.DIST_ADDRESS)) is not None and args.get(flags.NODE_RANK) in (None, "0"):
+        port = read_int(address.rpartition(":")[2])
+        if port is None or not 1 <= port <= LAST_PORT:
+            raise LightTransferError(f"{flags.DIST_ADDRESS[0]}: {address!r} is not HOST:PORT")
+        asked[flags.DIST_ADDRESS[0]] = port
+        asked.pop(flags.NCCL_PORT[0], None)  # then nobody listens there
+    for flag, port in asked.items():
+        twins = [other for other, number in asked.items() if number == port and other != flag]
+        if twins:
+            raise LightTransferError(f"{flag} {port}: {twins[0]} is the same port; choose another one")
+        # torch listens on all addresses for the ranks to meet.
+        check_port(host if flag in (flags.PORT[0], flags.GRPC_PORT[0]) else "", port, flag)
 
 
 def _check_backends(args: SglangArgs) -> None:
@@ -184,6 +233,7 @@ def _greeting(launch: Launch) -> list[str]:
         lines.append(describe(launch.config))
     if launch.on_cpu:
         lines.append("no GPU in use: SGLang runs on the CPU (for tests and demonstrations; it is slow)")
+    lines += launch.admin.lines(sys.stderr.isatty())
     lines.append(f"will listen on {launch.url}; once it is ready, try:")
     lines.append(f"  {launch.try_line}")
     return lines

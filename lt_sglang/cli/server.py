@@ -1,7 +1,8 @@
 """The server process: ``python -m lt_sglang.cli.server`` with SGLang's arguments, nothing else.
 
 Does what ``sglang serve`` does for a language model (sglang/cli/serve.py, _run_llm), and tells the user how
-far it is. ``lt-sglang serve`` starts it; it has no options of its own.
+far it is. ``lt-sglang serve`` starts it; it has no options of its own. Processes that it spawns import this
+module first, and end with it (launch/lifeline.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
+from lt_sglang.cli.admin import KEY_VARIABLE
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.lifeline import tie
+from lt_sglang.launch.ports import listens
 
 URL_VARIABLE = "LT_SGLANG_URL"
 TRY_VARIABLE = "LT_SGLANG_TRY"
@@ -23,13 +28,15 @@ POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 15.0
 # A 70B model from a network disk takes long; a server that is not ready by then has other problems.
 GIVE_UP_SECONDS = 3600.0
-ANY_ADDRESS = ("0.0.0.0", "::", "")
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+
+tie(__name__)
 
 
 def base_url(argv: list[str], host: str | None, port: int) -> str:
     """Where this machine reaches the server SGLang starts with ``argv``."""
     secure = any(arg.partition("=")[0] == "--ssl-certfile" for arg in argv)
-    name = "127.0.0.1" if host is None or host in ANY_ADDRESS else host
+    name = "127.0.0.1" if host is None else ANY_ADDRESS.get(host, host)
     return f"{'https' if secure else 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
@@ -38,12 +45,14 @@ def main(argv: list[str]) -> int:
     from lt_sglang.cli import USAGE_ERROR, one_line
     from lt_sglang.doctor import check_start
 
+    # Out of the environment, which every process below inherits.
+    key = os.environ.pop(KEY_VARIABLE, "") or None
     url = os.environ.get(URL_VARIABLE)
     if url:
         threading.Thread(target=announce, args=(url, os.environ.get(TRY_VARIABLE)), daemon=True).start()
     try:
         check_start()
-        _serve(argv)
+        _serve(argv, key)
     except LightTransferError as error:
         print(f"lt-sglang: {one_line(error)}", file=sys.stderr, flush=True)
         return USAGE_ERROR
@@ -55,7 +64,7 @@ def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS)
     started = shown = time.monotonic()
     say("starting SGLang; its log follows")
     while (now := time.monotonic()) - started < GIVE_UP_SECONDS:
-        if is_ready(url):
+        if is_ready(url, os.getpid()):
             say(f"ready after {now - started:.0f} s on {url}")
             if try_line:
                 say(f"try: {try_line}")
@@ -66,8 +75,11 @@ def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS)
         time.sleep(poll_seconds)
 
 
-def is_ready(url: str, timeout_seconds: float = 5.0) -> bool:
-    """Whether ``/ready`` answers 200. Certificates are not verified: this asks our own server."""
+def is_ready(url: str, pid: int, timeout_seconds: float = 5.0) -> bool:
+    """Whether ``/ready`` answers 200, and it is process ``pid`` or one below it that listens there.
+
+    Certificates are not verified: this asks our own server.
+    """
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -77,12 +89,12 @@ def is_ready(url: str, timeout_seconds: float = 5.0) -> bool:
     )
     try:
         with opener.open(f"{url}/ready", timeout=timeout_seconds) as answer:
-            return bool(answer.status == 200)
+            return bool(answer.status == 200) and listens(pid, urlsplit(url).port or 0)
     except (OSError, urllib.error.URLError, ValueError):
         return False
 
 
-def _serve(argv: list[str]) -> None:
+def _serve(argv: list[str], admin_key: str | None) -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
 
@@ -90,8 +102,11 @@ def _serve(argv: list[str]) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
+    args = prepare_server_args(argv)
+    if admin_key is not None:
+        args.admin_api_key = admin_key
     try:
-        run_server(prepare_server_args(argv))
+        run_server(args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lt_sglang.config import read_int
 from lt_sglang.errors import LightTransferError
 
 ATTENTION_BACKEND = ("--attention-backend",)
@@ -18,12 +19,18 @@ DECODE_BACKEND = ("--decode-attention-backend",)
 MODEL_OVERRIDES = ("--json-model-override-args",)
 MODEL_PATH = ("--model-path", "--model")
 REVISION = ("--revision",)
+LOAD_FORMAT = ("--load-format",)
 TP_SIZE = ("--tp-size", "--tensor-parallel-size", "--tp")
 DEVICE = ("--device",)
 HOST = ("--host",)
 PORT = ("--port",)
 CONFIG_FILE = ("--config",)
 NODE_RANK = ("--node-rank",)
+NCCL_PORT = ("--nccl-port",)
+DIST_ADDRESS = ("--dist-init-addr", "--nccl-init-addr")
+GRPC_PORT = ("--grpc-port",)
+ADMIN_KEY = ("--admin-api-key",)
+TOKENIZER_WORKERS = ("--tokenizer-worker-num",)
 
 # Every flag read here or added to the command line.
 KNOWN_FLAGS = (
@@ -33,12 +40,18 @@ KNOWN_FLAGS = (
     *MODEL_OVERRIDES,
     *MODEL_PATH,
     *REVISION,
+    *LOAD_FORMAT,
     *TP_SIZE,
     *DEVICE,
     *HOST,
     *PORT,
     *CONFIG_FILE,
     *NODE_RANK,
+    *NCCL_PORT,
+    *DIST_ADDRESS,
+    *GRPC_PORT,
+    *ADMIN_KEY,
+    *TOKENIZER_WORKERS,
 )
 
 
@@ -71,11 +84,12 @@ class SglangArgs:
         value = self.get(flags)
         if value is None:
             return default
-        if not value.isdecimal() or int(value) < 1:
+        number = read_int(value)
+        if number is None or number < 1:
             raise LightTransferError(f"{flags[0]}: {value!r} is not an integer from 1")
-        if int(value) > most:
+        if number > most:
             raise LightTransferError(f"{flags[0]}: {value} is not an integer from 1 to {most}")
-        return int(value)
+        return number
 
     def overrides(self) -> dict[str, Any]:
         """The object given with ``--json-model-override-args``; empty if there is none."""
@@ -89,9 +103,16 @@ class SglangArgs:
             raise LightTransferError(f"{flag}: must be an object, not {type(value).__name__}")
         return value
 
-    def replaced(self, values: dict[tuple[str, ...], str]) -> list[str]:
-        """The arguments with ``values`` instead of what was given for these flags; ours come last and win."""
+    def replaced(
+        self, values: dict[tuple[str, ...], str], without: tuple[tuple[str, ...], ...] = ()
+    ) -> list[str]:
+        """The arguments with ``values`` instead of what was given for these flags; ours come last and win.
+
+        without: flags that are left out.
+        """
         argv = self.argv
+        for flags in without:
+            argv = _without(argv, flags)
         for flags in values:
             argv = _without(argv, flags)
         return [*argv, *(part for flags, value in values.items() for part in (flags[0], value))]

@@ -13,6 +13,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.arg_groups.overrides.resolving_view": "server_args",
     "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": "name",
     "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
+    "sglang.srt.configs.model_config.is_generation_model": "model_architectures, is_embedding=",
     "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
     "sglang.srt.entrypoints.http_server.launch_server": (
         "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, "
@@ -118,6 +119,7 @@ SIGNATURES: dict[str, str] = {
         "self, draft_parallel_layout="
     ),
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": "self",
+    "sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks": "",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
     "sglang.srt.runtime_context.get_parallel": "",
@@ -180,7 +182,20 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "customized_info",
     ),
     "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
-    "sglang.srt.environ.Envs": ("SGLANG_ENABLE_METADATA_GLUE_GRAPH",),
+    "sglang.srt.environ.Envs": (
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        "SGLANG_USE_HND_KVCACHE",
+        "SGLANG_RUST_SERVER",
+    ),
+    "sglang.srt.server_args.ServerArgs": (
+        "api_key",
+        "admin_api_key",
+        "ssl_keyfile_password",
+        "tokenizer_worker_num",
+        "is_embedding",
+        "launch_command",
+    ),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager": (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,17 @@ from lt_sglang.hooks import wrappers
 
 @dataclass(frozen=True)
 class Hook:
-    """target: dotted name. parameters: the names it takes, in order."""
+    """target: dotted name. parameters: the names it takes, in order.
+
+    in_launcher: also in the process of the HTTP server; all are in the schedulers and the detokenizer.
+    """
 
     target: str
     parameters: tuple[str, ...]
     wrapper: Callable[..., Any]
     why: str
     delete_when: str
+    in_launcher: bool = False
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -81,18 +85,36 @@ HOOKS: tuple[Hook, ...] = (
         why="tensor parallelism on a CPU builds NCCL communicators and fails",
         delete_when="SGLang builds none for CPU groups",
     ),
+    Hook(
+        target="sglang.srt.server_args.ServerArgs.resolved_dict",
+        parameters=("self",),
+        wrapper=wrappers.hide_keys,
+        why="/server_info, which asks for no key, and the log show the server's keys",
+        delete_when="SGLang leaves api_key and admin_api_key out of them",
+        in_launcher=True,
+    ),
 )
 
 
-def install() -> None:
+def install(hooks: tuple[Hook, ...] = HOOKS) -> None:
     """Register every hook; raises LightTransferError if a target is gone or changed its parameters."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    problems = [problem for hook in HOOKS if (problem := check_target(hook))]
+    problems = [problem for hook in hooks if (problem := check_target(hook))]
     if problems:
         raise LightTransferError("hooks: " + "; ".join(problems))
-    for hook in HOOKS:
+    for hook in hooks:
         HookRegistry.register(hook.target, hook.wrapper, HookType.AROUND)
+
+
+def install_in_launcher() -> None:
+    """Put the launcher's hooks in place, now that lazy layers are asked for; raises LightTransferError."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks = tuple(hook for hook in HOOKS if hook.in_launcher)
+    install(tuple(hook for hook in hooks if not applied(hook)))
+    HookRegistry.apply_hooks()
+    check_applied(hooks)
 
 
 def check_target(hook: Hook) -> str | None:
@@ -107,12 +129,44 @@ def check_target(hook: Hook) -> str | None:
     return None
 
 
-def check_applied() -> None:
-    """Raise LightTransferError unless every hook is in place in this process."""
-    for hook in HOOKS:
-        function = pkgutil.resolve_name(hook.target)
-        if getattr(function, "__wrapped__", None) is None:
+def check_applied(hooks: tuple[Hook, ...] = HOOKS) -> None:
+    """Raise LightTransferError unless our wrapper of every hook is in place in this process.
+
+    Others may wrap the same function, inside or outside of ours.
+    """
+    for hook in hooks:
+        if not applied(hook):
             raise LightTransferError(
                 f"hooks: {hook.target} is not wrapped in this process; the log says why above; "
                 "run lt-sglang doctor"
             )
+
+
+def applied(hook: Hook) -> bool:
+    """Whether calls of the hook's target reach our wrapper in this process."""
+    return any(_calls(layer, hook.wrapper) for layer in _layers(pkgutil.resolve_name(hook.target)))
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """``function`` and what it wraps, from the outside in."""
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        seen.add(id(function))
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _calls(layer: Any, wrapper: Callable[..., Any]) -> bool:
+    """Whether ``layer`` is the function that SGLang's registry makes around ``wrapper``.
+
+    The registry keeps the hook in a closure and leaves no other trace of it on the function.
+    """
+    cells = getattr(layer, "__closure__", None) or ()
+    return any(_content(cell) is wrapper for cell in cells)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.names import HIDDEN, KEYS
 from lt_sglang.resolve import is_requested
 
 
@@ -75,6 +76,12 @@ def publish_metrics(original: Callable[..., None], reporter: Any, is_idle: bool,
 
         ticker = reporter.lt_ticker = ticker_for(reporter)
     ticker.tick(is_idle)
+
+
+def hide_keys(original: Callable[[Any], dict[str, Any]], args: Any) -> dict[str, Any]:
+    """Leave keys and passwords out of the server arguments that /server_info and the log show."""
+    shown = original(args)
+    return shown | {name: HIDDEN for name in KEYS if shown.get(name)}
 
 
 def skip_pynccl_on_cpu(original: Callable[..., None], communicator: Any, *args: Any, **kwargs: Any) -> None:

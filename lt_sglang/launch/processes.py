@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-PORTS = (20000, 32000)
+from lt_sglang.launch.lifeline import die_with
 
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
+PORTS = (20000, 32000)
 
 
 def spawn(
     command: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, its output in ``log``; it dies with the thread that starts it.
+
+    So do the processes that it spawns, from their first line on, if its main module ties them
+    (lt_sglang.cli.server does; lt_sglang.launch.tied runs any other so).
 
     Without ``cwd`` it runs in the log's folder, not in the checkout, where ``python -m`` would find the
     plug-in's code.
@@ -36,13 +38,8 @@ def spawn(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(die_with, os.getpid()),
         )
-
-
-def _die_with_parent() -> None:
-    # However the run ends, no server stays behind. SGLang's own children do likewise.
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port() -> int:

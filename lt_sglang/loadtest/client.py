@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from lt_sglang.cli.admin import KEY_VARIABLE, admin_headers
 from lt_sglang.loadtest.samples import ABORTED, ERROR, OK, Sample
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.traffic import Conversation, Turn
@@ -106,7 +108,11 @@ def _give_up(client: Any, scenario: Scenario, request: Request, response: Any) -
     # The answer is not read to its end, so this closes the connection.
     response.stream.release()
     if scenario.aborts.how == "abort_request":
-        client.post("/abort_request", json={"rid": request.rid}).raise_for_status()
+        headers = admin_headers(os.environ.get(KEY_VARIABLE))
+        answer = client.post("/abort_request", json={"rid": request.rid}, headers=headers)
+        if answer.status_code in (401, 403):
+            raise StreamError(f"/abort_request asks for the server's admin key: set {KEY_VARIABLE}")
+        answer.raise_for_status()
 
 
 def _refusal(response: Any) -> str:

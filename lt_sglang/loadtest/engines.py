@@ -14,6 +14,7 @@ from typing import Any
 
 import requests
 
+from lt_sglang.cli.admin import KEY_VARIABLE, admin_headers
 from lt_sglang.cli.serve import plan_launch
 from lt_sglang.cli.server import is_ready
 from lt_sglang.config import CONFIG_KEY
@@ -80,8 +81,8 @@ class EngineSpec:
         if not has_gpu():
             flags = [*cpu_server_args(), *flags]
             env |= cpu_environment(self.tp, env)
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model]
-        return [*command, "--attention-backend", self.backend, *flags], env
+        command = [sys.executable, "-m", "lt_sglang.launch.tied", "sglang.launch_server"]
+        return [*command, "--model-path", self.model, "--attention-backend", self.backend, *flags], env
 
 
 class Engine:
@@ -92,6 +93,9 @@ class Engine:
         log: its output.
         env: further environment variables.
         start_seconds: within which it must be ready.
+
+    Attributes:
+        admin_key: of SGLang's admin routes; None where they are open, as on stock servers.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Engine:
         self._hold = log.with_suffix(".go")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.admin_key: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def hold(self) -> None:
@@ -144,6 +149,7 @@ class Engine:
         self._hold.unlink(missing_ok=True)
 
     def _spawn(self, command: list[str], env: dict[str, str]) -> None:
+        self.admin_key = env.get(KEY_VARIABLE) or None
         # In this folder, which the paths among the flags are relative to.
         self._process = spawn(command, {**env, **self._env}, self.log, cwd=Path.cwd())
 
@@ -159,7 +165,9 @@ class Engine:
 
     def flush(self) -> None:
         """Empty the prefix cache, once the server is idle."""
-        requests.post(f"{self.url}/flush_cache", params={"timeout": 60}, timeout=90).raise_for_status()
+        headers = admin_headers(self.admin_key)
+        answer = requests.post(f"{self.url}/flush_cache", params={"timeout": 60}, headers=headers, timeout=90)
+        answer.raise_for_status()
 
     def generates(self) -> bool:
         """Whether it answers with a token."""
@@ -181,7 +189,7 @@ class Engine:
     def _wait(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_seconds
-        while not is_ready(self.url):
+        while not is_ready(self.url, self._process.pid):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:])
                 raise LightTransferError(f"{self.spec.name} did not start; the end of {self.log}:\n{tail}")

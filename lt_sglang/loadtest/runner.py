@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lt_sglang.cli.admin import KEY_VARIABLE
 from lt_sglang.errors import LightTransferError
 from lt_sglang.loadtest import locustfile_path
 from lt_sglang.loadtest.outcome import SUMMARY, read_summary
@@ -35,9 +36,12 @@ def locust_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
-def run_scenario(scenario: Scenario, url: str, out: Path, limit_s: float | None = None) -> dict[str, Any]:
+def run_scenario(
+    scenario: Scenario, url: str, out: Path, limit_s: float | None = None, admin_key: str | None = None
+) -> dict[str, Any]:
     """summary.json of a run against ``url``; raises LightTransferError if there is none after ``limit_s``.
 
+    admin_key: of the server, for scenarios that abort requests by their ids.
     Broken gates are in the summary, and no error here. Paths of traces must be absolute.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ def run_scenario(scenario: Scenario, url: str, out: Path, limit_s: float | None 
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=locust_environment(),
+                env=locust_environment() | ({KEY_VARIABLE: admin_key} if admin_key else {}),
                 timeout=limit_s,
                 check=False,
             )

@@ -95,7 +95,7 @@ def soak(scenario: Scenario, engine: Engine, out: Path) -> dict[str, Any]:
     there it is judged by the server's own CPU time.
     """
     with Watch(engine.pid) as watch:
-        data = run_scenario(scenario, engine.url, out)
+        data = run_scenario(scenario, engine.url, out, admin_key=engine.admin_key)
     found = parts(read_samples(out), watch.looks, data["started_at"], data["summary"]["duration"])
     left = leftovers(engine)
     summary = {name: value for name, value in data["summary"].items() if not name.endswith("_ms")}

@@ -52,7 +52,8 @@ class EngineSpec:
             changes = cpu_environment(tp, env) if on_cpu else {}
         except CompilerMissing as error:
             raise LightTransferError(str(error)) from None
-        return [sys.executable, "-m", "sglang.launch_server", *argv], {**env, **changes}
+        command = [sys.executable, "-m", "lt_sglang.launch.tied", "sglang.launch_server"]
+        return [*command, *argv], {**env, **changes}
 
 
 @contextlib.contextmanager
@@ -69,7 +70,7 @@ def running(spec: EngineSpec, folder: Path, clients: int) -> Iterator[Endpoint]:
     process = spawn(command, env, log, cwd=Path.cwd())
     try:
         end = time.monotonic() + START_SECONDS
-        while not is_ready(url):
+        while not is_ready(url, process.pid):
             if process.poll() is not None or time.monotonic() > end:
                 tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
                 raise LightTransferError(

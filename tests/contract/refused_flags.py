@@ -32,6 +32,9 @@ VALUES = {
     "--kv-cache-dtype": ["mxfp8"],
     "--dllm-algorithm": ["LowConfidence"],
     "--lora-paths": ["a=/tmp"],
+    "--swa-full-tokens-ratio": ["0.5"],
+    "--swa-prefix-tails": ["4"],
+    "--rl-on-policy-target": ["fsdp"],
 }
 OLD_SPELLINGS = ("--enable-dp-attention",)
 STATIC, DYNAMIC = {"lazy_layers": "1-3"}, {"mode": "dynamic", "keep": 3}

@@ -16,6 +16,7 @@ import pytest
 import sglang
 
 import lt_sglang
+from lt_sglang.cli.model_config import _IGNORE_WINDOW
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.contract import check
 from lt_sglang.contract.check import Override, has_attribute, signature_text
@@ -235,3 +236,10 @@ def test_no_target_is_recorded_in_vain() -> None:
         owner, _, name = target.rpartition(".")
         used = owner.rpartition(".")[2] if name == "__init__" else name
         assert re.search(rf"\b{used}\b", text), f"{target} is recorded but not used"
+
+
+@pytest.mark.parametrize("family", _IGNORE_WINDOW)
+def test_models_whose_windows_are_ignored_read_none(family: str) -> None:
+    """doctor passes them whatever config.json says of windows, as a start does."""
+    source = (THEIRS / "srt" / "models" / f"{family}.py").read_text(encoding="utf-8")
+    assert "sliding_window" not in source and "layer_types" not in source

@@ -77,7 +77,7 @@ CASES = {
         flags=("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
     ),
     "embedding-dynamic": Case(
-        "mode: dynamic needs a model that generates",
+        "--is-embedding: dynamic mode needs a model that generates",
         lazy={"mode": "dynamic", "keep": 3},
         flags=("--is-embedding",),
     ),

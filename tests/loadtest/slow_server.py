@@ -18,7 +18,7 @@ class Delays:
     """Seconds before the first token and between tokens; what the server saw.
 
     fail_every: every so many requests the answer is 500. break_every: the connection ends after one token.
-    info: what /server_info answers.
+    info: what /server_info answers. admin_key: what /abort_request and /flush_cache ask for.
     """
 
     first: float = 0.2
@@ -26,6 +26,7 @@ class Delays:
     fail_every: int = 0
     break_every: int = 0
     info: dict[str, Any] | None = None
+    admin_key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
 
@@ -49,7 +50,14 @@ def serve(delays: Delays) -> Iterator[str]:
             self.wfile.write(body)
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
+            if self.path.partition("?")[0] in ("/abort_request", "/flush_cache"):
+                given = self.headers.get("Authorization")
+                wanted = delays.admin_key and f"Bearer {delays.admin_key}"
+                self.send_response(200 if given == wanted else 401)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             delays.requests.append({"path": self.path, **body})
             number = len(delays.requests)
             if delays.fail_every and number % delays.fail_every == 0:

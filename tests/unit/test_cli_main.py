@@ -159,3 +159,37 @@ def test_as_a_module_without_heavy_imports() -> None:
         [sys.executable, "-m", "lt_sglang", "--version"], capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("lt-sglang ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("plan --shape mistral-7b --tp １", "'１' is not an integer from 1"),
+        ("plan --shape mistral-7b --lengths 4096,８192", "'８192' is not an integer from 1"),
+        ("plan --shape mistral-7b --mem-fraction-static ０.5", "'０.5' is not a share between 0 and 1"),
+        ("plan --shape mistral-7b --gpu-memory-gib 8_0", "'8_0' is not a number above 0"),
+        ("plan --shape mistral-7b --lt-lazy-layers 5-２4", "lazy_layers: '5-２4' is neither a layer"),
+        ("plan --shape mistral-7b --lt-sink-tokens ٤", "--lt-sink-tokens: '٤' is not an integer from 0"),
+        ("plan --shape mistral-7b --lt-mode dynamic --lt-keep ０.5", "--lt-keep: '０.5' is neither a number"),
+        ("serve m --lt-lazy-layers 1 --port ３0000", "--port: '３0000' is not an integer from 1"),
+        ("serve m --lt-lazy-layers 1 --tp-size ２", "--tp-size: '２' is not an integer from 1"),
+        ("bench f --rounds １", "'１' is not an integer from 1"),
+        ("bench f --limit-s ６0", "'６0' is not a number above 0"),
+        ("soak f --seconds nan", "'nan' is not a number above 0"),
+        ("loadtest f --url http://h --web-port ８089", "'８089' is not an integer from 1 to 65535"),
+        ("eval --engine a --out o --seed ٤", "'٤' is not an integer from 0"),
+        ("eval --engine a --out o --margin ０.1", "'０.1' is not a share between 0 and 1"),
+        ("calibrate --model-path m --data d --out o --seed 1_0", "'1_0' is not an integer from 0"),
+    ],
+)
+def test_numbers_are_written_in_ascii(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``int`` and ``str.isdecimal`` take every script's digits, which no flag of SGLang's would get alike."""
+    assert main(argv.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_number_of_thousands_of_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than Python turns into an integer."""
+    assert main(["plan", "--shape", "mistral-7b", "--tp", "9" * 5000]) == 2
+    assert "is not an integer from 1" in capsys.readouterr().err

@@ -300,6 +300,9 @@ def test_layer_count() -> None:
         ({"model_type": "llama"}, []),
         ({"model_type": "mistral", "sliding_window": 4096}, []),
         ({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False}, []),
+        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, []),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, []),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, ["linear-attention"]),
         (
             {"model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0},
             ["window", "soft-capping"],

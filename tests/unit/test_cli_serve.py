@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -213,6 +216,7 @@ def test_the_try_line_is_valid() -> None:
         ([], "0.0.0.0", "http://127.0.0.1:30000"),
         ([], "10.0.0.7", "http://10.0.0.7:30000"),
         ([], "::1", "http://[::1]:30000"),
+        ([], "::", "http://[::1]:30000"),
         (["--ssl-certfile", "x"], None, "https://127.0.0.1:30000"),
     ],
 )
@@ -261,4 +265,19 @@ def test_announce(
 
 
 def test_not_ready_when_nobody_listens() -> None:
-    assert not server.is_ready("http://127.0.0.1:9", timeout_seconds=0.5)
+    assert not server.is_ready("http://127.0.0.1:9", os.getpid(), timeout_seconds=0.5)
+
+
+def test_another_process_s_server_is_not_announced(
+    ready_server: tuple[str, list[int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers 200, but it is not the process that was started, nor one below it."""
+    url, answers = ready_server
+    answers += [200] * 1000
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as started:
+        assert not server.is_ready(url, started.pid)
+        monkeypatch.setattr(os, "getpid", lambda: started.pid)
+        monkeypatch.setattr(server, "GIVE_UP_SECONDS", 0.3)
+        server.announce(url, "curl this", poll_seconds=0.01)
+        started.kill()
+    assert "ready" not in capsys.readouterr().err

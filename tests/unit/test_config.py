@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.config import CONFIG_KEY, MAX_TOKENS, LightTransferConfig, format_layers, parse_layers
+from lt_sglang.config import (
+    CONFIG_KEY,
+    MAX_TOKENS,
+    LightTransferConfig,
+    format_layers,
+    parse_layers,
+    read_float,
+    read_int,
+)
 from lt_sglang.errors import LightTransferError
 
 
@@ -170,3 +178,32 @@ def test_layers_must_exist_in_the_model() -> None:
     with pytest.raises(LightTransferError, match=r"layer 31 does not exist, the model has layers 0 to 30"):
         config.check_model(31)
     LightTransferConfig(lazy_layers=()).check_model(1)
+
+
+@pytest.mark.parametrize("text", ["5-２４", "٣", "１,2", "5–24", "1_0", "+3", "²", "9" * 19, "9" * 5000])
+def test_layers_are_ascii_digits(text: str) -> None:
+    with pytest.raises(LightTransferError, match=r"^lazy_layers: .* is neither a layer \(7\) nor a range"):
+        parse_layers(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("0", 0), ("007", 7), ("9" * 18, 10**18 - 1)])
+def test_integers_are_read(text: str, number: int) -> None:
+    assert read_int(text) == number
+
+
+@pytest.mark.parametrize("text", ["", " 1", "1 ", "-1", "+1", "1_0", "１", "١", "²", "1.0", "0x1", "9" * 19])
+def test_other_integers_are_not(text: str) -> None:
+    assert read_int(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0.5", 0.5), (".5", 0.5), ("5.", 5.0), ("1e-3", 0.001), ("-2", -2.0), ("+2E2", 200.0)],
+)
+def test_numbers_are_read(text: str, number: float) -> None:
+    assert read_float(text) == number
+
+
+@pytest.mark.parametrize("text", ["", ".", "e3", "0,5", "０.5", "1_0", "nan", "inf", "1e999", " 1", "0x1p3"])
+def test_other_numbers_are_not(text: str) -> None:
+    assert read_float(text) is None

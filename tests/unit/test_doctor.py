@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lt_sglang import doctor
 from lt_sglang.cli import doctor as command
 from lt_sglang.cli import main
 from lt_sglang.doctor import Check, DoctorError, run_check
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.processes import free_port
 
 REQUIRES = [
     "torch==2.14.1",
@@ -142,3 +148,85 @@ def test_a_bad_configuration_is_a_failed_check(
     monkeypatch.setattr(command, "has_gpu", lambda: False)
     assert main(["doctor", "--model-path", "m", "--lt-lazy-layers", "5-"]) == 1
     assert capsys.readouterr().out.startswith("FAIL  configuration: lazy_layers")
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def of_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, **config: Any
+) -> dict[str, tuple[bool, str]]:
+    """The checks of a model with two shards on a GPU, by name; SGLang accepts all flags."""
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **config}))
+    monkeypatch.setattr(command, "check_arguments", lambda argv, on_gpu: "accepted")
+    argv = ["--model-path", str(folder), "--device", "cuda", "--lt-lazy-layers", "1,3", *flags]
+    return {check.name: (check.ok, check.message) for check in command.check_model(argv)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    for tensor, file in shards.items():
+        save_file({tensor: np.ones(3, np.float32)}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return tmp_path
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A taken one."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        yield holder.getsockname()[1]
+
+
+def test_a_model_that_would_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = of_model(checkpoint, monkeypatch, "--port", str(free_port()))
+    assert list(found) == ["configuration", "model", "weights", "ports", "flags"]
+    assert all(ok for ok, _ in found.values()), found
+
+
+def test_a_missing_shard_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint / "model-2.safetensors").unlink()
+    ok, message = of_model(checkpoint, monkeypatch)["weights"]
+    assert not ok and "model-2.safetensors: is missing" in message
+
+
+def test_a_tp_that_does_not_divide_the_heads_fails_as_plan_does(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ok, message = of_model(checkpoint, monkeypatch, "--tp-size", "3")["configuration"]
+    assert not ok and message == "--tp-size 3: does not divide the model's 8 heads"
+    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "max_position_embeddings": 512}
+    (checkpoint / "config.json").write_text(json.dumps({**LLAMA, **shape}))
+    assert main(["plan", "--model-path", str(checkpoint), "--lt-lazy-layers", "1", "--tp", "3"]) == 2
+    assert "--tp 3: does not divide the model's 8 heads" in capsys.readouterr().err
+
+
+def test_a_taken_port_fails(checkpoint: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok, message = of_model(checkpoint, monkeypatch, "--port", str(port))["ports"]
+    assert not ok and message.startswith(f"--port {port}: process ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 2},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 4096},
+    ],
+    ids=["use_sliding_window", "layer_types"],
+)
+def test_windows_that_sglang_does_not_serve_are_no_obstacle(
+    config: dict[str, Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's Qwen2 reads neither: every layer has full attention, and a start finds nothing odd."""
+    assert of_model(checkpoint, monkeypatch, model_type="qwen2", **config)["model"][0]
+    ok, message = of_model(checkpoint, monkeypatch, model_type="gpt_oss", **config)["model"]
+    assert not ok and "a sliding window of its own" in message

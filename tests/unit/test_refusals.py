@@ -12,6 +12,7 @@ from lt_sglang.names import BACKEND
 from lt_sglang.refusals import (
     DYNAMIC_REFUSALS,
     REFUSALS,
+    VARIABLES,
     Refusal,
     check_dynamic_args,
     check_server_args,
@@ -30,6 +31,9 @@ BAD: dict[str, Any] = {
     "radix_cache_backend": "cpp",
     "dllm_algorithm": "LowConfidence",
     "lora_paths": ["adapter"],
+    "swa_full_tokens_ratio": 0.5,
+    "swa_prefix_tails": 0,
+    "rl_on_policy_target": "fsdp",
 }
 
 
@@ -50,6 +54,9 @@ def good_args(**changes: Any) -> SimpleNamespace:
         "kv_cache_dtype": "auto",
         "radix_cache_backend": None,
         "dllm_algorithm": None,
+        "swa_full_tokens_ratio": None,
+        "swa_prefix_tails": None,
+        "rl_on_policy_target": None,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -58,11 +65,12 @@ def test_defaults_pass() -> None:
     check_server_args(good_args())
 
 
-def test_a_captured_plan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0")
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "0")
     check_server_args(good_args())
-    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
-    with pytest.raises(LightTransferError, match="^SGLANG_ENABLE_METADATA_GLUE_GRAPH=1: not supported"):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(LightTransferError, match=f"^{name}=1: not supported with lazy layers: "):
         check_server_args(good_args())
 
 
