@@ -23,7 +23,7 @@ ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
 PY = $(ENV_PATH)/bin/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve run test test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
+.PHONY: help env model serve run test fuzz-long test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ run: env ## any command of lt-sglang: make run ARGS="plan --shape mistral-7b"
 test: lint typecheck ## everything that needs no GPU and less than a minute
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu and not slow' \
 	    $(wildcard tests/unit tests/contract tests/loadtest tests/deploy tests/engine)
+
+fuzz-long: env ## more hostile requests and longer property tests: make fuzz-long EXAMPLES=20000
+	@FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(RUN) -m pytest $(PYTEST_FLAGS) -s -m 'not gpu' \
+	    $(wildcard tests/engine/test_fuzz.py tests/unit/test_property*.py tests/property)
 
 test-unit: env ## fast tests; no server
 	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/unit

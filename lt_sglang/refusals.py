@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lt_sglang import guard
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import BACKEND
 
@@ -129,6 +130,18 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+# Front ends in which requests would not be checked (lt_sglang/guard).
+GUARD_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--tokenizer-worker-num",
+        "tokenizer_worker_num",
+        _above_one,
+        "those processes load no plug-ins and check no keys",
+    ),
+    Refusal("--smg-grpc-mode", "smg_grpc_mode", _set, "it has a front end of its own"),
+)
+
+
 DYNAMIC_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--enable-memory-saver",
@@ -165,6 +178,8 @@ def check_server_args(args: Any) -> None:
             f"{BACKEND}"
         )
     _refuse(args, REFUSALS, "with lazy layers")
+    if guard.is_on():
+        _refuse(args, GUARD_REFUSALS, f"while {guard.SWITCH} is on")
     _check_environment()
 
 

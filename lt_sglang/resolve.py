@@ -74,6 +74,8 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     check_server_args(args)
     from sglang.srt.utils.hf_transformers_utils import get_config
 
+    from lt_sglang.hooks import table
+
     overrides = json.loads(args.json_model_override_args or "{}")
     model = get_config(
         args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides
@@ -91,6 +93,7 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     # Children inherit it; see plugin.register.
     os.environ[ACTIVE_VARIABLE] = "1"
     warmup.register()
+    table.install_in_launcher()
     _guard_keys(server_args, args)
     logger.info("LightTransfer: %s", config)
 
@@ -108,9 +111,6 @@ def _check_generates(architectures: Sequence[str], is_embedding: bool) -> None:
 
 def _guard_keys(server_args: Any, args: Any) -> None:
     """Show the server's keys to nobody; say so if its admin routes have none."""
-    from lt_sglang.hooks import table
-
-    table.install_in_launcher()
     command = server_args.launch_command
     if command is not None:
         for value in filter(None, (getattr(args, name) for name in KEYS)):

@@ -68,6 +68,8 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": (
         "self, forward_batch"
     ),
+    "sglang.srt.managers.io_struct.msgpack_decode": "data",
+    "sglang.srt.managers.io_struct.msgpack_encode": "obj",
     "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache": "self, timeout_s=",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request=",
     "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
@@ -122,11 +124,17 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks": "",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
+    "sglang.srt.runtime_context.get_disagg": "",
+    "sglang.srt.runtime_context.get_exec": "",
+    "sglang.srt.runtime_context.get_memory": "",
+    "sglang.srt.runtime_context.get_observability": "",
     "sglang.srt.runtime_context.get_parallel": "",
+    "sglang.srt.runtime_context.get_schedule": "",
     "sglang.srt.server_args.prepare_server_args": "argv",
     "sglang.srt.utils.hf_transformers_utils.get_config": (
         "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
     ),
+    "sglang.srt.utils.msgpack_utils.enc_hook": "obj",
     "sglang.srt.utils.kill_process_tree": "parent_pid, include_parent=, skip_pid=, wait_timeout=",
 }
 
@@ -202,6 +210,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "server_args",
         "context_len",
         "max_req_input_len",
+        "rid_to_state",
+        "model_config",
+        "enable_metrics",
+        "is_pause",
     ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
@@ -305,6 +317,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "context_len",
         "num_hidden_layers",
         "is_generation",
+        "vocab_size",
+        "hidden_size",
+        "dtype",
     ),
     "sglang.srt.managers.tp_worker.TpModelWorker": (
         "server_args",
@@ -315,7 +330,20 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "tp_worker",
         "tree_cache",
         "pool_stats_observer",
+        "waiting_queue",
+        "chunked_req",
+        "grammar_manager",
+        "collect_inflight_reqs",
     ),
+    "sglang.srt.constrained.grammar_manager.GrammarManager": ("grammar_queue",),
+    "sglang.srt.managers.tokenizer_manager.ReqState": ("obj", "dispatched"),
+    "sglang.srt.managers.io_struct.TokenizedGenerateReqInput": (
+        *("input_ids", "input_embeds", "mm_inputs", "sampling_params", "session_params", "time_stats"),
+        *("return_logprob", "logprob_start_len", "top_logprobs_num", "bootstrap_host"),
+        *("positional_embed_overrides", "multi_item_delimiter_indices", "token_indices_to_pool"),
+    ),
+    "sglang.srt.managers.embed_types.PositionalEmbeds": ("embeds", "positions"),
+    "sglang.srt.utils.auth.AuthLevel": ("NORMAL",),
     "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": (
         "scheduler",
         "enable_metrics",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
+from lt_sglang.guard import hooks as guard
 from lt_sglang.hooks import wrappers
 
 
@@ -19,7 +20,8 @@ from lt_sglang.hooks import wrappers
 class Hook:
     """target: dotted name. parameters: the names it takes, in order.
 
-    in_launcher: also in the process of the HTTP server; all are in the schedulers and the detokenizer.
+    in_scheduler: needed in the schedulers and the detokenizer. in_launcher: in the process that starts them,
+    takes requests, and checks them; the HTTP server's or an Engine's.
     """
 
     target: str
@@ -27,8 +29,120 @@ class Hook:
     wrapper: Callable[..., Any]
     why: str
     delete_when: str
+    in_scheduler: bool = True
     in_launcher: bool = False
 
+
+LAUNCHER_ONLY: dict[str, bool] = {"in_scheduler": False, "in_launcher": True}
+
+
+# Left out by LT_SGLANG_GUARD=off, but for the aborts. tests/fuzz/corpus/bodies.json has what each is for.
+GUARD: tuple[Hook, ...] = (
+    *(
+        Hook(
+            target=f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments",
+            parameters=("self",),
+            wrapper=guard.normalize_request,
+            why="values of the wrong type end the scheduler, a huge n the tokenizer's process",
+            delete_when="SGLang checks the types of every field, and that lists have one entry a prompt",
+            **LAUNCHER_ONLY,
+        )
+        for kind in ("GenerateReqInput", "EmbeddingReqInput")
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        parameters=(
+            "self",
+            "obj",
+            "input_text",
+            "input_ids",
+            "input_embeds",
+            "mm_inputs",
+            "token_type_ids",
+        ),
+        wrapper=guard.create_tokenized,
+        why="token ids, logprob and embedding fields that do not fit the model end the scheduler",
+        delete_when="SGLang refuses the bodies of tests/fuzz/corpus/bodies.json by itself",
+        **LAUNCHER_ONLY,
+    ),
+    *(
+        Hook(
+            target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin."
+            f"{action}_expert_distribution_record",
+            parameters=("self",),
+            wrapper=guard.refuse_expert_recording,
+            why="a scheduler without a recorder of experts ends",
+            delete_when="SGLang answers 400 where no recorder is configured",
+            **LAUNCHER_ONLY,
+        )
+        for action in ("start", "stop", "dump")
+    ),
+    *(
+        Hook(
+            target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin."
+            f"{action}_memory_occupation",
+            parameters=("self", "obj", "request"),
+            wrapper=guard.refuse_memory_release,
+            why="a scheduler without the memory saver, or with requests running, ends",
+            delete_when="SGLang answers 400 there",
+            **LAUNCHER_ONLY,
+        )
+        for action in ("release", "resume")
+    ),
+    Hook(
+        target="fastapi.exceptions.ValidationException._format_endpoint_context",
+        parameters=("self",),
+        wrapper=guard.hide_source,
+        why="SGLang sends the text of validation errors to clients; FastAPI puts paths of the server into it",
+        delete_when="SGLang sends errors() alone",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.utils.auth._get_auth_level_from_app_and_scope",
+        parameters=("app", "scope"),
+        wrapper=guard.auth_level,
+        why="with this FastAPI, SGLang does not see the level of routes that come from a router",
+        delete_when="/scale_elastic_ep answers 401 without the admin key",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.session.session_controller.SessionReqNode.clear",
+        parameters=("self", "req_dict"),
+        wrapper=guard.clear_session_node,
+        why="replacing a request of a session in which a name was used twice ends the scheduler",
+        delete_when="SGLang refuses a name that the session has",
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",
+        parameters=("self", "rid", "abort_all"),
+        wrapper=guard.abort_family,
+        why="SGLang gives the answers of a batch and of n names of its own; the client's name ends none",
+        delete_when="abort_request ends what SGLang made of the name",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._mark_state_dispatched",
+        parameters=("self", "rid"),
+        wrapper=guard.note_dispatched,
+        why="an abort that comes before a request is sent to the scheduler is lost",
+        delete_when="SGLang remembers it",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        parameters=("self", "req", "has_chunked_req", "truncation_align_size"),
+        wrapper=guard.admit_alike,
+        why="a prefill of input_embeds and of tokens together has vectors for some only, and ends",
+        delete_when="ScheduleBatch embeds the tokens of such a batch, or keeps it apart",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.abort_request",
+        parameters=("self", "recv_req"),
+        wrapper=guard.abort_exactly,
+        why="the scheduler ends every request whose name begins with the aborted one",
+        delete_when="the scheduler compares whole names",
+    ),
+)
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -93,11 +207,15 @@ HOOKS: tuple[Hook, ...] = (
         delete_when="SGLang leaves api_key and admin_api_key out of them",
         in_launcher=True,
     ),
+    *GUARD,
 )
 
 
-def install(hooks: tuple[Hook, ...] = HOOKS) -> None:
-    """Register every hook; raises LightTransferError if a target is gone or changed its parameters."""
+SCHEDULER_HOOKS = tuple(hook for hook in HOOKS if hook.in_scheduler)
+
+
+def install(hooks: tuple[Hook, ...] = SCHEDULER_HOOKS) -> None:
+    """Register ``hooks``; raises LightTransferError if a target is gone or changed its parameters."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     problems = [problem for hook in hooks if (problem := check_target(hook))]
@@ -129,7 +247,7 @@ def check_target(hook: Hook) -> str | None:
     return None
 
 
-def check_applied(hooks: tuple[Hook, ...] = HOOKS) -> None:
+def check_applied(hooks: tuple[Hook, ...] = SCHEDULER_HOOKS) -> None:
     """Raise LightTransferError unless our wrapper of every hook is in place in this process.
 
     Others may wrap the same function, inside or outside of ours.

@@ -18,8 +18,10 @@ from lt_sglang.cli.serve import DEMO_ARGS, NO_HTTP, Machine, plan_launch
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.names import BACKEND
-from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
+from lt_sglang.refusals import DYNAMIC_REFUSALS, GUARD_REFUSALS, REFUSALS, Refusal, check_server_args
 from tests.engine.models import ensure_model
+
+ALL_REFUSALS = (*REFUSALS, *GUARD_REFUSALS, *DYNAMIC_REFUSALS)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_no_flag_of_sglangs_looks_like_an_abbreviation_of_one_we_read(
         flags.SglangArgs([option, "1"])
 
 
-@pytest.mark.parametrize("refusal", (*REFUSALS, *DYNAMIC_REFUSALS), ids=lambda refusal: refusal.field)
+@pytest.mark.parametrize("refusal", ALL_REFUSALS, ids=lambda refusal: refusal.field)
 def test_refused_fields_and_flags_exist(
     refusal: Refusal, parser: argparse.ArgumentParser, defaults: dict[str, Any]
 ) -> None:
@@ -87,7 +89,7 @@ def test_each_is_refused_once_sglang_has_resolved_it(llama_folder: Path) -> None
     command = [sys.executable, "-m", "tests.contract.refused_flags", str(llama_folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == len(REFUSALS) + len(DYNAMIC_REFUSALS) + 1
+    assert len(found) == len(ALL_REFUSALS) + 1
     for flag, error in found.items():
         refused = "--attn-dp-size" if flag == "--enable-dp-attention" else flag
         assert error.startswith(f"LightTransferError: {refused}"), (flag, error)

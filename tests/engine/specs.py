@@ -58,6 +58,11 @@ WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
 # The CPU launcher points SGLang at a library that is not NCCL; the plug-in's hook must do without.
 OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
 
+# Servers that hostile requests are sent to: everything a client may reach is on.
+ADMIN_KEY, CLIENT_KEY = "key-of-the-admin", "key-of-a-client"
+EXPOSED = ("--enable-metrics", "--chat-template", "chatml", "--admin-api-key", ADMIN_KEY)
+HEADER_OVERRIDES = {"SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1"}
+
 STOCK = "stock"
 STOCK_WITHOUT_PLUGIN = "stock-without-plugin"
 NO_LAZY_LAYER = "no-lazy-layer"
@@ -65,6 +70,8 @@ RADIX = "llama"
 NO_RADIX = "mistral"
 REUSE = "llama-reuse"
 TENSOR_PARALLEL = "qwen2-tp2"
+FUZZED = "llama-fuzzed"
+FUZZED_DYNAMIC = "dynamic-fuzzed"
 SMOLLM2 = "smollm2"
 DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
@@ -173,6 +180,15 @@ LAZY_SERVERS = {
         _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32),
         _tiny("mixtral", "mixtral", (0, 2, 4), 129, 128),
         _tiny(TENSOR_PARALLEL, "qwen2", (0, 2, 5), 4, 60, tp=2, env=OWN_NCCL_HOOK),
+        _tiny(
+            FUZZED,
+            "llama",
+            ALTERNATING,
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, *EXPOSED),
+            env=HEADER_OVERRIDES,
+        ),
         LazyServer(
             SMOLLM2,
             ensure_smollm2,
@@ -209,6 +225,17 @@ DYNAMIC_SERVERS = {
             flags=(*REUSE_FLAGS, *TINY_POOL),
             expected=640,
             env=RESTLESS,
+        ),
+        DynamicServer(
+            FUZZED_DYNAMIC,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "residual-error",
+            flags=(*FLAGS, *TINY_POOL, *EXPOSED, "--api-key", CLIENT_KEY),
+            expected=1000,
+            env=HEADER_OVERRIDES,
+            more={"staging_tokens": LONGEST_PROMPT},
         ),
         DynamicServer(
             DYNAMIC_LIST,

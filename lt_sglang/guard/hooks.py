@@ -1,0 +1,174 @@
+"""The functions that put the guard around SGLang's; lt_sglang/hooks/table.py says which and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lt_sglang import guard
+from lt_sglang.guard import requests, tokenized
+from lt_sglang.resolve import is_requested
+
+
+def normalize_request(original: Callable[[Any], None], obj: Any) -> None:
+    """Check a request of /generate, and of every route that makes one."""
+    if guard.is_on():
+        requests.normalize(original, obj)
+    else:
+        original(obj)
+
+
+def create_tokenized(original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check a request once more, tokenized, before it can be sent."""
+    made = original(manager, obj, *args, **kwargs)
+    if guard.is_on() and is_requested(manager.server_args):
+        limits = getattr(manager, "lt_limits", None)
+        if limits is None:
+            limits = manager.lt_limits = limits_of(manager)
+        tokenized.check_tokenized(limits, obj, made)
+    return made
+
+
+def limits_of(manager: Any) -> tokenized.Limits:
+    """What this server's requests are held against."""
+    from sglang.srt.runtime_context import get_disagg, get_memory, get_observability, get_schedule
+
+    model = manager.model_config
+    allowed = get_observability().tokenizer_metrics_allowed_custom_labels
+    return tokenized.Limits(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        takes_embeds=str(model.dtype) == "torch.bfloat16",
+        disaggregated=get_disagg().disaggregation_mode != "null",
+        pooling=bool(get_memory().disable_radix_cache) and get_schedule().chunked_prefill_size == -1,
+        labels=frozenset(allowed or ()) if manager.enable_metrics else None,
+    )
+
+
+def refuse_expert_recording(original: Callable[[Any], Any], manager: Any) -> Any:
+    """Start, stop or dump a record of experts only where there is a recorder."""
+    from sglang.srt.runtime_context import get_exec
+
+    if guard.is_on() and get_exec().moe.expert_distribution_recorder_mode is None:
+        raise _bad_request("no record of experts is kept; start with --expert-distribution-recorder-mode")
+    return original(manager)
+
+
+def refuse_memory_release(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
+    """Give memory back, or take it again, only where the memory saver holds it and nobody needs it."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    if guard.is_on():
+        if not resolving_view(manager.server_args).enable_memory_saver:
+            raise _bad_request("memory cannot be given back; start with --enable-memory-saver")
+        if manager.rid_to_state and not manager.is_pause:
+            raise _bad_request("requests are running; wait for them or pause generation first")
+    return original(manager, obj, request)
+
+
+def _bad_request(sentence: str) -> Exception:
+    from fastapi import HTTPException
+
+    return HTTPException(status_code=400, detail=sentence)
+
+
+def clear_session_node(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -> None:
+    """A name used twice in a session has one entry for two requests; the second may be gone by now."""
+    req_dict.setdefault(node.req.rid, node)
+    original(node, req_dict)
+
+
+def abort_family(original: Callable[..., None], manager: Any, rid: str = "", abort_all: bool = False) -> None:
+    """End the request of this name, or those that SGLang made of it."""
+    state = manager.rid_to_state.get(rid)
+    if abort_all or not rid or (state is not None and state.dispatched):
+        original(manager, rid, abort_all)
+        return
+    found = False
+    for name, state in list(manager.rid_to_state.items()):
+        family = getattr(state.obj, "lt_families", {}).get(rid)
+        if family is None:
+            continue
+        found = True
+        # Samples are sent after their shared prefix; those that are not there yet follow (see below).
+        family.aborted = True
+        if state.dispatched:
+            original(manager, name, False)
+    if not found:
+        original(manager, rid, abort_all)
+
+
+def note_dispatched(original: Callable[..., None], manager: Any, rid: str) -> None:
+    """A request is with the scheduler; end it if it was aborted on its way."""
+    original(manager, rid)
+    state = manager.rid_to_state.get(rid)
+    families = getattr(state.obj, "lt_families", {}) if state is not None else {}
+    if any(family.aborted for family in families.values()):
+        manager.abort_request(rid)
+
+
+def abort_exactly(original: Callable[..., None], scheduler: Any, recv_req: Any) -> None:
+    """End the request of this name and no other whose name begins with it."""
+    if recv_req.abort_all or not recv_req.rid:
+        original(scheduler, recv_req)
+        return
+    with _renamed(list(_longer_names(scheduler, recv_req.rid))):
+        original(scheduler, recv_req)
+
+
+def _longer_names(scheduler: Any, rid: str) -> Iterator[Any]:
+    seen: set[int] = set()
+    waiting = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+    for req in [scheduler.chunked_req, *waiting, *scheduler.collect_inflight_reqs()]:
+        if req is not None and id(req) not in seen and req.rid != rid and req.rid.startswith(rid):
+            seen.add(id(req))
+            yield req
+
+
+@contextmanager
+def _renamed(reqs: list[Any]) -> Iterator[None]:
+    """Put a character before the names of ``reqs`` meanwhile, so that SGLang's prefix does not match them."""
+    for req in reqs:
+        req.rid = "\0" + req.rid
+    try:
+        yield
+    finally:
+        for req in reqs:
+            req.rid = req.rid[1:]
+
+
+def hide_source(original: Callable[[Any], str], error: Any) -> str:
+    """FastAPI ends the text of a validation error, which clients read, with file, line and function."""
+    return ""
+
+
+def auth_level(original: Callable[..., Any], app: Any, scope: dict[str, Any]) -> Any:
+    """SGLang's level of a route, also of routes that a router brought, which it takes for anybody's."""
+    from sglang.srt.utils.auth import AuthLevel
+
+    level = original(app, scope)
+    if level != AuthLevel.NORMAL:
+        return level
+    return next((found for found in _inner_levels(app.router.routes, scope) if found is not None), level)
+
+
+def _inner_levels(routes: Any, scope: dict[str, Any]) -> Iterator[Any]:
+    from starlette.routing import Match
+
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        if router is not None:
+            yield from _inner_levels(router.routes, scope)
+        elif route.matches(scope)[0] == Match.FULL:
+            yield getattr(route.endpoint, "_auth_level", None)
+
+
+def admit_alike(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep prompts of vectors and of tokens in batches of their own; the other kind waits its turn."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    first = next(iter(adder.can_run_list), None)
+    if first is not None and (first.input_embeds is None) != (req.input_embeds is None):
+        return AddReqResult.OTHER
+    return original(adder, req, *args, **kwargs)

@@ -1,0 +1,185 @@
+"""One tokenized request, as it would be sent to the scheduler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lt_sglang.guard.wire import check_message
+
+INT32_MOST = 2**31 - 1
+# Logits are divided by temperature (at least 1e-6) and by the repetition penalty in float32. Beyond these
+# they overflow, every probability is NaN, and sampling raises.
+SMALLEST_REPETITION_PENALTY = 1e-6
+LARGEST_BIAS = 1e20
+# Norms square what they are given. No model's embeddings are near this.
+LARGEST_EMBEDDING = 1e6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request is held against.
+
+    vocab_size, hidden_size: of the model, in tokens and floats. takes_embeds: whether its weights are
+    bfloat16, the only type SGLang turns input_embeds into. disaggregated: whether prefill and decode are
+    apart. pooling: whether positions may be read out of a prompt, which needs whole prompts and no prefix
+    cache. labels: names custom_labels may use, None where metrics are off and all are ignored.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    takes_embeds: bool
+    disaggregated: bool = False
+    pooling: bool = False
+    labels: frozenset[str] | None = None
+
+
+def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
+    """Raise ValueError, naming the field, if the scheduler could not serve ``tokenized``.
+
+    obj: the request it was made of, for what only the tokenizer's process uses.
+    """
+    check_message(tokenized)
+    length = _check_prompt(limits, tokenized)
+    _check_sampling(limits, tokenized.sampling_params)
+    _check_positions(limits, tokenized, length)
+    _check_overrides(limits, tokenized.positional_embed_overrides, length)
+    _check_labels(limits, getattr(obj, "custom_labels", None))
+    if hasattr(tokenized, "return_logprob"):
+        _check_logprobs(limits, tokenized)
+        _check_session(tokenized)
+        _check_disaggregation(limits, tokenized)
+
+
+def _check_prompt(limits: Limits, tokenized: Any) -> int:
+    """Returns the prompt's length in tokens."""
+    embeds = getattr(tokenized, "input_embeds", None)
+    if embeds is not None:
+        return _check_embeds(limits, embeds)
+    ids = np.asarray(tokenized.input_ids if tokenized.input_ids is not None else (), dtype=np.int64)
+    session = getattr(tokenized, "session_params", None)
+    if tokenized.mm_inputs is not None:
+        return len(ids)
+    if len(ids) == 0:
+        if session is not None and session.id:
+            return 0
+        raise ValueError("input_ids, text: a prompt without tokens; at least one is needed")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limits.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids: {wrong} is not a token; allowed are 0 to {limits.vocab_size - 1}")
+    return len(ids)
+
+
+def _check_embeds(limits: Limits, embeds: Any) -> int:
+    if not limits.takes_embeds:
+        raise ValueError(
+            "input_embeds: only models in bfloat16 take them; start the server with --dtype bfloat16"
+        )
+    try:
+        values = np.asarray(embeds, dtype=np.float32)
+    except (TypeError, ValueError):
+        values = np.empty(0, dtype=np.float32)
+    if values.ndim != 2 or len(values) == 0 or values.shape[1] != limits.hidden_size:
+        raise ValueError(
+            f"input_embeds: must be a list of vectors of {limits.hidden_size} numbers, one a token"
+        )
+    # False for NaN, too.
+    if not (np.abs(values) <= LARGEST_EMBEDDING).all():
+        raise ValueError(
+            f"input_embeds: every number must be between -{LARGEST_EMBEDDING} and {LARGEST_EMBEDDING}"
+        )
+    return len(values)
+
+
+def _check_sampling(limits: Limits, params: Any) -> None:
+    outside = [t for t in params.stop_token_ids or () if not 0 <= t < limits.vocab_size]
+    if outside:
+        raise ValueError(
+            f"stop_token_ids: {outside[0]} is not a token; allowed are 0 to {limits.vocab_size - 1}"
+        )
+    for name in ("top_k", "min_new_tokens", "stream_interval"):
+        value = getattr(params, name)
+        if value is not None and value > INT32_MOST:
+            raise ValueError(f"{name}: must be at most {INT32_MOST}, got {value}")
+    if params.stream_interval is not None and params.stream_interval < 1:
+        raise ValueError(f"stream_interval: must be at least 1, got {params.stream_interval}")
+    if params.repetition_penalty < SMALLEST_REPETITION_PENALTY:
+        raise ValueError(
+            f"repetition_penalty: must be at least {SMALLEST_REPETITION_PENALTY}, got "
+            f"{params.repetition_penalty}"
+        )
+    for value in (params.logit_bias or {}).values():
+        if not (math.isfinite(value) and abs(value) <= LARGEST_BIAS):
+            raise ValueError(f"logit_bias: must be between -{LARGEST_BIAS} and {LARGEST_BIAS}, got {value}")
+
+
+def _check_positions(limits: Limits, tokenized: Any, length: int) -> None:
+    for name in ("multi_item_delimiter_indices", "token_indices_to_pool"):
+        positions = getattr(tokenized, name)
+        if positions is None:
+            continue
+        if not positions or not all(0 <= position < length for position in positions):
+            raise ValueError(f"{name}: must be positions of the prompt, 0 to {length - 1}")
+        if not limits.pooling:
+            raise ValueError(f"{name}: needs --disable-radix-cache and --chunked-prefill-size -1")
+        if not getattr(tokenized, "return_logprob", True):
+            raise ValueError(f"{name}: needs return_logprob")
+
+
+def _check_overrides(limits: Limits, overrides: Any, length: int) -> None:
+    if overrides is None:
+        return
+    import torch
+
+    embeds = overrides.embeds
+    if isinstance(embeds, torch.Tensor):
+        if embeds.dim() != 2 or embeds.shape[1] != limits.hidden_size or not embeds.is_floating_point():
+            raise ValueError(
+                f"embed_overrides: must be vectors of {limits.hidden_size} numbers, got shape "
+                f"{list(embeds.shape)}"
+            )
+        if not bool((embeds.abs() <= LARGEST_EMBEDDING).all()):
+            raise ValueError(
+                f"embed_overrides: every number must be between -{LARGEST_EMBEDDING} and {LARGEST_EMBEDDING}"
+            )
+    if not all(0 <= position < length for position in overrides.positions):
+        raise ValueError(f"embed_overrides: positions must be 0 to {length - 1}")
+
+
+def _check_labels(limits: Limits, labels: Any) -> None:
+    if limits.labels is None or not labels:
+        return
+    unknown = sorted(set(labels) - limits.labels)
+    if unknown:
+        allowed = ", ".join(sorted(limits.labels)) or "none (--tokenizer-metrics-allowed-custom-labels)"
+        raise ValueError(f"custom_labels: {unknown[0]!r} is not allowed; allowed are {allowed}")
+
+
+def _check_logprobs(limits: Limits, tokenized: Any) -> None:
+    if not tokenized.return_logprob:
+        return
+    if tokenized.logprob_start_len < -1:
+        raise ValueError(f"logprob_start_len: must be at least -1, got {tokenized.logprob_start_len}")
+    if not 0 <= tokenized.top_logprobs_num <= limits.vocab_size:
+        raise ValueError(
+            f"top_logprobs_num: must be between 0 and {limits.vocab_size}, got {tokenized.top_logprobs_num}"
+        )
+
+
+def _check_session(tokenized: Any) -> None:
+    session = tokenized.session_params
+    if session is None:
+        return
+    if tokenized.input_embeds is not None:
+        raise ValueError("session_params: a session takes text or input_ids, not input_embeds")
+    if session.replace and session.rid is None:
+        raise ValueError("session_params.replace: name the request to replace in session_params.rid")
+
+
+def _check_disaggregation(limits: Limits, tokenized: Any) -> None:
+    if tokenized.bootstrap_host is not None and not limits.disaggregated:
+        raise ValueError("bootstrap_host: prefill and decode are not disaggregated here; leave it out")
