@@ -22,6 +22,7 @@ from lt_sglang.hooks.table import check_applied
 from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
 from lt_sglang.memory.radix import request_id
 from lt_sglang.memory.sinks import SinkStore
+from lt_sglang.memory.weights import announcing
 from lt_sglang.names import BACKEND
 from lt_sglang.selection import get_score
 from lt_sglang.selection.choices import LIST
@@ -98,6 +99,30 @@ class LightTransferModelRunner(ModelRunner):
         )
         if self.lt_config.dynamic:
             self._init_dynamic()
+
+    def init_weight_updater(self) -> None:
+        """As ModelRunner; every change of weights is counted, so that sinks of old ones are not shared."""
+        super().init_weight_updater()
+        self.weight_updater = announcing(self.weight_updater, self._weights_change)
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As ModelRunner; counts as a change of weights."""
+        self._weights_change()
+        return super().load_lora_adapter(*args, **kwargs)
+
+    def load_lora_adapter_from_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """As ModelRunner; counts as a change of weights."""
+        self._weights_change()
+        return super().load_lora_adapter_from_tensors(*args, **kwargs)
+
+    def unload_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As ModelRunner; counts as a change of weights."""
+        self._weights_change()
+        return super().unload_lora_adapter(*args, **kwargs)
+
+    def _weights_change(self) -> None:
+        if self.sink_store is not None:
+            self.sink_store.weights += 1
 
     def init_attention_backends(self) -> None:
         """As ModelRunner; raises LightTransferError if SGLang settled for another backend in any phase."""
@@ -195,9 +220,11 @@ class LightTransferModelRunner(ModelRunner):
         if forward_batch.forward_mode.is_decode() and not self._fits_graph(forward_batch):
             return self._forward_eagerly(forward_batch, *args, **kwargs)
         try:
-            return super().forward(forward_batch, *args, **kwargs)
+            output = super().forward(forward_batch, *args, **kwargs)
         finally:
             self._plans = None
+        self.dynamic.sets.bring()
+        return output
 
     def _forward_eagerly(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         graphs, self.decode_cuda_graph_runner = self.decode_cuda_graph_runner, None

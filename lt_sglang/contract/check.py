@@ -22,6 +22,7 @@ SUBCLASS_MODULES = (
     "lt_sglang.model_runner",
     "lt_sglang.memory.pools",
     "lt_sglang.memory.radix",
+    "lt_sglang.memory.weights",
     "lt_sglang.dynamic.radix",
     "lt_sglang.attention.torch_backend",
     "lt_sglang.attention.dynamic_torch",

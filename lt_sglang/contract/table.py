@@ -5,6 +5,8 @@ from __future__ import annotations
 # The release everything below was read and recorded in.
 SGLANG_VERSION = "0.5.23"
 
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
 # Functions we call, and methods we override: their parameters (contract/check.py, signature_text).
 SIGNATURES: dict[str, str] = {
     "sglang.launch_server.run_server": "server_args",
@@ -120,8 +122,22 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.model_executor.model_runner.ModelRunner.init_kv_cache_configurator": (
         "self, draft_parallel_layout="
     ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_weight_updater": "self",
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_lora_adapter": "self, lora_ref",
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_lora_adapter_from_tensors": (
+        "self, lora_ref, tensors, config_dict, added_tokens_config="
+    ),
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": "self",
+    "sglang.srt.model_executor.model_runner.ModelRunner.unload_lora_adapter": "self, lora_ref",
     "sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks": "",
+    f"{_UPDATER}.begin_weight_update": "self",
+    f"{_UPDATER}.end_weight_update": "self, *, run_post_load",
+    f"{_UPDATER}.load_weights_from_distributed": "self, named_tensors",
+    f"{_UPDATER}.update_weights_from_disk": (
+        "self, model_path, load_format, weight_name_filter=, recapture_cuda_graph="
+    ),
+    f"{_UPDATER}.update_weights_from_ipc": "self, recv_req",
+    f"{_UPDATER}.update_weights_from_tensor": "self, named_tensors, load_format=",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
     "sglang.srt.runtime_context.get_disagg": "",
@@ -152,6 +168,18 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     "sglang.srt.managers.schedule_batch.ScheduleBatch.maybe_evict_swa": (
         "c4109be13929",
         "it slides windows in decode and releases prefix locks early; both must go through the tree cache.",
+    ),
+    "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept": (
+        "36902b9dc543",
+        "a request-level key of customized_info goes out at the end, or with a stream's first chunk.",
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request": (
+        "a9202493777b",
+        "n > 1 is one request ahead with no new tokens, then n copies whose sampling_params.n is n.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission": (
+        "3b487d815952",
+        "a request longer than rem_chunk_tokens is cut there and becomes the chunked one.",
     ),
     "sglang.srt.mem_cache.common.release_kv_cache": (
         "7e5e27eeb8a5",
@@ -326,6 +354,21 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "model_config",
         "model_runner",
     ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder": (
+        "rem_chunk_tokens",
+        "new_chunked_req",
+        "can_run_list",
+        "tree_cache",
+    ),
+    "sglang.srt.managers.schedule_policy.AddReqResult": ("OTHER",),
+    "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer": (
+        "tree_cache",
+        "stream_output",
+        "is_request_level_customized_info_key",
+    ),
+    "sglang.srt.entrypoints.openai.protocol.CompletionResponse": ("metadata",),
+    "sglang.srt.entrypoints.openai.protocol.ChatCompletionResponse": ("metadata",),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase": ("tokenizer_manager",),
     "sglang.srt.managers.scheduler.Scheduler": (
         "tp_worker",
         "tree_cache",

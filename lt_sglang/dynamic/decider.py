@@ -34,6 +34,7 @@ class Decider:
         self._state = state
         self._together: _Together | None = None
         self._alone: list[tuple[int, Prefill, _Gathered]] = []
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
         self._staged: list[tuple[Prefill, int]] = []
         self._deciding = 0
         self._sets = torch.empty(0)
@@ -47,13 +48,13 @@ class Decider:
         self._staged = []
         token = offset = 0
         for plan in prefill.plans:
-            if plan.kind == Kind.STAGE and self._state.score is not None:
+            if plan.kind == Kind.STAGE and self._state.score is not None and plan.laziness is None:
                 self._staged.append((plan, token))
             elif plan.kind == Kind.DECIDE:
                 order.append(plan)
-                if plan.prefix:
+                if plan.laziness is None and plan.prefix:
                     alone.append((plan, token, offset))
-                else:
+                elif plan.laziness is None:
                     direct.append((plan, token))
             token += plan.extend
             offset += plan.end
@@ -64,6 +65,8 @@ class Decider:
         self._sets = torch.tensor(sets, dtype=torch.int32).to(device, non_blocking=True)
         if self._state.score is None:
             return
+        known = [(at, plan.laziness) for at, plan in enumerate(order) if plan.laziness is not None]
+        self._known = _moved(known, device) if known else None
         positions = [order.index(plan) for plan, _ in direct]
         self._together = _Together(self._state, direct, positions, device) if direct else None
         self._alone = [
@@ -97,7 +100,7 @@ class Decider:
                 self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
         if self._deciding and layer.layer_id == self._state.layout.layers - 1:
             self._state.finish(prefill.plans)
-            self._together, self._alone = None, []
+            self._together, self._alone, self._known = None, [], None
 
     def _decide(
         self,
@@ -132,7 +135,7 @@ class Decider:
         if self._together is not None:
             evidence = self._together.evidence(layer, batch, k, v)
             found = score.laziness(evidence)
-            if self._alone:
+            if self._alone or self._known is not None:
                 laziness[self._together.where] = found
             else:
                 laziness = found
@@ -143,7 +146,19 @@ class Decider:
                 state, plan, number, last, keys, values, gathered.positions, layer.scaling
             )
             laziness[index : index + 1] = score.laziness(evidence)
+        if self._known is not None:
+            where, values = self._known
+            laziness[where] = values[:, number]
         return laziness
+
+
+def _moved(
+    known: list[tuple[int, tuple[float, ...]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [S] places and float32 [S, L] values, on the device."""
+    where = torch.tensor([at for at, _ in known], dtype=torch.int64)
+    values = torch.tensor([values for _, values in known], dtype=torch.float32)
+    return where.to(device, non_blocking=True), values.to(device, non_blocking=True)
 
 
 class _Together:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lt_sglang.dynamic.beginnings import BeginningIndex, Beginnings
+from lt_sglang.dynamic.decisions import Decision, bring
 from lt_sglang.dynamic.mirror import HostMirror
 from lt_sglang.memory.row_table import set_rows
 
@@ -39,7 +40,8 @@ class LayerSet:
     """One set.
 
     uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
-    stored: whether later requests find it. users: requests. heirs: those that inherited it.
+    stored: whether later requests find it. users: requests. heirs: those that inherited it. decision: its
+    layers, from the forward that decided it on. decided_for: digest of the whole prompt that decided it.
     """
 
     index: int
@@ -49,16 +51,22 @@ class LayerSet:
     stored: bool = False
     users: set[str] = field(default_factory=set)
     heirs: set[str] = field(default_factory=set)
+    decision: Decision | None = None
+    decided_for: bytes = b""
 
 
 @dataclass
 class LayerSetStats:
-    """Counters since the start, for metrics and tests; in requests."""
+    """Counters since the start, for metrics and tests; in requests.
+
+    resumed: retracted ones that computed their prompts again; counted nowhere else.
+    """
 
     decided: int = 0
     inherited: int = 0
     short: int = 0
     evicted: int = 0
+    resumed: int = 0
 
 
 class LayerSetStore:
@@ -92,6 +100,7 @@ class LayerSetStore:
         self.laziness = torch.zeros((capacity, num_layers), dtype=torch.float32, device=device)
         self.set_of = torch.full((request_rows,), DEFAULT_SET, dtype=torch.int32, device=device)
         self.default = LayerSet(DEFAULT_SET, uid=0, decided=True)
+        self.default.decision = Decision.known(banks(default_lazy, num_layers), [0.0] * num_layers)
         self._free = list(range(capacity - 1, 0, -1))
         self._stored: OrderedDict[int, LayerSet] = OrderedDict()  # by uid
         self._index = BeginningIndex()
@@ -102,6 +111,7 @@ class LayerSetStore:
         self.scored = HostMirror(self.laziness_sums)
         self._pending: dict[int, int] = {}
         self._counted: list[int] = []
+        self._deciding: list[LayerSet] = []
         self._next_uid = 1
 
     def find(self, prompt: Beginnings) -> Iterator[LayerSet]:
@@ -113,14 +123,21 @@ class LayerSetStore:
         """The set ``request`` uses, or None if its prefill has not begun."""
         return self._of_request.get(request)
 
-    def inherit(self, request: str, entry: LayerSet, prompt: Beginnings) -> None:
-        """Let ``request`` use the stored set ``entry``, which its own prompt finds from now on too."""
+    def stored_set(self, uid: int) -> LayerSet | None:
+        """The set of this uid, if later requests can still use it."""
+        return self._stored.get(uid)
+
+    def inherit(self, request: str, entry: LayerSet, prompt: Beginnings, *, resumed: bool = False) -> None:
+        """Let ``request`` use the stored set ``entry``, which its own prompt finds from now on too.
+
+        resumed: it was retracted and comes back, which no counter shows.
+        """
         assert entry.stored
         self._stored.move_to_end(entry.uid)
         self._index.file(entry.uid, prompt)
         self._use(request, entry)
         entry.heirs.add(request)
-        self.stats.inherited += 1
+        self.stats.inherited += not resumed
 
     def use_default(self, request: str, *, counted: bool = True) -> None:
         """Let ``request``, whose prompt is short, use set 0."""
@@ -136,15 +153,32 @@ class LayerSetStore:
         self._use(request, entry)
         return entry
 
-    def decide(self, request: str) -> None:
-        """The forward that is about to run decides the set of ``request``; store it."""
+    def decide(
+        self, request: str, *, stored: bool = True, decided_for: bytes = b"", resumed: bool = False
+    ) -> None:
+        """The forward that is about to run decides the set of ``request``.
+
+        stored: whether later requests find it. decided_for: digest of the whole prompt. resumed: the request
+        was retracted and brings the layers it had, which no counter shows.
+        """
         entry = self._of_request[request]
         assert entry.prompt is not None
-        entry.decided = entry.stored = True
-        self.stats.decided += 1
-        self._stored[entry.uid] = entry
-        self._index.file(entry.uid, entry.prompt)
+        entry.decided, entry.stored, entry.decided_for = True, stored, decided_for
+        self.stats.decided += not resumed
+        self.stats.resumed += resumed
+        if stored:
+            self._stored[entry.uid] = entry
+            self._index.file(entry.uid, entry.prompt)
         entry.prompt = None
+        self._deciding.append(entry)
+
+    def bring(self) -> None:
+        """Have the decisions of the forward that was just queued copied to the host; does not wait."""
+        if self._deciding:
+            found = bring(self.bank_of, self.laziness, [entry.index for entry in self._deciding])
+            for entry, decision in zip(self._deciding, found, strict=True):
+                entry.decision = decision
+            self._deciding.clear()
 
     def place(self, request: str, row: int) -> None:
         """``request`` is in row ``row`` of req_to_token from the next forward on."""
@@ -202,18 +236,23 @@ class LayerSetStore:
         """Requests that use a set."""
         return len(self._of_request)
 
-    def describe(self, request: str) -> dict[str, object]:
-        """The decided layers of ``request``, for its response; waits for the device.
+    def describe(self, request: str) -> dict[str, object] | None:
+        """The decided layers of ``request``, for its response; None until a forward was queued that decides.
+
+        Does not wait for the device where that forward's tokens have been read, as they have by the time a
+        request answers.
 
         lazy_layers: list. laziness: by layer, higher is lazier; None where no prompt decided. origin:
         "prompt", "prefix" (inherited with a cached prefix) or "default" (the prompt was too short to tell).
         """
-        entry = self._of_request[request]
-        banks = self.bank_of[entry.index].tolist()
+        entry = self._of_request.get(request)
+        if entry is None or entry.decision is None:
+            return None
         default = entry is self.default
+        found = entry.decision
         return {
-            "lazy_layers": [layer for layer, bank in enumerate(banks) if bank >= self.keep],
-            "laziness": None if default else [round(x, 6) for x in self.laziness[entry.index].tolist()],
+            "lazy_layers": [layer for layer, bank in enumerate(found.banks) if bank >= self.keep],
+            "laziness": None if default else [round(x, 6) for x in found.laziness],
             "origin": "default" if default else "prefix" if request in entry.heirs else "prompt",
         }
 

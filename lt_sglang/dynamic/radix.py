@@ -10,7 +10,7 @@ not known yet. Its window slides all the same; its sink rows are reserved, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from lt_sglang.config import CONFIG_KEY
 from lt_sglang.dynamic.beginnings import Beginnings
+from lt_sglang.dynamic.decisions import Remembered, remember, remembered
 from lt_sglang.dynamic.layer_sets import LayerSet
-from lt_sglang.dynamic.prefill import PrefillTracker
+from lt_sglang.dynamic.prefill import PrefillTracker, digest
 from lt_sglang.memory.radix import LightTransferRadixCache, Slots, request_id
 from lt_sglang.memory.sinks import SinkKey, SinkStore
 
@@ -52,10 +52,18 @@ class DynamicRadixCache(LightTransferRadixCache):
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
         key = params.key
-        given, needed = key.extra_key, self.prefills.hit_tokens(len(key.token_ids))
+        given = key.extra_key
+        had = remembered(params.req)
         try:
-            prompt = self._beginnings(key)
-            for entry in islice(self._sets_of(prompt), TRIES):
+            if had is None:
+                needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._beginnings(key)
+                sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
+            else:
+                needed = had.full_rows
+                prompt, sets = self._comes_back(params.req, had)
+            for entry in sets:
+                if _repeats(params.req, entry):
+                    continue
                 key.extra_key = _name(entry.uid, given)  # also part of the key of the sinks
                 result = super().match_prefix(params)
                 if result.device_prefix_len >= needed:
@@ -85,7 +93,9 @@ class DynamicRadixCache(LightTransferRadixCache):
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
         if req.prefix_len:
-            self.prefills.inherit(request_id(req), *_bound(req))
+            entry, prompt = _bound(req)
+            had = remembered(req)
+            self.prefills.inherit(request_id(req), entry, prompt, prefix=req.prefix_len, had=had)
         with self._within(req):
             return super().prefix_device_indices(req)
 
@@ -96,13 +106,14 @@ class DynamicRadixCache(LightTransferRadixCache):
             if not req.finished():
                 self.evict_sliding_windows(req, up_to)
             return
-        self._report(req)
         with self._within(req):
             super().checkpoint(req, up_to=up_to, **kwargs)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
-        """As LightTransferRadixCache; the request gives its layer set back."""
-        self._report(req)
+        """As LightTransferRadixCache; the request gives its layer set back, or remembers it if retracted."""
+        self.report(req)
+        if not req.finished():
+            remember(req, self.prefills.memory_of(request_id(req)))
         if req.finished() and not is_health_check_generate_req(req):
             self.prefills.sets.count(request_id(req))
         super().on_release(req, checkpointed=checkpointed)
@@ -120,32 +131,30 @@ class DynamicRadixCache(LightTransferRadixCache):
         if wrong:
             raise RuntimeError("; ".join(wrong))
 
-    def _report(self, req: Req) -> None:
-        """Add ``meta_info.lighttransfer`` to the response of a request that asks for it.
+    def describe(self, req: Req) -> dict[str, object] | None:
+        """As LightTransferRadixCache; a request that was retracted shows what it had at first."""
+        return self.prefills.sets.describe(request_id(req))
 
-        Source: sglang/srt/managers/scheduler_components/output_streamer.py, Req.customized_info.
-        """
-        asked = req.sampling_params.custom_params
-        known = req.customized_info or {}
-        entry = self.prefills.sets.of(request_id(req))
-        if (
-            not isinstance(asked, Mapping)  # SGLang takes whatever a client sends
-            or not asked.get(CONFIG_KEY)
-            or CONFIG_KEY in known
-            or entry is None
-            or not entry.decided
-        ):
-            return
-        req.customized_info = {**known, CONFIG_KEY: [self.prefills.sets.describe(request_id(req))]}
+    def chunk_limit(self, req: Req) -> int | None:
+        """As LightTransferRadixCache; PrefillTracker.chunk_limit."""
+        return self.prefills.chunk_limit(req)
+
+    def _comes_back(self, req: Req, had: Remembered) -> tuple[Beginnings | None, Iterator[LayerSet]]:
+        """Its prompt, and the only set whose K and V a retracted request may read: the one it had."""
+        if had.default:
+            return None, iter((self.prefills.sets.default,))
+        prompt = self.prefills.beginnings(req.origin_input_ids, req.extra_key, req.cache_salt)
+        own = self.prefills.sets.stored_set(had.uid)
+        return prompt, iter(() if own is None else (own,))
 
     def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
         entry = self.prefills.sets.of(request_id(req))
         return slots if entry is not None and entry.decided else None
 
-    def _key_of(self, req: Req) -> SinkKey:
-        # The rows of a sink set belong to the streaming banks of one layer set.
+    def _shared_key_of(self, req: Req) -> SinkKey:
+        # The rows of a sink set belong to the streaming banks of one layer set, whoever may share them.
         with self._within(req):
-            return super()._key_of(req)
+            return super()._shared_key_of(req)
 
     @contextmanager
     def _within(self, req: Req) -> Iterator[None]:
@@ -175,6 +184,20 @@ class DynamicRadixCache(LightTransferRadixCache):
 
 def _name(uid: int, extra_key: str | None) -> NameSpace:
     return NameSpace(f"lt:{uid}:{extra_key or ''}")
+
+
+def _repeats(req: Any, entry: LayerSet) -> bool:
+    """Whether ``req`` is one of n copies of the very prompt that decided ``entry``.
+
+    A repeat reads all but its last token from the cache and computes that one with streaming attention, where
+    the first run had full attention; and SGLang sends a request with n > 1 once ahead, to fill the cache. So
+    each copy is computed as n = 1 would be, and decided for itself.
+    """
+    if req is None or (getattr(req.sampling_params, "n", 1) or 1) == 1 or remembered(req) is not None:
+        return False
+    if not hasattr(req, "lighttransfer_digest"):
+        req.lighttransfer_digest = digest(req.origin_input_ids)
+    return bool(entry.decided_for == req.lighttransfer_digest)
 
 
 def _bind(req: Any, entry: LayerSet | None, prompt: Beginnings | None) -> None:

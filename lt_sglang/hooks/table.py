@@ -13,7 +13,7 @@ from typing import Any
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.guard import hooks as guard
-from lt_sglang.hooks import wrappers
+from lt_sglang.hooks import answers, wrappers
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,76 @@ HOOKS: tuple[Hook, ...] = (
         wrapper=wrappers.publish_metrics,
         why="a scheduler tells plug-ins neither that time passes nor that it falls idle",
         delete_when="the reporter asks plug-ins for metrics of their own",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class",
+        parameters=("self",),
+        wrapper=answers.output_streamer_class,
+        why="customized_info goes out by token unless the streamer's class says it is the request's",
+        delete_when="plug-ins can register an output streamer",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
+        parameters=(
+            "self",
+            "req",
+            "total_tokens",
+            "host_hit_length",
+            "swa_host_hit_length",
+            "truncation_align_size",
+            "has_chunked_req",
+        ),
+        wrapper=wrappers.select_admission,
+        why="a retracted request computes its prompt as at first, its output in a chunk of its own",
+        delete_when="the tree cache may say where a request's chunk ends",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req_ignore_eos",
+        parameters=("self", "req"),
+        wrapper=wrappers.add_ignore_eos,
+        why="as above, where there is no prefix cache",
+        delete_when="the tree cache may say where a request's chunk ends",
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
+        parameters=("self", "req"),
+        wrapper=wrappers.add_chunk,
+        why="as above, for its later chunks",
+        delete_when="the tree cache may say where a request's chunk ends",
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion."
+        "_build_completion_response",
+        parameters=("self", "request", "ret", "created"),
+        wrapper=answers.build_response,
+        why="the OpenAI routes drop a request's customized_info",
+        delete_when="they return it",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion."
+        "_generate_completion_stream",
+        parameters=("self", "adapted_request", "request", "raw_request"),
+        wrapper=answers.stream_completion,
+        why="as above, in streams",
+        delete_when="they return it",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response",
+        parameters=("self", "request", "ret", "created"),
+        wrapper=answers.build_response,
+        why="as above, in chats",
+        delete_when="they return it",
+        **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
+        parameters=("self", "adapted_request", "request", "raw_request"),
+        wrapper=answers.stream_chat,
+        why="as above, in streams of chats",
+        delete_when="they return it",
+        **LAUNCHER_ONLY,
     ),
     Hook(
         target="sglang.srt.distributed.device_communicators.pynccl.PyNcclCommunicator.__init__",

@@ -42,6 +42,61 @@ def forward_batch(original: Callable[..., Any], worker: Any, batch: Any, *args: 
     return original(worker, batch, *args, **kwargs)
 
 
+def select_admission(
+    original: Callable[..., Any],
+    adder: Any,
+    req: Any,
+    *args: Any,
+    has_chunked_req: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Let a retracted request's chunk end where its cache says; it waits if another has chunks."""
+    return _up_to_limit(
+        adder,
+        req,
+        has_chunked_req,
+        lambda: original(adder, req, *args, has_chunked_req=has_chunked_req, **kwargs),
+    )
+
+
+def add_ignore_eos(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """As ``select_admission``, where SGLang admits by another rule."""
+    return _up_to_limit(adder, req, getattr(adder, "lt_chunk_follows", False), lambda: original(adder, req))
+
+
+def add_chunk(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """As ``select_admission``, for the next chunk of a request that has begun."""
+    limit = _chunk_limit(adder, req)
+    if limit is not None:
+        adder.rem_chunk_tokens = limit
+    unfinished = original(adder, req)
+    adder.lt_chunk_follows = unfinished is not None
+    return unfinished
+
+
+def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[], Any]) -> Any:
+    limit = _chunk_limit(adder, req)
+    if limit is None:
+        return admit()
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if has_chunked_req or adder.new_chunked_req is not None:
+        return AddReqResult.OTHER  # SGLang keeps track of one request between chunks
+    given = adder.rem_chunk_tokens
+    adder.rem_chunk_tokens = limit  # the chunk is then the batch's last
+    result = admit()
+    if result in (AddReqResult.OTHER, AddReqResult.NO_TOKEN) and adder.new_chunked_req is not req:
+        adder.rem_chunk_tokens = given
+    return result
+
+
+def _chunk_limit(adder: Any, req: Any) -> int | None:
+    """Most tokens of the request's chunk, if SGLang might take more and chunks prompts at all."""
+    ask = getattr(adder.tree_cache, "chunk_limit", None)
+    limit = None if ask is None or adder.rem_chunk_tokens is None else ask(req)
+    return limit if limit is not None and limit <= adder.rem_chunk_tokens else None
+
+
 def add_state(original: Callable[..., None], controller: Any, state: dict[str, Any]) -> None:
     """Add ``lighttransfer`` to what /server_info reports of a scheduler."""
     original(controller, state)

@@ -19,7 +19,7 @@ Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.kv_keys import determined_by_key, of_weights, private_key, shared_key
 from lt_sglang.memory.sinks import SinkKey, SinkStore
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
             from lt_sglang.dynamic.radix import DynamicRadixCache
 
             return DynamicRadixCache(params, store, runner.prefills)
-        return LightTransferRadixCache(params, store)
+        return LightTransferRadixCache(params, store, runner.lt_config.lazy_layers)
 
     return create_unified_radix_cache(ctx, cache_class=build)
 
@@ -61,11 +63,13 @@ class LightTransferRadixCache(UnifiedRadixCache):
 
     Attributes:
         sinks: the sink sets.
+        lazy_layers: those of every request; in dynamic mode each has its own.
         finished_requests: how many have finished, health checks aside; for metrics.
     """
 
-    def __init__(self, params: CacheInitParams, sinks: SinkStore) -> None:
+    def __init__(self, params: CacheInitParams, sinks: SinkStore, lazy_layers: tuple[int, ...] = ()) -> None:
         self.sinks = sinks
+        self.lazy_layers = lazy_layers
         self.finished_requests = 0
         super().__init__(params)
         window = self.sliding_window_size
@@ -76,6 +80,9 @@ class LightTransferRadixCache(UnifiedRadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """As UnifiedRadixCache; a miss if the hit outlived its sinks."""
+        if params.req is not None:
+            # K and V that it computes from here on are of these weights.
+            params.req.lighttransfer_weights = self.sinks.weights
         result = super().match_prefix(params)
         if result.device_prefix_len <= self._kept_tokens:
             return result
@@ -86,7 +93,8 @@ class LightTransferRadixCache(UnifiedRadixCache):
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
         if req.prefix_len > self._kept_tokens:
-            adopted = self.sinks.adopt(request_id(req), self._key_of(req), _row_of(req))
+            # The prefix is the tree's, so its sinks are, whatever else the request brings.
+            adopted = self.sinks.adopt(request_id(req), self._shared_key_of(req), _row_of(req))
             if not adopted:
                 raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
         return super().prefix_device_indices(req)
@@ -123,10 +131,34 @@ class LightTransferRadixCache(UnifiedRadixCache):
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As UnifiedRadixCache; the request gives its sink set back."""
+        self.report(req)
         self.sinks.release(request_id(req))
         if req.finished() and not is_health_check_generate_req(req):
             self.finished_requests += 1
         super().on_release(req, checkpointed=checkpointed)
+
+    def report(self, req: Req) -> None:
+        """Add ``meta_info.lighttransfer`` to the answer of a request that asks for it, once it is known.
+
+        Source: sglang/srt/managers/scheduler_components/output_streamer.py, Req.customized_info; sent as
+        hooks/answers.py says.
+        """
+        asked = req.sampling_params.custom_params
+        known = req.customized_info or {}
+        # SGLang takes whatever a client sends.
+        if not isinstance(asked, Mapping) or not asked.get(CONFIG_KEY) or CONFIG_KEY in known:
+            return
+        found = self.describe(req)
+        if found is not None:
+            req.customized_info = {**known, CONFIG_KEY: [found]}
+
+    def describe(self, req: Req) -> dict[str, object] | None:
+        """What a request is told of its layers (README.md); None while it is not known."""
+        return {"lazy_layers": list(self.lazy_layers), "laziness": None, "origin": "static"}
+
+    def chunk_limit(self, req: Req) -> int | None:
+        """Most tokens of a waiting request's next prefill chunk; None: as many as SGLang likes."""
+        return None
 
     def reset(self) -> None:
         """As UnifiedRadixCache; forgets the sinks no running request uses."""
@@ -149,27 +181,37 @@ class LightTransferRadixCache(UnifiedRadixCache):
             row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : self.sinks.sink_tokens]
             return self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row.to(torch.int64)]
 
-        return self.sinks.capture(request, self._key_of(req), _row_of(req), self._slots_to_keep(req, slots))
+        return self.sinks.capture(
+            request,
+            self._key_of(req),
+            _row_of(req),
+            self._slots_to_keep(req, slots),
+            # Without a prefix cache nothing would tie it to the K and V of its time.
+            kept=not self.disable and determined_by_key(req),
+        )
 
     def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
         """``slots`` if they hold the sinks; None if the forward will write the sink rows itself."""
         return slots
 
     def _sinks_of(self, key: RadixKey) -> SinkKey:
-        return _sink_key(key.token_ids[: self.sinks.sink_tokens], key.extra_key, key.cache_salt)
+        return shared_key(key.token_ids[: self.sinks.sink_tokens], key.extra_key, key.cache_salt)
 
     def _key_of(self, req: Req) -> SinkKey:
+        """Under what the request's own first tokens are filed."""
+        key = self._shared_key_of(req)
+        weights = getattr(req, "lighttransfer_weights", None)
+        if weights is None or not determined_by_key(req):
+            return private_key(key, request_id(req))
+        # With a prefix cache, old K and V stay until it is flushed, in full and lazy layers and sinks alike.
+        return of_weights(key, weights) if self.disable else key
+
+    def _shared_key_of(self, req: Req) -> SinkKey:
         count = self.sinks.sink_tokens
         tokens = req.origin_input_ids[:count]
         if len(tokens) < count:
             tokens = tokens + req.output_ids[: count - len(tokens)]
-        if req.input_embeds is not None:
-            return _sink_key(tokens, request_id(req), req.cache_salt)  # its tokens say nothing
-        return _sink_key(tokens, req.extra_key, req.cache_salt)
-
-
-def _sink_key(tokens: Any, extra_key: str | None, cache_salt: str | None) -> SinkKey:
-    return (*tokens, extra_key, cache_salt)
+        return shared_key(tokens, req.extra_key, req.cache_salt)
 
 
 def request_id(req: Req) -> str:

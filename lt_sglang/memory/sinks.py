@@ -29,10 +29,14 @@ SinkKey = tuple[Hashable, ...]
 
 @dataclass
 class SinkSet:
-    """One set: its index, what it holds, and the ids of the requests that use it."""
+    """One set: its index, what it holds, and the ids of the requests that use it.
+
+    kept: whether it outlives its last user.
+    """
 
     index: int
     key: SinkKey
+    kept: bool = True
     users: set[str] = field(default_factory=set)
 
 
@@ -57,6 +61,7 @@ class SinkStore:
 
     Attributes:
         row_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
+        weights: counts the changes of the model's weights.
     """
 
     def __init__(self, capacity: int, sink_tokens: int, request_rows: int, device: str) -> None:
@@ -65,6 +70,7 @@ class SinkStore:
         self.device = device
         self.row_of = torch.full((request_rows,), NO_SET, dtype=torch.int32, device=device)
         self.stats = SinkStats()
+        self.weights = 0
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
         self._of_request: dict[str, SinkSet] = {}
@@ -108,12 +114,15 @@ class SinkStore:
         key: SinkKey,
         row: Callable[[], int | None],
         slots: Callable[[], torch.Tensor] | None,
+        *,
+        kept: bool = True,
     ) -> bool:
         """Let ``request`` use the set ``key``, filling it from ``slots`` if it is new.
 
         slots: called at most once, at once; returns int64 [w_sink], the streaming slots that hold
         positions 0 .. w_sink - 1 now. They may be freed as soon as this returns. None: a later forward
         writes the rows itself.
+        kept: whether a new set stays stored once no request uses it.
 
         Returns False, and changes nothing, if every set is in use by other requests: the caller must
         then keep the slots themselves.
@@ -124,7 +133,7 @@ class SinkStore:
         if index is None:
             self.stats.refused += 1
             return False
-        entry = SinkSet(index, key)
+        entry = SinkSet(index, key, kept)
         self._sets[key] = entry
         if slots is not None:
             self._pending_copies.append((index, slots()))
@@ -133,11 +142,13 @@ class SinkStore:
         return True
 
     def release(self, request: str) -> None:
-        """``request`` ends or gives its row back; its set stays stored for requests that begin alike."""
+        """``request`` ends or gives its row back; a kept set stays stored for requests that begin alike."""
         entry = self._of_request.pop(request, None)
         if entry is None:
             return
         entry.users.discard(request)
+        if not entry.kept and not entry.users:
+            self._free.append(self._sets.pop(entry.key).index)
         bound = self._row_of_request.pop(request)
         # If it comes back before the next flush (a retraction), its new row must not get the old set.
         self._pending_rows = [pending for pending in self._pending_rows if pending[0] is not bound]
@@ -200,6 +211,8 @@ class SinkStore:
         for key, entry in self._sets.items():
             if entry.key != key:
                 wrong.append(f"sink set {entry.index} is filed under another key")
+            if not entry.kept and not entry.users:
+                wrong.append(f"sink set {entry.index} is kept although nobody uses it")
             for request in entry.users:
                 if self._of_request.get(request) is not entry:
                     wrong.append(f"sink set {entry.index} counts request {request}, which does not use it")

@@ -130,7 +130,8 @@ LAYER_SETS = Metric(
     ("event",),
     "Dynamic mode: requests whose lazy layers were found in their prefill (decided), taken over with a "
     "cached prefix (inherited), or the configured ones, the prompt being too short to tell (short). evicted: "
-    "stored sets given up.",
+    "stored sets given up. resumed: retracted requests that computed their prompts again, with their old "
+    "layers.",
 )
 IDENTIFICATION_SECONDS = Metric(
     "lt_identification_seconds_total",

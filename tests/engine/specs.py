@@ -78,6 +78,7 @@ FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
 DYNAMIC_TP = "dynamic-tp2"
 DYNAMIC_SMOLLM2 = "dynamic-smollm2"
+DYNAMIC_RETRACT = "dynamic-retract"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ LAZY_SERVERS = {
             NO_RADIX,
             "mistral",
             FIRST_AND_LAST,
-            0,
+            4,
             32,
             flags=(*FLAGS, *TINY_POOL, "--disable-radix-cache"),
             env=RETRACT,
@@ -225,6 +226,24 @@ DYNAMIC_SERVERS = {
             flags=(*REUSE_FLAGS, *TINY_POOL),
             expected=640,
             env=RESTLESS,
+        ),
+        # A pool that the outputs of a few requests fill: they are retracted, and their prompts' K and V go.
+        DynamicServer(
+            DYNAMIC_RETRACT,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "lighttransfer",
+            flags=(
+                *("--chunked-prefill-size", str(CHUNK)),
+                *("--max-running-requests", "16"),
+                *("--context-length", "2048"),
+                *("--max-total-tokens", "2400"),
+                *("--mem-fraction-static", "0.3"),
+            ),
+            expected=400,
+            env=RESTLESS,
+            more={"staging_tokens": 1000},
         ),
         DynamicServer(
             FUZZED_DYNAMIC,

@@ -64,6 +64,9 @@ def test_what_a_request_is_told() -> None:
     assert entry is not None
     sets.bank_of[entry.index] = sets.bank_of[DEFAULT_SET].flip(0)
     sets.laziness[entry.index] = 0.1234567
+    assert sets.describe("a") is None, "not known before its forward was queued"
+    sets.bring()
+    sets.bank_of[entry.index] = -1  # what was brought is its own copy
     told = {"lazy_layers": [0, 1, 5], "laziness": [0.123457] * LAYERS}
     assert sets.describe("a") == {**told, "origin": "prompt"}
     sets.inherit("b", entry, key("block"))

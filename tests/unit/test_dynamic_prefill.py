@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.dynamic.decisions import remember
 from lt_sglang.dynamic.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
 
@@ -271,14 +273,66 @@ def test_what_left_the_cache_is_decided_again() -> None:
     assert prefills.sets.check_integrity() == []
 
 
-def test_a_retracted_request_comes_back_with_its_output() -> None:
-    """Prompt and output so far are prefilled, and decided on, together."""
+def retract(prefills: PrefillTracker, request: Request, output: list[int]) -> None:
+    """As DynamicRadixCache.on_release and SGLang do."""
+    prefills.sets.bring()
+    remember(request.req, prefills.memory_of(request.name))
+    prefills.release(request.name, 1)
+    request.req.output_ids = array("q", output)
+    request.req.prefix_len = request.req.extend_end = 0
+
+
+def test_a_short_prompt_that_is_retracted_keeps_the_default_set() -> None:
+    """However long its output: its layers must not change in the middle of an answer."""
     prefills = tracker()
     request = Request("a", tokens(60), 1)
     prefills.begin([request.chunk(256)])
-    assert prefills.sets.stats.short == 1
-    prefills.release("a", 1)
-    request.req.output_ids = array("q", tokens(40, 1))
-    request.req.extend_end = 0
+    retract(prefills, request, tokens(40, 1))
+    assert prefills.chunk_limit(request.req) is None
     (plan,) = prefills.begin([request.chunk(256)])
-    assert (plan.kind, plan.extend, plan.last_queries) == (Kind.DECIDE, 100, 32)
+    assert (plan.kind, plan.layer_set, plan.extend) == (Kind.DECIDED, 0, 100)
+    assert (prefills.sets.stats.short, prefills.sets.stats.decided) == (1, 0), "counted once"
+
+
+def test_a_retracted_request_brings_its_layers_and_computes_its_prompt_alone() -> None:
+    """Its prompt as at first, with full attention; its output behind it, with streaming attention."""
+    prefills = tracker()
+    request = Request("a", tokens(300), 1)
+    (first,) = prefills.begin([request.chunk(512)])
+    scores = (0.5, 0.25, 0.125, 1.0, 2.0, 3.0)
+    prefills.sets.laziness[first.layer_set] = torch.tensor(scores)
+    retract(prefills, request, tokens(40, 1))
+    assert prefills.chunk_limit(request.req) == 300
+    (staged,) = prefills.begin([request.chunk(200)])
+    assert (staged.kind, staged.laziness) == (Kind.STAGE, scores)
+    request.req.prefix_len = 200
+    assert prefills.chunk_limit(request.req) == 100
+    (plan,) = prefills.begin([request.chunk(100)])
+    assert (plan.kind, plan.end, plan.laziness) == (Kind.DECIDE, 300, scores)
+    request.req.prefix_len = 300
+    assert prefills.chunk_limit(request.req) is None
+    (rest,) = prefills.begin([request.chunk(512)])
+    assert (rest.kind, rest.prefix, rest.extend, rest.laziness) == (Kind.DECIDED, 300, 40, None)
+    assert prefills.sets.stats.decided == 1, "counted once"
+    assert prefills.sets.check_integrity() == []
+
+
+def test_retracted_twice_before_it_is_decided_again() -> None:
+    prefills = tracker()
+    request = Request("a", tokens(300), 1)
+    prefills.begin([request.chunk(512)])
+    retract(prefills, request, tokens(40, 1))
+    prefills.begin([request.chunk(200)])
+    retract(prefills, request, tokens(40, 1))
+    assert prefills.chunk_limit(request.req) == 300
+
+
+def test_a_decision_nobody_may_share_is_not_found() -> None:
+    """Embed overrides: K and V that the token ids do not tell, so layers that they do not tell."""
+    prefills = tracker()
+    request = Request("a", tokens(300), 1)
+    request.req.positional_embed_overrides = object()
+    prefills.begin([request.chunk(512)])
+    assert prefills.sets.stored == 0
+    prefills.release("a", 1)
+    assert prefills.sets.check_integrity() == []

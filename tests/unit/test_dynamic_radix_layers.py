@@ -1,0 +1,156 @@
+"""lt_sglang.dynamic.radix, a real cache on a CPU: whose layers and K and V a request may find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.dynamic.layer_sets import LayerSetStore
+from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.dynamic.radix import DynamicRadixCache
+from lt_sglang.memory.radix import request_id
+
+from .radix_rig import SINKS, WINDOW, Rig
+
+BLOCK = SINKS + WINDOW
+PROMPT = list(range(100, 160))
+LAYERS = 6
+
+
+class DynamicRig(Rig):
+    """A rig whose requests have layer sets; a forward decides by what it is told."""
+
+    def _build(self, params: Any) -> DynamicRadixCache:
+        config = LightTransferConfig(
+            (0, 4, 5), mode="dynamic", sink_tokens=SINKS, recent_tokens=WINDOW, keep=3, staging_tokens=500
+        )
+        self.sets = LayerSetStore(40, config.lazy_layers, LAYERS, self.rows.req_to_token.shape[0], "cpu")
+        self.tracker = PrefillTracker(config, 512, self.sets)
+        return DynamicRadixCache(params, self.sinks, self.tracker)
+
+    def forward(self, req: Req, scores: Sequence[float] = (1, 2, 3, 4, 5, 6)) -> Prefill:
+        """The prefill of an admitted request's chunk, as LightTransferModelRunner plans and runs it."""
+        (plan,) = self.tracker.begin([(request_id(req), req)])
+        if plan.kind == Kind.DECIDE:
+            values = torch.tensor(plan.laziness or tuple(map(float, scores)))
+            self.sets.laziness[plan.layer_set] = values
+            order = values.argsort().tolist()
+            for bank, layer in enumerate(order):
+                self.sets.bank_of[plan.layer_set, layer] = bank
+        self.sets.bring()
+        checkpoint_kv_cache(req, self.cache)
+        return plan
+
+    def prefilled(self, req: Req) -> Req:
+        self.admit(req)
+        self.forward(req)
+        return req
+
+    def check(self) -> None:
+        super().check()
+        assert not self.sets.check_integrity()
+
+    def told(self, req: Req) -> dict[str, Any]:
+        found = self.cache.describe(req)
+        assert found is not None
+        return found
+
+
+def test_copies_of_a_prompt_are_computed_as_the_first_was() -> None:
+    """n > 1 finds nothing that the same prompt decided; a longer prompt's prefix, as n = 1 would."""
+    rig = DynamicRig()
+    rig.finish(rig.prefilled(rig.request("first", PROMPT)))
+    for number in range(3):
+        copy = rig.request(f"copy-{number}", PROMPT)
+        copy.sampling_params.n = 3
+        rig.admit(copy)
+        assert copy.prefix_len == 0
+        assert rig.forward(copy).kind == Kind.DECIDE
+        rig.finish(copy)
+    repeat = rig.admit(rig.request("repeat", PROMPT))
+    assert repeat.prefix_len == len(PROMPT) - 1, "n = 1 still reads what is cached, and says so"
+    assert rig.told(repeat)["origin"] == "prefix"
+    longer = rig.request("longer", [*PROMPT, 7, 8, 9])
+    longer.sampling_params.n = 3
+    assert rig.admit(longer).prefix_len == len(PROMPT)
+    rig.check()
+
+
+def test_a_retracted_request_reads_its_own_set_or_none() -> None:
+    """Others that begin alike may have other layers."""
+    rig = DynamicRig()
+    req = rig.prefilled(rig.request("a", PROMPT))
+    before = rig.told(req)
+    rig.decode(req, steps=3)
+    rig.retract(req)
+    other = rig.request("b", PROMPT)
+    other.sampling_params.n = 2  # decides for itself, and is what a prompt like this finds first from now on
+    rig.admit(other)
+    rig.forward(other, scores=(6, 5, 4, 3, 2, 1))
+    assert rig.told(other)["lazy_layers"] != before["lazy_layers"]
+    rig.finish(other)
+    rig.admit(req)
+    assert req.prefix_len >= len(PROMPT), "its own K and V are still there"
+    rig.forward(req)
+    assert rig.told(req)["lazy_layers"] == before["lazy_layers"]
+    rig.decode(req, steps=2)
+    rig.retract(req)
+    rig.cache.reset()
+    rig.finish(rig.prefilled(rig.request("c", PROMPT)))
+    rig.admit(req, chunk=rig.cache.chunk_limit(req))
+    assert (req.prefix_len, req.extend_end) == (0, len(PROMPT)), "not the other's, though it begins alike"
+    plan = rig.forward(req, scores=(6, 5, 4, 3, 2, 1))
+    assert (plan.kind, plan.laziness) == (Kind.DECIDE, (1, 2, 3, 4, 5, 6))
+    assert rig.told(req)["lazy_layers"] == before["lazy_layers"]
+    assert rig.sets.stats.decided == 3 and rig.sets.stats.inherited == 0, "coming back is not counted"
+    rig.check()
+
+
+def test_a_retracted_short_prompt_stays_short() -> None:
+    rig = DynamicRig()
+    req = rig.prefilled(rig.request("a", PROMPT[:BLOCK]))
+    rig.decode(req, steps=30)
+    rig.retract(req)
+    rig.cache.reset()
+    rig.admit(req)
+    assert rig.forward(req).kind == Kind.DECIDED
+    assert rig.told(req)["origin"] == "default"
+    rig.check()
+
+
+def test_tenants_and_overrides_keep_their_layers_to_themselves() -> None:
+    rig = DynamicRig()
+    rig.finish(rig.prefilled(rig.request("a", PROMPT)))
+    for names in ({"extra_key": "x"}, {"cache_salt": "x"}, {"lora_id": "adapter"}):
+        other = rig.admit(rig.request("b", PROMPT, **names))
+        assert other.prefix_len == 0
+        rig.forward(other)
+        assert rig.told(other)["origin"] == "prompt"
+        rig.retract(other)
+    odd = rig.admit(rig.request("odd", PROMPT, token_type_ids=[0]))
+    rig.forward(odd)
+    keys = [key for key in rig.sinks._sets if "private" in key]
+    assert all(any(str(part).startswith("lt:") for part in key) for key in keys), "the set's uid is in it"
+    rig.check()
+
+
+def test_what_is_told_is_kept_with_the_request() -> None:
+    """From the first decision on, also if it is retracted; nobody is told who did not ask."""
+    rig = DynamicRig()
+    asks, silent = rig.request("a", PROMPT), rig.request("b", PROMPT[:10])
+    asks.sampling_params.custom_params = {"lighttransfer": True}
+    for req in (asks, silent):
+        rig.prefilled(req)
+        rig.cache.report(req)
+    first = asks.customized_info
+    assert first is not None and first["lighttransfer"][0]["origin"] == "prompt"
+    rig.retract(asks)
+    rig.admit(asks)
+    rig.forward(asks)
+    rig.finish(asks), rig.finish(silent)
+    assert asks.customized_info == first and silent.customized_info is None
