@@ -281,7 +281,7 @@ def _name_checks() -> Iterable[tuple[str, Callable[[], str]]]:
 
 
 def check_hooks() -> str:
-    """Load the plug-in as a scheduler process does, and see every hook in place."""
+    """Load the plug-in as a scheduler and an HTTP process do, and see every hook in place."""
     os.environ[ACTIVE_VARIABLE] = "1"
     from sglang.srt.plugins import load_plugins
 
@@ -292,6 +292,7 @@ def check_hooks() -> str:
         raise DoctorError("; ".join(problems))
     load_plugins()
     table.check_applied()
+    table.install_in_launcher()
     return f"{len(table.HOOKS)} hooks applied"
 
 

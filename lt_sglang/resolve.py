@@ -90,6 +90,7 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     declare_resolution(
         server_args, _SOURCE, json_model_override_args=json.dumps(overrides), radix_cache_backend=BACKEND
     )
+
     # Children inherit it; see plugin.register.
     os.environ[ACTIVE_VARIABLE] = "1"
     warmup.register()

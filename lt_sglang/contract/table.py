@@ -21,6 +21,7 @@ SIGNATURES: dict[str, str] = {
         "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, "
         "run_detokenizer_process_func=, execute_warmup_func=, launch_callback="
     ),
+    "sglang.srt.entrypoints.http_server._execute_server_warmup": "server_args",
     "sglang.srt.entrypoints.warmup.warmup": "name",
     "sglang.srt.layers.attention.attention_registry.register_attention_backend": "name",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (
@@ -72,11 +73,16 @@ SIGNATURES: dict[str, str] = {
     ),
     "sglang.srt.managers.io_struct.msgpack_decode": "data",
     "sglang.srt.managers.io_struct.msgpack_encode": "obj",
+    "sglang.srt.managers.schedule_batch.FINISH_ABORT.__init__": "self, message=, status_code=, err_type=",
+    "sglang.srt.managers.schedule_batch.ReqKvInfo.get_evicted_seqlen": "self, component_type",
     "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache": "self, timeout_s=",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request=",
     "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
         "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.free_swa_segment": (
+        "self, free_index, *, start_pos"
     ),
     "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evict_sliding_windows": (
         "self, req, pre_len, *, eviction_interval="
@@ -146,6 +152,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.runtime_context.get_observability": "",
     "sglang.srt.runtime_context.get_parallel": "",
     "sglang.srt.runtime_context.get_schedule": "",
+    "sglang.srt.server_args.ServerArgs.url": "self, port=",
     "sglang.srt.server_args.prepare_server_args": "argv",
     "sglang.srt.utils.hf_transformers_utils.get_config": (
         "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
@@ -160,6 +167,34 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     "sglang.srt.mem_cache.common.free_swa_out_of_window_slots": (
         "a919c6279eaa",
         "it frees a request's own streaming slots; evict_sliding_windows must see every call first.",
+    ),
+    "sglang.srt.mem_cache.common.checkpoint_kv_cache": (
+        "f1c3aa916cab",
+        "it runs after every chunk of a prefill; slide_window must, too, with extend_end at the chunk's end.",
+    ),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo.swa_dead_lo": (
+        "0f212ea6457b",
+        "a request without a sink set keeps the slots below swa_evict_floor, and whoever frees asks here.",
+    ),
+    "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent._maybe_split_leaf_for_swa_lock": (
+        "f20e7a495178",
+        "no node in the streaming pool is longer than a window; memory/split.py counts on it.",
+    ),
+    "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent.acquire_component_lock": (
+        "928265957ca4",
+        "a lock ends with the first node that covers the window; memory/split.py counts on it.",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.ingest_requests": (
+        "ebd93fa1e567",
+        "what _poll_timeout_aborts ends on one rank must reach all ranks in the same round.",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.process_pending_chunked_abort": (
+        "038f8c1009f8",
+        "it tells the client discard_output_reason; memory/watch.py sets it.",
+    ),
+    "sglang.srt.entrypoints.http_server._execute_server_warmup": (
+        "100abf96f0a7",
+        "its paths, and ServerArgs.url in front of them, are what lt_sglang/launch/gate.py lets through.",
     ),
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": (
         "7aa223fdc9dd",
@@ -216,8 +251,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "extend_end",
         "sampling_params",
         "customized_info",
+        "discard_output_reason",
     ),
-    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params",),
+    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params", "max_new_tokens"),
     "sglang.srt.environ.Envs": (
         "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
         "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
@@ -232,6 +268,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "is_embedding",
         "launch_command",
     ),
+    "sglang.srt.managers.io_struct.AbortReq": ("rid", "abort_message", "finished_reason"),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager": (
@@ -242,9 +279,20 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "model_config",
         "enable_metrics",
         "is_pause",
+        "server_status",
     ),
-    "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
-    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": ("full_to_swa_index_mapping",),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo": (
+        "req_pool_idx",
+        "cache_protected_len",
+        "swa_evict_floor",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": (
+        "full_to_swa_index_mapping",
+        "full_available_size",
+        "swa_available_size",
+        "size_full",
+        "size_swa",
+    ),
     "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (
         "swa_kv_pool",
         "size_swa",
@@ -273,6 +321,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "disable",
         "req_to_token_pool",
         "token_to_kv_pool_allocator",
+        "full_evictable_size",
+        "swa_evictable_size",
     ),
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
         "model_config",
@@ -377,6 +427,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "chunked_req",
         "grammar_manager",
         "collect_inflight_reqs",
+        "running_batch",
+        "last_batch",
+        "result_queue",
+        "_engine_paused",
+        "token_to_kv_pool_allocator",
     ),
     "sglang.srt.constrained.grammar_manager.GrammarManager": ("grammar_queue",),
     "sglang.srt.managers.tokenizer_manager.ReqState": ("obj", "dispatched"),

@@ -100,11 +100,9 @@ class DynamicRadixCache(LightTransferRadixCache):
             return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
-        """As LightTransferRadixCache; an undecided request only lets its window slide."""
+        """As LightTransferRadixCache; an undecided request stays out of the tree."""
         entry = self.prefills.sets.of(request_id(req))
         if entry is None or not entry.decided:
-            if not req.finished():
-                self.evict_sliding_windows(req, up_to)
             return
         with self._within(req):
             super().checkpoint(req, up_to=up_to, **kwargs)

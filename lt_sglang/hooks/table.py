@@ -144,6 +144,7 @@ GUARD: tuple[Hook, ...] = (
     ),
 )
 
+# In every process that runs a scheduler, but for those marked otherwise.
 HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.tp_worker.TpModelWorker._init_model_runner",
@@ -167,6 +168,21 @@ HOOKS: tuple[Hook, ...] = (
         wrapper=wrappers.forward_batch,
         why="dynamic mode plans the layers of a prefill by its requests, which ForwardBatch does not name",
         delete_when="ForwardBatch carries the requests' prompts",
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.common.checkpoint_kv_cache",
+        parameters=("req", "tree_cache"),
+        wrapper=wrappers.slide_after_chunk,
+        why="SGLang frees what left a window only where it publishes a chunk; a prompt that it bars from the "
+        "tree fills the streaming pool",
+        delete_when="SGLang lets windows slide after every chunk of a prefill",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._poll_timeout_aborts",
+        parameters=("self",),
+        wrapper=wrappers.abort_stuck,
+        why="a request that can never be admitted, or go on, holds up all others without a word",
+        delete_when="SGLang ends a request that keeps an idle scheduler waiting",
     ),
     Hook(
         target="sglang.srt.managers.scheduler_components.internal_state."
@@ -277,9 +293,25 @@ HOOKS: tuple[Hook, ...] = (
         delete_when="SGLang leaves api_key and admin_api_key out of them",
         in_launcher=True,
     ),
+    Hook(
+        target="sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        parameters=(
+            "server_args",
+            "tokenizer_manager",
+            "template_manager",
+            "port_args",
+            "scheduler_infos",
+            "subprocess_watchdog",
+            "execute_warmup_func",
+            "launch_callback",
+        ),
+        wrapper=wrappers.run_http_server,
+        why="SGLang takes requests before it is ready, and kills itself when they starve its warm-up",
+        delete_when="SGLang refuses requests before /ready, or its warm-up cannot fail because of them",
+        **LAUNCHER_ONLY,
+    ),
     *GUARD,
 )
-
 
 SCHEDULER_HOOKS = tuple(hook for hook in HOOKS if hook.in_scheduler)
 

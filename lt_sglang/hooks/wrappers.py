@@ -97,6 +97,56 @@ def _chunk_limit(adder: Any, req: Any) -> int | None:
     return limit if limit is not None and limit <= adder.rem_chunk_tokens else None
 
 
+def slide_after_chunk(original: Callable[[Any, Any], None], req: Any, tree_cache: Any) -> None:
+    """Let a request's windows slide after every chunk of its prefill, published or not."""
+    original(req, tree_cache)
+    slide = getattr(tree_cache, "slide_window", None)
+    if slide is not None:
+        slide(req)
+
+
+def abort_stuck(original: Callable[[Any], list[Any]], scheduler: Any) -> list[Any]:
+    """End the request that keeps the queue from moving for ever; SGLang tells it to all ranks."""
+    aborts = original(scheduler)
+    if getattr(scheduler.tree_cache, "sinks", None) is None:
+        return aborts
+    watch = getattr(scheduler, "lt_watch", None)
+    if watch is None:
+        from lt_sglang.memory.watch import QueueWatch
+
+        watch = scheduler.lt_watch = QueueWatch()
+    return [*aborts, *watch.look(scheduler)]
+
+
+def run_http_server(
+    original: Callable[..., Any],
+    server_args: Any,
+    tokenizer_manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: Any,
+    subprocess_watchdog: Any,
+    execute_warmup_func: Callable[[Any], bool] | None = None,
+    launch_callback: Callable[[], None] | None = None,
+) -> Any:
+    """Serve nobody but the server's own warm-up before it is ready."""
+    from sglang.srt.entrypoints import http_server
+
+    from lt_sglang.launch.gate import guard
+
+    warm_up = guard(http_server.app, tokenizer_manager, execute_warmup_func)
+    return original(
+        server_args,
+        tokenizer_manager,
+        template_manager,
+        port_args,
+        scheduler_infos,
+        subprocess_watchdog,
+        execute_warmup_func=warm_up,
+        launch_callback=launch_callback,
+    )
+
+
 def add_state(original: Callable[..., None], controller: Any, state: dict[str, Any]) -> None:
     """Add ``lighttransfer`` to what /server_info reports of a scheduler."""
     original(controller, state)

@@ -8,11 +8,16 @@ prefix longer than the window is a hit only while the set of its first tokens is
 Every way in which stock SGLang can free a streaming slot of a running request, and where it is met:
 
     free_swa_out_of_window_slots, a request's own slots in decode    evict_sliding_windows
-    the same, between prefill chunks and at the end of a prefill     checkpoint
+    the same, between prefill chunks and at the end of a prefill     checkpoint, slide_window
     eviction of tree nodes beyond the locked window                  checkpoint (the lock moves there)
     early release of the prompt's lock in decode                     release_swa_prefix_lock
     a hit whose head was evicted earlier                             match_prefix
     advance_unpublished_req, PD disaggregation only                  refused (lt_sglang/refusals.py)
+
+And every way in which a chunk of a prefill is not published, so that stock SGLang keeps its slots:
+
+    the request is barred from the tree (Req.skip_radix_cache_insert), the tree is disabled, every sink set is
+    in use, or (dynamic mode) the request is undecided              slide_window, after every chunk
 
 Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 """
@@ -28,6 +33,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from lt_sglang.config import CONFIG_KEY
@@ -100,26 +106,28 @@ class LightTransferRadixCache(UnifiedRadixCache):
         return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
-        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree.
-
-        With the tree disabled the window slides here as it would into the tree. SGLang alone frees a
-        prefill's slots two chunks late, which the streaming pool has no room for.
-        """
-        if self.disable:
-            if not req.finished():
-                self.evict_sliding_windows(req, up_to)
-        elif up_to > self._kept_tokens and not self._keep_sinks(req):
+        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
+        if not self.disable and up_to > self._kept_tokens and not self._keep_sinks(req):
             return
         super().checkpoint(req, up_to=up_to, **kwargs)
 
+    def slide_window(self, req: Req) -> None:
+        """Let go of what the prefill chunk that ends at ``req.extend_end`` left behind.
+
+        Called after every chunk, published or not (hooks/wrappers.py); does nothing where checkpoint did it.
+        A request that kept its slots would fill the streaming pool with its prompt, and wait in it for ever.
+        """
+        self.evict_sliding_windows(req, req.extend_end - 1)
+
     def evict_sliding_windows(self, req: Req, pre_len: int, *, eviction_interval: int = 1) -> None:
-        """As UnifiedRadixCache; slides only once the sinks are safe, and lets the prompt's window go.
+        """As UnifiedRadixCache; keeps the sinks, and lets the prompt's window go.
 
         SGLang does the latter only if SGLANG_OPT_RELEASE_PREFILL_SWA is set (ScheduleBatch.maybe_evict_swa):
         without it a request holds two windows to its end, and long outputs do not fit the streaming pool.
         """
         if pre_len > self._kept_tokens and not self._keep_sinks(req):
-            return
+            # No set is free. Its own slots hold the sinks on, and the window behind them slides.
+            req.kv.swa_evict_floor = self.sinks.sink_tokens
         super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
         if req.decode_batch_idx >= self._kept_tokens:
             self.release_swa_prefix_lock(req)
@@ -133,6 +141,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         """As UnifiedRadixCache; the request gives its sink set back."""
         self.report(req)
         self.sinks.release(request_id(req))
+        req.kv.swa_evict_floor = 0
         if req.finished() and not is_health_check_generate_req(req):
             self.finished_requests += 1
         super().on_release(req, checkpointed=checkpointed)
@@ -181,7 +190,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
             row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : self.sinks.sink_tokens]
             return self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row.to(torch.int64)]
 
-        return self.sinks.capture(
+        kept = self.sinks.capture(
             request,
             self._key_of(req),
             _row_of(req),
@@ -189,6 +198,17 @@ class LightTransferRadixCache(UnifiedRadixCache):
             # Without a prefix cache nothing would tie it to the K and V of its time.
             kept=not self.disable and determined_by_key(req),
         )
+        if kept:
+            self._free_own_sinks(req)
+        return kept
+
+    def _free_own_sinks(self, req: Req) -> None:
+        """A set was found late: free the slots that held the sinks while the window slid behind them."""
+        first, floor = req.kv.cache_protected_len, req.kv.swa_evict_floor
+        if first < floor <= req.kv.get_evicted_seqlen(ComponentType.SWA):
+            slots = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:floor]
+            self.token_to_kv_pool_allocator.free_swa_segment(slots, start_pos=first)
+        req.kv.swa_evict_floor = 0
 
     def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
         """``slots`` if they hold the sinks; None if the forward will write the sink rows itself."""

@@ -42,7 +42,7 @@ class SinkSet:
 
 @dataclass
 class SinkStats:
-    """Counters since the start, for metrics and tests."""
+    """Counters since the start, for metrics and tests. refused: requests that asked while no set was free."""
 
     captured: int = 0
     shared: int = 0
@@ -74,6 +74,7 @@ class SinkStore:
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
         self._of_request: dict[str, SinkSet] = {}
+        self._refused: set[str] = set()  # of the running ones; each asks again and again, and counts once
         self._row_of_request: dict[str, Callable[[], int | None]] = {}
         self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
         self._pending_copies: list[tuple[int, torch.Tensor]] = []
@@ -131,7 +132,9 @@ class SinkStore:
             return True
         index = self._take_index()
         if index is None:
-            self.stats.refused += 1
+            if request not in self._refused:
+                self._refused.add(request)
+                self.stats.refused += 1
             return False
         entry = SinkSet(index, key, kept)
         self._sets[key] = entry
@@ -143,6 +146,7 @@ class SinkStore:
 
     def release(self, request: str) -> None:
         """``request`` ends or gives its row back; a kept set stays stored for requests that begin alike."""
+        self._refused.discard(request)
         entry = self._of_request.pop(request, None)
         if entry is None:
             return

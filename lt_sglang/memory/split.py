@@ -72,6 +72,18 @@ class SplitInput:
         return min(self.expected_tokens, self.retained_tokens + headroom)
 
     @property
+    def streaming_longest(self) -> int:
+        """Slots that one request can hold at most, besides its chunk in flight, however long it is.
+
+        The tree keeps the last window of its cached prefix or its prompt, and locks whole nodes: one of them
+        may begin before the window, and is at most as long (SGLang cuts them so). Beside it the request holds
+        a window of new tokens, which slides in steps of the eviction interval.
+        """
+        window, interval = self.retained_tokens, self.eviction_interval
+        node = max(window, interval)
+        return window + node + window + interval
+
+    @property
     def streaming_fixed(self) -> int:
         """Slots for the prefill batch in flight, whatever the number of requests."""
         return self.chunk_tokens + 2
@@ -80,7 +92,8 @@ class SplitInput:
 def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
     """Split ``budget_bytes`` so that both pools run full together at ``expected_tokens``.
 
-    Raises LightTransferError if not even one prefill chunk and one window fit.
+    The streaming pool holds at least one request as long as the full pool, so that none which fits that is
+    ended for memory. Raises LightTransferError if not even one prefill chunk and one window fit.
     """
     per_request = given.streaming_per_request
     fixed_bytes = given.streaming_bytes * (given.streaming_fixed + SPARE_SINK_SETS * given.sink_tokens)
@@ -88,23 +101,29 @@ def split_budget(budget_bytes: int, given: SplitInput) -> PoolSplit:
     request_bytes = given.full_bytes * given.expected_tokens + given.streaming_bytes * (
         per_request + given.sink_tokens
     )
-    requests = (budget_bytes - fixed_bytes) / request_bytes
-    if requests * per_request < given.retained_tokens:
-        # One window is there whatever the requests are (see _sizes).
-        left = budget_bytes - fixed_bytes - given.streaming_bytes * given.retained_tokens
+    left = budget_bytes - fixed_bytes
+    requests = left / request_bytes
+    longest = min(given.context_tokens, given.streaming_longest)
+    if requests * per_request < longest and not given.full_bytes:
+        # Positions cost nothing, so any request may come; the windows of one must fit.
+        room = left - given.streaming_bytes * longest
+        requests = requests if room >= given.streaming_bytes * given.sink_tokens * int(requests) else 0.0
+    elif requests * per_request < min(requests * given.expected_tokens, longest):
+        # What the longest request needs is there whatever the number of requests is (see _sizes). It is no
+        # longer than the full pool.
         request_bytes -= given.streaming_bytes * per_request
-        requests = left / request_bytes if left > 0 else 0.0
-    if requests <= 0:
+        requests = max(
+            (left - given.streaming_bytes * longest) / request_bytes,
+            left / (request_bytes + given.streaming_bytes * given.expected_tokens),
+        )
+    full_tokens = int(requests * given.expected_tokens)
+    if not given.full_bytes:
+        full_tokens = min(max(full_tokens, 2 * given.context_tokens), MAX_VIRTUAL_TOKENS)
+    if requests <= 0 or full_tokens < given.retained_tokens:
         raise LightTransferError(
             f"KV memory: {budget_bytes / 2**20:.0f} MiB do not hold one prefill chunk of "
             f"{given.chunk_tokens} tokens and one window; raise --mem-fraction-static or lower "
             "--chunked-prefill-size"
-        )
-    if given.full_bytes:
-        full_tokens = int(requests * given.expected_tokens)
-    else:
-        full_tokens = int(
-            min(max(requests * given.expected_tokens, 2 * given.context_tokens), MAX_VIRTUAL_TOKENS)
         )
     return _sizes(full_tokens, requests, given)
 
@@ -120,9 +139,13 @@ def split_bytes(split: PoolSplit, given: SplitInput) -> int:
     return given.staging_bytes + split.full_tokens * given.full_bytes + streaming * given.streaming_bytes
 
 
+def _longest(full_tokens: int, given: SplitInput) -> int:
+    """Slots of the longest request that a full pool of ``full_tokens`` takes."""
+    return min(full_tokens, given.context_tokens, given.streaming_longest)
+
+
 def _sizes(full_tokens: int, requests: float, given: SplitInput) -> PoolSplit:
-    # Even a pool too small for one expected request must admit a prefill: one window and one chunk.
-    windows = max(int(requests * given.streaming_per_request), given.retained_tokens)
+    windows = max(int(requests * given.streaming_per_request), _longest(full_tokens, given))
     streaming = windows + given.streaming_fixed
     return PoolSplit(
         full_tokens=full_tokens,

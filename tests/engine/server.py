@@ -41,6 +41,7 @@ class ServerSpec:
         env: further environment variables.
         tp: tensor-parallel size.
         plugin: whether SGLang finds the plug-in.
+        warm_up: whether SGLang sends itself a prompt before it is ready.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ServerSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     tp: int = 1
     plugin: bool = True
+    warm_up: bool = False
 
     def command(self, port: int) -> list[str]:
         """The command line that starts it."""
@@ -61,7 +63,8 @@ class ServerSpec:
             *cpu_server_args(),
             *backend,
             *("--host", "127.0.0.1", "--port", str(port), "--tp-size", str(self.tp)),
-            *("--dtype", "float32", "--random-seed", "1", "--skip-server-warmup"),
+            *("--dtype", "float32", "--random-seed", "1"),
+            *(() if self.warm_up else ("--skip-server-warmup",)),
             *self.flags,
         ]
 

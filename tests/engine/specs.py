@@ -46,6 +46,15 @@ REUSE_FLAGS = (
     *("--max-running-requests", "32"),
     *("--context-length", "4096"),
 )
+# Pools for one request that fills them.
+TIGHT_POOL = 800
+TIGHT_FLAGS = (
+    *("--chunked-prefill-size", "32"),
+    *("--max-running-requests", "8"),
+    *("--context-length", "4096"),
+    *("--max-total-tokens", str(TIGHT_POOL)),
+    *("--mem-fraction-static", "0.3"),
+)
 # Admission reckons with 16 new tokens a request, so that decode runs out of memory; and windows slide at
 # every step instead of every 128.
 RESTLESS = {
@@ -69,6 +78,7 @@ NO_LAZY_LAYER = "no-lazy-layer"
 RADIX = "llama"
 NO_RADIX = "mistral"
 REUSE = "llama-reuse"
+TIGHT = "llama-tight"
 TENSOR_PARALLEL = "qwen2-tp2"
 FUZZED = "llama-fuzzed"
 FUZZED_DYNAMIC = "dynamic-fuzzed"
@@ -167,6 +177,7 @@ LAZY_SERVERS = {
         _tiny(
             REUSE, "llama", ALTERNATING, 4, 16, flags=(*REUSE_FLAGS, *TINY_POOL), expected=640, env=RESTLESS
         ),
+        _tiny(TIGHT, "llama", ALTERNATING, 4, 60, flags=TIGHT_FLAGS, expected=TIGHT_POOL),
         _tiny(
             NO_RADIX,
             "mistral",

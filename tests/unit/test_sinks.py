@@ -359,3 +359,18 @@ def test_churn(seed: int) -> None:
         churn.forward()
     assert store.stats.captured > 5
     assert store.stats.shared > 5
+
+
+def test_a_request_that_asks_again_and_again_is_refused_once() -> None:
+    device = Device(capacity=1, sink_tokens=3)
+    assert device.capture(request("a", row=1))
+    others = [request("b", row=2, first_slot=5), request("c", row=3, first_slot=9)]
+    for _ in range(100):
+        assert not any(device.capture(other) for other in others)
+    assert device.store.stats.refused == 2
+    device.store.release("b")  # it is retracted, and comes back
+    assert not device.capture(others[0])
+    assert device.store.stats.refused == 3
+    device.store.release("a")
+    assert device.capture(others[1])
+    assert (device.store.stats.captured, device.store.stats.refused) == (2, 3)

@@ -12,6 +12,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.split import (
     MAX_VIRTUAL_TOKENS,
     SPARE_SINK_SETS,
+    PoolSplit,
     SplitInput,
     split_budget,
     split_bytes,
@@ -51,6 +52,11 @@ def cases(seed: int, count: int, all_lazy: bool = False) -> Iterator[tuple[int, 
         yield rng.randrange(1 << 24, 1 << 38), given
 
 
+def longest(split: PoolSplit, given: SplitInput) -> int:
+    """What a request that takes the whole full pool holds in the streaming pool, without its chunk."""
+    return min(split.full_tokens, given.context_tokens, given.streaming_longest)
+
+
 def test_never_above_the_budget() -> None:
     made = 0
     for budget, given in cases(1, 2000):
@@ -61,8 +67,9 @@ def test_never_above_the_budget() -> None:
         made += 1
         assert split_bytes(split, given) <= budget
         assert split.requests > 0
+        assert split.streaming_tokens >= given.streaming_fixed + longest(split, given)
         # One prefill chunk and the window before it must always fit.
-        assert split.streaming_tokens >= given.streaming_fixed + given.retained_tokens
+        assert longest(split, given) >= given.retained_tokens
     assert made > 800
 
 
@@ -90,8 +97,8 @@ def test_both_pools_run_full_together() -> None:
         in_full = split.full_tokens / given.expected_tokens
         in_streaming = (split.streaming_tokens - given.streaming_fixed) / given.streaming_per_request
         assert in_full == pytest.approx(split.requests, abs=1 / given.expected_tokens + 1e-6)
-        if split.streaming_tokens == given.streaming_fixed + given.retained_tokens:
-            assert in_streaming >= split.requests - 1e-6, "the one window that any prefill needs"
+        if split.streaming_tokens == given.streaming_fixed + longest(split, given):
+            assert in_streaming >= split.requests - 1 / given.streaming_per_request - 1e-6
         else:
             assert in_streaming == pytest.approx(split.requests, abs=1 / given.streaming_per_request + 1e-6)
 
@@ -125,7 +132,8 @@ def test_too_small_names_the_flags() -> None:
     for budget in (0, 1, fixed):
         with pytest.raises(LightTransferError, match="--mem-fraction-static"):
             split_budget(budget, MISTRAL)
-    assert split_budget(fixed + (1 << 24), MISTRAL).requests > 0
+    one_window = MISTRAL.full_bytes * (MISTRAL.retained_tokens + 1)
+    assert split_budget(fixed + one_window + (1 << 20), MISTRAL).full_tokens >= MISTRAL.retained_tokens
 
 
 def test_more_memory_never_means_fewer_requests() -> None:
@@ -169,3 +177,32 @@ def test_split_tokens_keeps_the_full_pool_as_given() -> None:
         assert split.full_tokens == tokens
         assert split.requests == pytest.approx(tokens / MISTRAL.expected_tokens)
         assert split.streaming_tokens >= MISTRAL.streaming_fixed
+
+
+def test_one_request_as_long_as_the_pool_fits_the_streaming_pool() -> None:
+    """Two windows, the node that a lock begins in, the eviction interval, and the chunk in flight."""
+    given = replace(MISTRAL, expected_tokens=4000, chunk_tokens=256, expected_output_tokens=300)
+    window = given.retained_tokens
+    assert given.streaming_longest == 3 * window + given.eviction_interval
+    split = split_tokens(4000, given)
+    assert split.requests == 1.0
+    assert split.streaming_tokens == 3 * window + 128 + 256 + 2
+    # A pool that holds no request so long needs no more than its length.
+    assert split_tokens(1500, given).streaming_tokens == 1500 + 256 + 2
+    assert replace(given, eviction_interval=5000).streaming_longest == 2 * window + 2 * 5000
+
+
+@pytest.mark.parametrize("output", [1021, 2000, 100_000])
+def test_a_long_output_slides_in_steps_of_the_eviction_interval(output: int) -> None:
+    window = MISTRAL.retained_tokens
+    held = replace(MISTRAL, expected_output_tokens=output, expected_tokens=200_000).streaming_per_request
+    assert held == window + min(window, window * window // output + MISTRAL.eviction_interval)
+    finer = replace(
+        MISTRAL, expected_output_tokens=output, expected_tokens=200_000, eviction_interval=1
+    ).streaming_per_request
+    assert finer < held or held == 2 * window
+
+
+def test_where_the_output_is_not_known_the_headroom_is_at_least_one_interval() -> None:
+    for window, headroom in ((60, 128), (1020, 255)):
+        assert replace(MISTRAL, retained_tokens=window).streaming_per_request == window + headroom
