@@ -7,6 +7,8 @@ MODEL ?=
 TP ?=
 ARGS ?=
 PYTEST_FLAGS ?=
+# Tests run in as many processes as cores and memory allow (tests/workers.py); WORKERS= takes one.
+WORKERS ?= -n auto --dist loadgroup
 
 ROOT := $(CURDIR)
 # This clone's code, and the metadata that announces its plug-in (scripts/announce.py).
@@ -29,7 +31,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'make serve [MODEL=folder-or-name] [TP=2] [ARGS="--port 30001 ..."]'
-	@echo 'make test [PYTEST_FLAGS="-v -k name"]     make env [PYTHON=python3.12]'
+	@echo 'make test [PYTEST_FLAGS="-v -k name"] [WORKERS=]     make env [PYTHON=python3.12]'
 
 env: ## build the Python environment, once, outside the clone
 	@$(PYTHON) scripts/env.py build
@@ -45,7 +47,7 @@ run: env ## any command of lt-sglang: make run ARGS="plan --shape mistral-7b"
 	@exec $(PY) -m lt_sglang $(ARGS)
 
 test: lint typecheck ## everything that needs no GPU and less than a minute
-	@$(RUN) -m pytest $(PYTEST_FLAGS) -m 'not gpu and not slow' \
+	@$(RUN) -m pytest $(WORKERS) $(PYTEST_FLAGS) -m 'not gpu and not slow' \
 	    $(wildcard tests/unit tests/contract tests/loadtest tests/deploy tests/engine)
 
 fuzz-long: env ## more hostile requests and longer property tests: make fuzz-long EXAMPLES=20000

@@ -20,6 +20,7 @@ NUM_LAYERS = 6
 VOCAB_SIZE = 512
 FIRST_TOKEN = 3  # below are pad, bos and eos
 CONTEXT = 8192
+SEED = 7
 
 # Raise it when this file makes other content from the same definitions.
 REVISION = 1
@@ -61,12 +62,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def ensure_model(family: str) -> Path:
+def ensure_model(family: str, seed: int = SEED) -> Path:
     """The folder of the tiny model of ``family``, made on the first call on this machine.
+
+    seed: of its weights.
 
     The folder appears by a rename once it is complete, so concurrent callers are safe.
     """
     definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
+    if seed != SEED:
+        definition["seed"] = seed
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
     models = cache_home() / "test-models"
     target = models / f"tiny-{family}-{key}"
@@ -76,7 +81,7 @@ def ensure_model(family: str) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".tiny-{family}-", dir=models))
     try:
         scratch.chmod(0o755)
-        _make(family, scratch)
+        _make(family, scratch, seed)
         try:
             scratch.rename(target)
         except OSError:
@@ -87,12 +92,12 @@ def ensure_model(family: str) -> Path:
     return target
 
 
-def _make(family: str, out: Path) -> None:
+def _make(family: str, out: Path, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Biases start at 0 and norms at 1; a family that has them is to be told from one that has none.
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ one forward over prompt + output gives the greedy choice at every position of th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 # Two float32 engines may differ on which of two such tokens is the greedy one.
 TIE_MARGIN = 1e-4
 TOKENS_PER_TIE = 2000
+# No rounding turns a choice by this margin: what a test takes for granted must hold by it.
+CLEAR_MARGIN = 100 * TIE_MARGIN
 
 
 @dataclass
@@ -42,6 +44,11 @@ class Comparison:
         assert self.ties <= math.ceil(self.tokens / TOKENS_PER_TIE), (
             f"{self.ties} near-ties in {self.tokens} tokens"
         )
+
+    def assert_differs(self) -> None:
+        """What a control must do: at least one token is wrong by a margin that no rounding makes."""
+        widest = max((margin for _, _, margin in self.wrong), default=0.0)
+        assert widest > CLEAR_MARGIN, f"the comparison cannot fail: widest margin {widest}, {self.wrong[:4]}"
 
 
 class Reference:
@@ -86,13 +93,55 @@ class Reference:
 
     def margins(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
         """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
+        logits = self._logits(prompt, output)
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+    def is_clear(self, prompt: Sequence[int], output: Sequence[int]) -> bool:
+        """Whether every token of a greedy output beats all others by CLEAR_MARGIN: no rounding changes it."""
+        two = self._logits(prompt, output).topk(2, dim=1)
+        same = two.indices[:, 0].tolist() == list(output)
+        return same and float((two.values[:, 0] - two.values[:, 1]).min()) > CLEAR_MARGIN
+
+    def assert_same(
+        self,
+        prompts: Sequence[Sequence[int]],
+        one: Sequence[Sequence[int]],
+        other: Sequence[Sequence[int]],
+    ) -> None:
+        """Two engines' greedy outputs are equal; where two part there is a near-tie, and that is rare."""
+        parted = [
+            (prompt, a, b) for prompt, a, b in zip(prompts, one, other, strict=True) if list(a) != list(b)
+        ]
+        tokens = sum(map(len, one))
+        assert len(parted) <= math.ceil(tokens / TOKENS_PER_TIE), f"{len(parted)} outputs differ"
+        for prompt, a, b in parted:
+            first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            assert first is not None, f"outputs of {len(a)} and {len(b)} tokens"
+            margins = [self.margins(prompt, output[: first + 1])[first] for output in (a, b)]
+            assert max(margins) < TIE_MARGIN, (len(prompt), first, margins)
+
+    def next_probabilities(
+        self, tokens: Sequence[int], vectors: Mapping[int, Sequence[float]]
+    ) -> list[float]:
+        """Of the token behind ``tokens``; vectors: position -> what stands there instead of its embedding."""
+        torch.set_num_threads(self.threads)
+        self._mask = streaming_mask(len(tokens), self.sink_tokens, self.recent_tokens)
+        with torch.inference_mode():
+            rows = self._model.get_input_embeddings()(torch.tensor([list(tokens)])).clone()
+            for position, vector in vectors.items():
+                rows[0, position] = torch.tensor(vector)
+            logits = self._model(inputs_embeds=rows, logits_to_keep=1, use_cache=False).logits[0, -1]
+        return list(logits.double().softmax(0).tolist())
+
+    def _logits(self, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
+        """float32 [len(output), vocabulary]: what each token was chosen from, given those before."""
         torch.set_num_threads(self.threads)
         tokens = torch.tensor([[*prompt, *output]])
         self._mask = streaming_mask(tokens.shape[1], self.sink_tokens, self.recent_tokens)
         with torch.inference_mode():
             logits = self._model(tokens, logits_to_keep=len(output) + 1, use_cache=False).logits[0, :-1]
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return torch.as_tensor(logits)
 
     def _use_mask(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert "attention_mask" in kwargs, "this model passes its mask in another way"

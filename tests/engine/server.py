@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from lt_sglang.launch.cpu import cpu_server_args
@@ -21,7 +22,7 @@ from lt_sglang.launch.processes import free_port, kill_tree, spawn
 from .environment import server_environment
 
 START_TIMEOUT = 600.0  # the first start on a new machine also writes all bytecode
-REQUEST_TIMEOUT = 180.0
+REQUEST_TIMEOUT = 600.0  # two servers and their references may share two cores
 LOG_TAIL_LINES = 60
 
 
@@ -108,10 +109,14 @@ class Server:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
 
+    def command(self) -> list[str]:
+        """The command line that starts it."""
+        return self.spec.command(self.port)
+
     def launch(self) -> None:
         """Start the process."""
         env = server_environment(tp=self.spec.tp, plugin=self.spec.plugin, extra=self.spec.env)
-        self._process = spawn(self.spec.command(self.port), env, self.log)
+        self._process = spawn(self.command(), env, self.log)
 
     def wait_until_ready(self) -> None:
         """Wait for the first generated token; raises ServerFailed."""
@@ -135,6 +140,17 @@ class Server:
     def alive(self) -> bool:
         """Whether the process runs. A scheduler that fails takes the process with it."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return None if self._process is None else self._process.poll()
+
+    def processes(self) -> list[psutil.Process]:
+        """Itself and all that it started, as they are now."""
+        assert self._process is not None
+        main = psutil.Process(self._process.pid)
+        return [main, *main.children(recursive=True)]
 
     def assert_healthy(self) -> None:
         """Raise ServerFailed unless it still generates a token."""

@@ -61,6 +61,7 @@ RESTLESS = {
     "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
     "SGLANG_SWA_EVICTION_INTERVAL": "1",
 }
+PRIORITY = ("--enable-priority-scheduling",)
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
 # That makes pools of a million tokens, too many to look through after every step.
 WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
@@ -86,9 +87,13 @@ SMOLLM2 = "smollm2"
 DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
+DYNAMIC_CHURN = "dynamic-churn"
 DYNAMIC_TP = "dynamic-tp2"
 DYNAMIC_SMOLLM2 = "dynamic-smollm2"
 DYNAMIC_RETRACT = "dynamic-retract"
+
+# Outputs of these are held against one another: whoever asks one asks the others.
+COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,14 @@ LAZY_SERVERS = {
         _tiny(NO_LAZY_LAYER, "llama", (), 4, 60),
         _tiny(RADIX, "llama", ALTERNATING, 4, 60),
         _tiny(
-            REUSE, "llama", ALTERNATING, 4, 16, flags=(*REUSE_FLAGS, *TINY_POOL), expected=640, env=RESTLESS
+            REUSE,
+            "llama",
+            ALTERNATING,
+            4,
+            16,
+            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
+            expected=640,
+            env=RESTLESS,
         ),
         _tiny(TIGHT, "llama", ALTERNATING, 4, 60, flags=TIGHT_FLAGS, expected=TIGHT_POOL),
         _tiny(
@@ -266,6 +278,17 @@ DYNAMIC_SERVERS = {
             expected=1000,
             env=HEADER_OVERRIDES,
             more={"staging_tokens": LONGEST_PROMPT},
+        ),
+        DynamicServer(
+            DYNAMIC_CHURN,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "lighttransfer",
+            recent=28,
+            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
+            expected=640,
+            env=RESTLESS,
         ),
         DynamicServer(
             DYNAMIC_LIST,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
+from .dynamic_reference import LAST_QUERIES, SCORE_TOLERANCE, Choices, DynamicReference
 from .prompts import random_prompt
 from .reference import Comparison
 from .server import Reply, Server
@@ -100,15 +100,21 @@ def ask(server: Server, reference: DynamicReference) -> Asker:
     return Asker(server, reference)
 
 
+def assert_same_choice(one: Reply, other: Reply) -> None:
+    """Decided twice, of one prompt: the same layers, by scores that are equal up to rounding."""
+    assert one.choice is not None and other.choice is not None
+    assert one.choice["lazy_layers"] == other.choice["lazy_layers"]
+    assert one.choice["laziness"] == pytest.approx(other.choice["laziness"], abs=SCORE_TOLERANCE)
+
+
 def layer_sets(server: Server) -> dict[str, int]:
     """The store's numbers."""
     return server.lighttransfer()["layer_sets"]
 
 
 def test_prompts_that_share_their_first_block_share_their_layers(ask: Asker) -> None:
-    """The same prompt, and longer ones; not all would have chosen the same by themselves."""
+    """The same prompt, and longer ones; the last of each would clearly have chosen otherwise by itself."""
     rng = random.Random(1)
-    own_choices = set()
     for length in (65, 120, 300, 700):
         trunk = random_prompt(length, rng)
         writer = ask.decided(trunk)
@@ -117,9 +123,10 @@ def test_prompts_that_share_their_first_block_share_their_layers(ask: Asker) -> 
         for more in (1, 31, 80, 400):
             prompt = [*trunk, *random_prompt(more, rng)]
             assert ask.heir(prompt, writer, trunk).cached == length
-            scores = ask.reference.scores(prompt, len(prompt))
-            own_choices.add(ask.reference.lazy_of(scores) == tuple(writer.choice["lazy_layers"]))
-    assert own_choices == {True, False}, "inheriting cannot be told from deciding"
+        prompt = ask.reference.clear_prompt(
+            lambda trunk=trunk: [*trunk, *random_prompt(100, rng)], unlike=writer.choice["lazy_layers"]
+        )
+        assert ask.heir(prompt, writer, trunk).cached == length
 
 
 def test_a_conversation_keeps_its_layers(ask: Asker) -> None:
@@ -230,7 +237,7 @@ def test_users_of_one_system_prompt_keep_their_conversations(ask: Asker) -> None
 def test_evicted_and_back(ask: Asker, server: Server) -> None:
     """What left the cache is decided again, by whoever comes first, and shared again."""
     rng = random.Random(7)
-    trunk = random_prompt(400, rng)
+    trunk = ask.reference.clear_prompt(lambda: random_prompt(400, rng))
     one, two = ([*trunk, *random_prompt(150, rng)] for _ in range(2))
     first = ask.decided(trunk)
     ask.heir(one, first, trunk)
@@ -240,7 +247,7 @@ def test_evicted_and_back(ask: Asker, server: Server) -> None:
     assert back.choice["laziness"] != first.choice["laziness"]
     ask.heir([*two, *back.tokens, 5], back, two)
     again = ask.decided(trunk)
-    assert again.choice == first.choice
+    assert_same_choice(again, first)
     ask.heir(one, again, trunk)
     assert layer_sets(server)["requests"] == 0
 
@@ -262,11 +269,12 @@ def test_more_beginnings_than_sink_sets(ask: Asker, server: Server) -> None:
 
 def test_flush(ask: Asker, server: Server) -> None:
     """Afterwards nothing is shared."""
-    prompt = random_prompt(150, random.Random(9))
+    rng = random.Random(9)
+    prompt = ask.reference.clear_prompt(lambda: random_prompt(150, rng))
     writer = ask.decided(prompt)
     ask.heir(prompt, writer, prompt)
     assert layer_sets(server)["stored"] >= 1
     server.flush_cache()
     assert layer_sets(server)["stored"] == 0
     again = ask.decided(prompt)
-    assert again.choice == writer.choice
+    assert_same_choice(again, writer)

@@ -1,7 +1,7 @@
 """A server that cannot serve lazy layers as asked does not start: it says why and ends with an error.
 
-It must never go on with full KV. Every case is a process of its own, all of them started up front, two at
-a time; each test then looks at its own.
+It must never go on with full KV. Every case is a process of its own. Where one process runs all tests, they
+are started up front, two at a time, and each test then looks at its own; elsewhere each test starts its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from tests.conftest import in_several_processes
 
 from .environment import server_environment, write_plugin
 from .models import ensure_model
@@ -97,19 +98,25 @@ class Ending:
 
 
 @pytest.fixture(scope="module")
-def endings(
+def ending_of(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Ending]]]:
-    """The end of every case that a collected test asks for."""
+) -> Iterator[Callable[[str], Ending]]:
+    """How a case ended."""
     wanted = [item.callspec.params["name"] for item in request.session.items if item.parent is request.node]
+    if in_several_processes(request.config):
+        yield lambda name: _run(CASES[name], tmp_path_factory.mktemp(name))
+        return
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {name: pool.submit(_run, CASES[name], tmp_path_factory.mktemp(name)) for name in wanted}
+        started = {name: pool.submit(_run, CASES[name], tmp_path_factory.mktemp(name)) for name in wanted}
+        yield lambda name: started[name].result()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_server_does_not_start(name: str, endings: dict[str, Future[Ending]]) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.group(f"fail-closed-{name}")) for name in CASES]
+)
+def test_server_does_not_start(name: str, ending_of: Callable[[str], Ending]) -> None:
     """Non-zero exit within TIMEOUT, one clear sentence, and no served request."""
-    ending = endings[name].result()
+    ending = ending_of(name)
     tail = ending.output[-4000:]
     assert ending.status is not None, f"still running after {TIMEOUT:.0f} s\n{tail}"
     assert ending.status != 0, tail

@@ -15,6 +15,7 @@ from .host import Host, Prompts
 from .prompts import mixed_prompts
 from .server import Reply, Server
 from .specs import STOCK, STOCK_WITHOUT_PLUGIN
+from .test_equal_stock import full_reference
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +56,7 @@ def some_prompts() -> Prompts:
 
 
 def outputs(host: Host, name: str) -> list[Reply]:
-    """One request after another on an empty cache: every batch, and so every rounding, is the same."""
+    """One request after another on an empty cache: every batch is the same."""
     return host.outputs(name, some_prompts(), 32, clients=1)
 
 
@@ -69,7 +70,9 @@ def test_no_hook_is_applied(host: Host, server: Server) -> None:
 @pytest.mark.served_by(STOCK_WITHOUT_PLUGIN)
 def test_outputs_with_and_without_the_plugin(host: Host) -> None:
     """A stock server answers the same whether or not the plug-in is installed beside it."""
-    assert outputs(host, STOCK) == outputs(host, STOCK_WITHOUT_PLUGIN)
+    stock, bare = outputs(host, STOCK), outputs(host, STOCK_WITHOUT_PLUGIN)
+    full_reference().assert_same(some_prompts(), [r.tokens for r in stock], [r.tokens for r in bare])
+    assert [(r.cached, r.finish, r.choice) for r in stock] == [(r.cached, r.finish, r.choice) for r in bare]
     assert _python(FIND_PLUGIN, plugin=True) == "True" and _python(FIND_PLUGIN, plugin=False) == "False"
 
 

@@ -72,4 +72,4 @@ def test_full_attention_differs(server: Server) -> None:
     prompt = _prompt(BEYOND)
     reply = server.generate(prompt, LENGTHS[BEYOND])
     full = _reference(())
-    assert full.compare([prompt], [reply.tokens]).wrong
+    full.compare([prompt], [reply.tokens]).assert_differs()

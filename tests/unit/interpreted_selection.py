@@ -1,4 +1,4 @@
-"""lt_sglang.selection's kernels under Triton's interpreter, against plain torch; run by test_selection.py."""
+"""lt_sglang.selection's kernels under Triton's interpreter, against plain torch; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES = {
 
 def test_kernels_are_interpreted_here() -> None:
     assert type(attend_kernel._attend).__name__ == "InterpretedFunction", (
-        "run this file through tests/unit/test_selection.py, which sets TRITON_INTERPRET"
+        "run this file through tests/unit/test_kernels.py, which sets TRITON_INTERPRET"
     )
 
 

@@ -1,33 +1,30 @@
-"""Runs the interpreted_*kernels.py in a process of their own.
-
-Triton decides at its import whether kernels are interpreted. Set for the whole test run, the variable would
-also reach the servers that other tests start, and tests on a GPU.
-"""
+"""Every interpreted_*.py, function by function."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from .interpreted import Interpreted, functions, parameters
 
-@pytest.mark.parametrize(
-    "name", ["interpreted_kernels.py", "interpreted_dynamic_kernels.py", "interpreted_dynamic_backend.py"]
-)
-def test_kernels_under_the_interpreter(name: str) -> None:
-    file = Path(__file__).with_name(name)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(
-        command,
-        cwd=file.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+FOLDER = Path(__file__).parent
+FILES = sorted(file.name for file in FOLDER.glob("interpreted_*.py") if any(functions(file.name)))
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Interpreted]:
+    """The outcome of a file, which is run once."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    return cache(lambda file: Interpreted(file, folder))
+
+
+@parameters(*FILES)
+def test_under_the_interpreter(file: str, function: str, outcome: Callable[[str], Interpreted]) -> None:
+    outcome(file).check(function)
+
+
+def test_every_file_has_tests() -> None:
+    assert {"interpreted_kernels.py", "interpreted_selection.py"} < set(FILES) and len(FILES) >= 4

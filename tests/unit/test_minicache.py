@@ -43,7 +43,7 @@ def test_most_different_vectors_are_retained() -> None:
     assert kept.sum(2).eq(round(minicache.RETAINED * 40)).all()
     assert torch.equal(high[kept], upper[kept])
     angle = torch.nn.functional.cosine_similarity(lower, upper, dim=3).arccos()
-    assert (angle.masked_fill(~kept, 9).amin(2) >= angle.masked_fill(kept, 0).amax(2)).all()
+    assert (angle.masked_fill(~kept, 9).amin(2) >= angle.masked_fill(kept, 0).amax(2) - 1e-5).all()
 
 
 def test_layers_below_the_first_stay() -> None:

@@ -208,7 +208,7 @@ def test_gathered_attention_is_that_of_the_tokens(
     projected = (keys[new_rows], values[new_rows])
     out, lse = attention.run(query, projected, (keys, values), rows, layer)
     again, _ = attention.run(query, None, (keys, values), rows, layer)
-    assert torch.equal(out, again), "new tokens are read where they were stored, if not as projected"
+    torch.testing.assert_close(again, out)  # new tokens are read where they were stored, if not as projected
     token = 0
     for part, extend in zip(rows.split(spans), extends, strict=True):
         for number in range(extend):
@@ -221,6 +221,5 @@ def test_gathered_attention_is_that_of_the_tokens(
             token += 1
     unused = (torch.full_like(keys, torch.nan), torch.full_like(values, torch.nan))
     if not any(before):
-        assert torch.equal(attention.run(query, projected, unused, rows, layer)[0], out), (
-            "nothing is gathered"
-        )
+        # Nothing is gathered: it is not a number.
+        torch.testing.assert_close(attention.run(query, projected, unused, rows, layer)[0], out)

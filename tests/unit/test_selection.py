@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -230,20 +228,3 @@ def test_wrong_evidence_is_refused(fault: str) -> None:
 def test_selection_imports_no_sglang() -> None:
     code = "import sys, lt_sglang.selection.factory; sys.exit('sglang' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_kernels_under_the_interpreter() -> None:
-    """Triton decides at its import whether kernels are interpreted, hence a process of its own."""
-    file = Path(__file__).with_name("interpreted_selection.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(
-        command,
-        cwd=file.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

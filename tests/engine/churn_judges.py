@@ -1,0 +1,161 @@
+"""Hold every answer of a churn against a reference run alone."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .churn import ITEM, LABELS, PLACEHOLDER, Answer, Outcome
+from .dynamic_reference import DynamicReference
+from .reference import TIE_MARGIN, TOKENS_PER_TIE, Reference
+
+# Two float32 engines may differ by so much in a probability.
+SCORE_TOLERANCE = 1e-4
+
+
+@dataclass
+class Verdict:
+    """What was compared, and what was wrong: (rid, what, details)."""
+
+    requests: int = 0
+    answers: int = 0
+    copies: int = 0
+    cut: int = 0
+    scored: int = 0
+    retractions: int = 0
+    with_cached_prefix: int = 0
+    versions: list[str] = field(default_factory=list)
+    tokens: int = 0
+    ties: int = 0
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def assert_equal(self) -> None:
+        """No mismatch; near-ties at most one in TOKENS_PER_TIE."""
+        kinds: dict[str, int] = defaultdict(int)
+        for _, what, _ in self.wrong:
+            kinds[what] += 1
+        assert not self.wrong, f"{len(self.wrong)} of {self.answers}: {dict(kinds)}; {self.wrong[:6]}"
+        assert self.ties <= math.ceil(self.tokens / TOKENS_PER_TIE), f"{self.ties} of {self.tokens}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file of results."""
+        return asdict(self)
+
+
+def judge_static(outcome: Outcome, references: Mapping[str, Reference]) -> Verdict:
+    """Greedy tokens, and the probabilities of scored requests, of the weights each was served with."""
+    verdict = _counted(outcome)
+    for answer in outcome.answers:
+        if answer.scores:
+            _judge_scores(verdict, answer, references.values())
+        elif answer.tokens:
+            margins = references[answer.version].margins(answer.job.prompt, answer.tokens)
+            _judge_margins(verdict, answer, margins)
+    return verdict
+
+
+def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) -> Verdict:
+    """Greedy tokens, given the layers that each was told.
+
+    Of a request that inherits, the queries that its prompt has in common with the decider's saw everything,
+    the others streamed. The decider is known by its scores; one that was cut before it was told is not, and
+    then any prompt may have been it. Scored requests are not told their layers: they disturb the others.
+    """
+    verdict = _counted(outcome)
+    deciders: dict[tuple[str, tuple[float, ...]], list[tuple[int, ...]]] = defaultdict(list)
+    prompts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for answer in outcome.answers:
+        prompts[answer.version].add(answer.job.prompt)
+        if answer.choice is not None and answer.choice["origin"] == "prompt":
+            deciders[answer.version, tuple(answer.choice["laziness"])].append(answer.job.prompt)
+    for answer in outcome.answers:
+        if not answer.tokens:
+            continue
+        if answer.choice is None:
+            verdict.wrong.append((answer.job.rid, "not told its layers", _describe(answer)))
+            continue
+        prompt, choice = answer.job.prompt, answer.choice
+        reference = references[answer.version]
+        if choice["origin"] != "prefix":
+            candidates = {len(prompt) if choice["origin"] == "prompt" else 0}
+        else:
+            known = deciders.get((answer.version, tuple(choice["laziness"])))
+            candidates = {_common(prompt, other) for other in known or prompts[answer.version]}
+        best: list[float] | None = None
+        for full in sorted(candidates, reverse=True):
+            margins = _margins(reference, answer, full)
+            if best is None or max(margins) < max(best):
+                best = margins
+            if max(best) < TIE_MARGIN:
+                break
+        assert best is not None
+        _judge_margins(verdict, answer, best)
+    return verdict
+
+
+def _margins(reference: DynamicReference, answer: Answer, full: int) -> list[float]:
+    """By how much each token misses. The first token's row may be behind a hit that ends before it."""
+    assert answer.choice is not None
+    prompt, lazy = answer.job.prompt, answer.choice["lazy_layers"]
+    margins = reference.margins(prompt, answer.tokens, lazy, full)
+    if answer.choice["origin"] == "prefix" and answer.cached < full:
+        margins[0] = reference.margins(prompt, answer.tokens, lazy, answer.cached)[0]
+    return margins
+
+
+def _counted(outcome: Outcome) -> Verdict:
+    answers = outcome.answers
+    return Verdict(
+        requests=len({answer.job.rid for answer in answers}) + len(outcome.failed),
+        answers=len(answers),
+        copies=sum(answer.job.copies > 1 for answer in answers),
+        cut=sum(answer.job.cut for answer in answers),
+        scored=sum(bool(answer.scores) for answer in answers),
+        retractions=sum(answer.retractions for answer in answers),
+        with_cached_prefix=sum(answer.cached > 0 for answer in answers),
+        versions=sorted({answer.version for answer in answers if answer.version}),
+        wrong=[(rid, "failed", why) for rid, why in outcome.failed],
+    )
+
+
+def _judge_margins(verdict: Verdict, answer: Answer, margins: Sequence[float]) -> None:
+    verdict.tokens += len(margins)
+    first = next((i for i, margin in enumerate(margins) if margin >= TIE_MARGIN), None)
+    # A near-tie that is lost is a tie; what follows it is teacher-forced, so it counts by itself.
+    verdict.ties += sum(0 < margin < TIE_MARGIN for margin in margins)
+    if first is not None:
+        what = "n > 1" if answer.job.copies > 1 else "retracted" if answer.retractions else "tokens"
+        verdict.wrong.append(
+            (answer.job.rid, what, f"token {first} by {margins[first]:.3g}, {_describe(answer)}")
+        )
+
+
+def _judge_scores(verdict: Verdict, answer: Answer, references: Collection[Reference]) -> None:
+    """The answer does not say which weights: those of one version must give all of its probabilities."""
+    tokens = [*answer.job.prompt, ITEM]
+    vectors = dict(
+        zip((i for i, t in enumerate(tokens) if t == PLACEHOLDER), answer.job.embeds, strict=False)
+    )
+    worst = []
+    for reference in references:
+        expected = reference.next_probabilities(tokens, vectors)
+        worst.append(max(abs(expected[t] - s) for t, s in zip(LABELS, answer.scores, strict=True)))
+    if min(worst) > SCORE_TOLERANCE:
+        verdict.wrong.append((answer.job.rid, "embeds", f"probabilities differ by {min(worst):.3g}"))
+
+
+def _describe(answer: Answer) -> str:
+    job = answer.job
+    told = {} if answer.choice is None else {k: answer.choice[k] for k in ("origin", "lazy_layers")}
+    return (
+        f"prompt of {len(job.prompt)}, {len(answer.tokens)} new, cached {answer.cached}, retracted "
+        f"{answer.retractions} times, weights {answer.version}, n {job.copies}, priority {job.priority}"
+        f", {told}"
+    )
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return [*(a == b for a, b in zip(one, other, strict=False)), False].index(False)
