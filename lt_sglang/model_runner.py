@@ -54,6 +54,8 @@ class LightTransferModelRunner(ModelRunner):
 
     def load_model(self) -> None:
         """Load the weights, then give every lazy layer its window; raises LightTransferError."""
+        if self.lt_config.lazy_layers:
+            _check_kind(self.model_config)
         super().load_model()
         layers = self._attention_layers()
         self.lt_config.check_model(len(layers))
@@ -264,6 +266,15 @@ class LightTransferModelRunner(ModelRunner):
                 **vars(self.dynamic.sets.stats),
             }
         return report
+
+
+def _check_kind(model: Any) -> None:
+    """Raise LightTransferError for a model (a ModelConfig of SGLang's) that takes more than text."""
+    if model.is_multimodal:
+        raise LightTransferError(
+            f"model: {', '.join(model.hf_config.architectures or ())} takes more than text, which was not "
+            "tested with lazy layers; --language-model-only serves its text model alone"
+        )
 
 
 def _check_layers(layers: dict[int, RadixAttention]) -> None:

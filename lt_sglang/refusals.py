@@ -78,6 +78,25 @@ REFUSALS: tuple[Refusal, ...] = (
         _set,
         "lazy layers split the KV of a request by its length",
     ),
+    Refusal("--kv-canary", "kv_canary", lambda value: value not in (None, "none"), "it knows no sink rows"),
+    Refusal(
+        "--enable-memory-saver",
+        "enable_memory_saver",
+        _set,
+        "memory that is given back and taken again was not tested with sink rows; it needs a GPU",
+    ),
+    Refusal(
+        "--enable-torch-compile",
+        "enable_torch_compile",
+        _set,
+        "compiled decode steps were not tested; they need a GPU",
+    ),
+    Refusal(
+        "--model-impl",
+        "model_impl",
+        lambda value: value not in (None, "auto", "sglang"),
+        "only SGLang's own models were tested",
+    ),
     Refusal("--radix-cache-backend", "radix_cache_backend", _set, "lazy layers bring their own"),
     Refusal(
         "--use-ray", "use_ray", _set, "its scheduler actors load no plug-ins; deploy/ray serves under Ray"
@@ -144,10 +163,16 @@ GUARD_REFUSALS: tuple[Refusal, ...] = (
 
 DYNAMIC_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        "--enable-memory-saver",
-        "enable_memory_saver",
+        "--enable-layernorm-sp",
+        "enable_layernorm_sp",
         _set,
-        "its KV memory is one piece and is not given back",
+        "scores read the residual stream whole, on each rank",
+    ),
+    Refusal(
+        "--enable-attn-tp-input-scattered",
+        "enable_attn_tp_input_scattered",
+        _set,
+        "scores read the residual stream whole, on each rank",
     ),
     Refusal("--enable-lora", "enable_lora", _set, "adapters were not tested with it"),
     Refusal("--lora-paths", "lora_paths", _set, "adapters were not tested with it"),
@@ -177,6 +202,7 @@ def check_server_args(args: Any) -> None:
             f"--{given}-attention-backend {BACKEND}: must be given for both phases; use --attention-backend "
             f"{BACKEND}"
         )
+    _check_windows()
     _refuse(args, REFUSALS, "with lazy layers")
     if guard.is_on():
         _refuse(args, GUARD_REFUSALS, f"while {guard.SWITCH} is on")
@@ -210,3 +236,13 @@ def _refuse(args: Any, refusals: tuple[Refusal, ...], where: str) -> None:
         if refusal.refused(value):
             shown = "" if value is True else f" {value}"
             raise LightTransferError(f"{refusal.flag}{shown}: not supported {where}: {refusal.why}")
+
+
+def _check_windows() -> None:
+    from sglang.srt.environ import envs
+
+    if not envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.get():
+        raise LightTransferError(
+            "SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS=0: not supported with lazy layers: the "
+            "streaming pool would keep what has left the window"
+        )

@@ -28,6 +28,8 @@ VALUES = {
     "--attn-dp-size": ["2", "--tp-size", "2"],
     "--enable-dp-attention": ["--dp-size", "2", "--tp-size", "2"],
     "--radix-cache-backend": ["flexkv"],
+    "--kv-canary": ["log"],
+    "--model-impl": ["transformers"],
     "--page-size": ["16"],
     "--kv-cache-dtype": ["mxfp8"],
     "--dllm-algorithm": ["LowConfidence"],

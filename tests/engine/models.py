@@ -59,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
+    # One KV head for all, which every tensor-parallel rank then holds.
+    "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1},
 }
 
 
@@ -69,12 +71,8 @@ def ensure_model(family: str, seed: int = SEED) -> Path:
 
     The folder appears by a rename once it is complete, so concurrent callers are safe.
     """
-    definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
-    if seed != SEED:
-        definition["seed"] = seed
-    key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
-    models = cache_home() / "test-models"
-    target = models / f"tiny-{family}-{key}"
+    target = model_folder(family, seed)
+    models = target.parent
     if target.is_dir():
         return target
     models.mkdir(parents=True, exist_ok=True)
@@ -92,11 +90,21 @@ def ensure_model(family: str, seed: int = SEED) -> Path:
     return target
 
 
+def model_folder(family: str, seed: int = SEED) -> Path:
+    """Where the tiny model of ``family`` lies, made or not."""
+    definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
+    if seed != SEED:
+        definition["seed"] = seed
+    key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_home() / "test-models" / f"tiny-{family}-{key}"
+
+
 def _make(family: str, out: Path, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    settings = {"model_type": family, **COMMON, **FAMILIES[family]}
+    config = AutoConfig.for_model(**settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Biases start at 0 and norms at 1; a family that has them is to be told from one that has none.
@@ -105,7 +113,7 @@ def _make(family: str, out: Path, seed: int) -> None:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     model.save_pretrained(out)
     _tokenizer().save(str(out / "tokenizer.json"))
-    settings = {
+    tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",
         "bos_token": "<s>",
@@ -113,7 +121,7 @@ def _make(family: str, out: Path, seed: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONTEXT,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer() -> Any:

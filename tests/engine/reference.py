@@ -55,6 +55,7 @@ class Reference:
     """A transformers model whose layers in ``lazy_layers`` attend to sink + recent tokens only.
 
     threads: one is best for a tiny model, above all while the next server starts beside it.
+    adapter: a LoRA adapter's folder, merged into the weights.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Reference:
         recent_tokens: int,
         *,
         threads: int = 1,
+        adapter: Path | None = None,
     ) -> None:
         self.threads = threads
         self.sink_tokens = sink_tokens
@@ -73,6 +75,10 @@ class Reference:
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
+        if adapter is not None:
+            from peft import PeftModel
+
+            self._model = PeftModel.from_pretrained(self._model, adapter).merge_and_unload()
         layers = self._model.model.layers
         assert all(0 <= layer < len(layers) for layer in lazy_layers)
         for layer in lazy_layers:
@@ -142,6 +148,20 @@ class Reference:
         with torch.inference_mode():
             logits = self._model(tokens, logits_to_keep=len(output) + 1, use_cache=False).logits[0, :-1]
         return torch.as_tensor(logits)
+
+    def run(self, tokens: Sequence[int], **options: Any) -> Any:
+        """One forward over ``tokens``; what transformers returns, batch size 1."""
+        torch.set_num_threads(self.threads)
+        self._mask = streaming_mask(len(tokens), self.sink_tokens, self.recent_tokens)
+        if "inputs_embeds" not in options:
+            options["input_ids"] = torch.tensor([[*tokens]])
+        with torch.inference_mode():
+            return self._model(use_cache=False, **options)
+
+    def embeddings(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of each token, float32 [tokens, hidden]; a copy."""
+        with torch.no_grad():
+            return self._model.get_input_embeddings()(torch.tensor(tokens)).clone()
 
     def _use_mask(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert "attention_mask" in kwargs, "this model passes its mask in another way"

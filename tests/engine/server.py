@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import requests
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
 
-from .environment import server_environment
+from .environment import server_environment, write_plugin
 
 START_TIMEOUT = 600.0  # the first start on a new machine also writes all bytecode
 REQUEST_TIMEOUT = 600.0  # two servers and their references may share two cores
@@ -43,6 +44,7 @@ class ServerSpec:
         tp: tensor-parallel size.
         plugin: whether SGLang finds the plug-in.
         warm_up: whether SGLang sends itself a prompt before it is ready.
+        beside: a second plug-in, ``module:function``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ServerSpec:
     tp: int = 1
     plugin: bool = True
     warm_up: bool = False
+    beside: str | None = None
 
     def command(self, port: int) -> list[str]:
         """The command line that starts it."""
@@ -116,6 +119,9 @@ class Server:
     def launch(self) -> None:
         """Start the process."""
         env = server_environment(tp=self.spec.tp, plugin=self.spec.plugin, extra=self.spec.env)
+        if self.spec.beside is not None:
+            folder = write_plugin(self.log.with_suffix(".plugin"), "beside", self.spec.beside)
+            env["PYTHONPATH"] = os.pathsep.join([str(folder), env["PYTHONPATH"]])
         self._process = spawn(self.command(), env, self.log)
 
     def wait_until_ready(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from lt_sglang.demo.smollm2 import ensure_model as ensure_smollm2
 
+from .adapters import ensure_adapted_model
+from .feature_flags import FEATURE_FLAGS, POLICIES
 from .models import NUM_LAYERS, ensure_model
 from .server import ServerSpec
 
@@ -84,6 +86,8 @@ TENSOR_PARALLEL = "qwen2-tp2"
 FUZZED = "llama-fuzzed"
 FUZZED_DYNAMIC = "dynamic-fuzzed"
 SMOLLM2 = "smollm2"
+FEATURES = "features"
+EMBEDDING = "embedding"
 DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
@@ -109,6 +113,7 @@ class LazyServer:
     tp: int = 1
     expected: int = LONGEST_PROMPT + NEW_TOKENS
     env: Mapping[str, str] = field(default_factory=dict)
+    beside: str | None = None
 
     @property
     def spec(self) -> ServerSpec:
@@ -119,7 +124,9 @@ class LazyServer:
             "recent_tokens": self.recent,
             "expected_tokens": self.expected,
         }
-        return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
+        return ServerSpec(
+            self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp, beside=self.beside
+        )
 
 
 @dataclass(frozen=True)
@@ -199,11 +206,56 @@ LAZY_SERVERS = {
             flags=(*FLAGS, *TINY_POOL, "--disable-radix-cache"),
             env=RETRACT,
         ),
-        _tiny("qwen2", "qwen2", MIDDLE, 129, 128),
-        _tiny("qwen3", "qwen3", ALL, 4, 60, flags=(*FLAGS, *BY_MEMORY), expected=64, env=WIDE_POOL),
-        _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32),
-        _tiny("mixtral", "mixtral", (0, 2, 4), 129, 128),
-        _tiny(TENSOR_PARALLEL, "qwen2", (0, 2, 5), 4, 60, tp=2, env=OWN_NCCL_HOOK),
+        _tiny("qwen2", "qwen2", MIDDLE, 129, 128, flags=(*FLAGS, *TINY_POOL, *POLICIES["qwen2"])),
+        _tiny(
+            "qwen3",
+            "qwen3",
+            ALL,
+            4,
+            60,
+            flags=(*FLAGS, *BY_MEMORY, *POLICIES["qwen3"]),
+            expected=64,
+            env=WIDE_POOL | {"SGLANG_RADIX_FORCE_MISS": "1"},
+        ),
+        _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32, flags=(*FLAGS, *TINY_POOL, *POLICIES["qwen2_moe"])),
+        _tiny(
+            "mixtral",
+            "mixtral",
+            (0, 2, 4),
+            129,
+            128,
+            flags=(*FLAGS, *TINY_POOL, *POLICIES["mixtral"]),
+            env={"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python", "SGLANG_PREFILL_TILE_BUDGET": "512"},
+        ),
+        _tiny(
+            TENSOR_PARALLEL,
+            "qwen2",
+            (0, 2, 5),
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, *POLICIES[TENSOR_PARALLEL]),
+            tp=2,
+            env=OWN_NCCL_HOOK,
+        ),
+        LazyServer(
+            FEATURES,
+            partial(ensure_adapted_model, "llama"),
+            ALTERNATING,
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, *FEATURE_FLAGS),
+            expected=640,
+            env=RESTLESS,
+            beside="tests.engine.unpinned:register",
+        ),
+        _tiny(
+            EMBEDDING,
+            "llama",
+            ALTERNATING,
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, "--is-embedding", "--schedule-policy", "routing-key"),
+        ),
         _tiny(
             FUZZED,
             "llama",
@@ -246,7 +298,7 @@ DYNAMIC_SERVERS = {
             (0, 2, 3, 5),
             "residual-error",
             decide="first-chunk",
-            flags=(*REUSE_FLAGS, *TINY_POOL),
+            flags=(*REUSE_FLAGS, *TINY_POOL, *POLICIES[FIRST_CHUNK]),
             expected=640,
             env=RESTLESS,
         ),
@@ -296,6 +348,7 @@ DYNAMIC_SERVERS = {
             3,
             (0, 3, 5),
             "list",
+            flags=(*FLAGS, *TINY_POOL, *POLICIES[DYNAMIC_LIST]),
             expected=1000,
             more={"staging_tokens": LONGEST_PROMPT},
         ),

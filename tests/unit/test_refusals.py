@@ -29,6 +29,8 @@ BAD: dict[str, Any] = {
     "attn_dp_size": 2,
     "page_size": 16,
     "kv_cache_dtype": "fp4_e2m1",
+    "kv_canary": "log",
+    "model_impl": "transformers",
     "radix_cache_backend": "cpp",
     "dllm_algorithm": "LowConfidence",
     "lora_paths": ["adapter"],
@@ -53,6 +55,8 @@ def good_args(**changes: Any) -> SimpleNamespace:
         "attn_cp_size": 1,
         "attn_dp_size": 1,
         "page_size": None,
+        "kv_canary": "none",
+        "model_impl": "auto",
         "kv_cache_dtype": "auto",
         "radix_cache_backend": None,
         "dllm_algorithm": None,
@@ -153,3 +157,14 @@ def test_one_phase_alone_is_refused(given: str) -> None:
         check_server_args(args)
     both = {f"{role}_attention_backend": BACKEND for role in ("prefill", "decode")}
     check_server_args(good_args(attention_backend=None, **both))
+
+
+def test_windows_must_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS"
+    monkeypatch.setenv(variable, "1")
+    check_server_args(good_args())
+    monkeypatch.setenv(variable, "0")
+    with pytest.raises(
+        LightTransferError, match=f"^{variable}=0: not supported with lazy layers: the streaming"
+    ):
+        check_server_args(good_args())
