@@ -25,7 +25,7 @@ ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
 PY = $(ENV_PATH)/bin/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve run test fuzz-long test-unit test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
+.PHONY: help env model serve run test test-unit test-property fuzz-long mutation touch-prefix test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,14 +48,24 @@ run: env ## any command of lt-sglang: make run ARGS="plan --shape mistral-7b"
 
 test: lint typecheck ## everything that needs no GPU and less than a minute
 	@$(RUN) -m pytest $(WORKERS) $(PYTEST_FLAGS) -m 'not gpu and not slow' \
-	    $(wildcard tests/unit tests/contract tests/loadtest tests/deploy tests/engine)
-
-fuzz-long: env ## more hostile requests and longer property tests: make fuzz-long EXAMPLES=20000
-	@FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(RUN) -m pytest $(PYTEST_FLAGS) -s -m 'not gpu' \
-	    $(wildcard tests/engine/test_fuzz.py tests/unit/test_property*.py tests/property)
+	    $(wildcard tests/unit tests/property tests/contract tests/loadtest tests/deploy tests/engine)
 
 test-unit: env ## fast tests; no server
 	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/unit
+
+test-property: env ## 10,000 steps of any order of events over the caches; LT_SEED, LT_STEPS
+	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/property
+
+fuzz-long: export LT_STEPS ?= 400000
+fuzz-long: env ## long property tests and many hostile requests: make fuzz-long EXAMPLES=20000
+	@FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(RUN) -m pytest $(PYTEST_FLAGS) -s -m 'not gpu' \
+	    $(wildcard tests/property tests/engine/test_fuzz.py)
+
+mutation: env ## do the tests notice small faults? up to an hour; writes tests/mutation/score.json
+	@$(RUN) -m tests.mutation.run $(ARGS)
+
+touch-prefix: env ## how long a look at 128 waiting requests takes, over 64 to 4,096 conversations
+	@$(RUN) -m tests.property.touch_prefix
 
 test-contract: env ## the hooks against the pinned SGLang
 	@$(RUN) -m pytest $(PYTEST_FLAGS) tests/contract

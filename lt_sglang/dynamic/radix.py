@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 # Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
 TRIES = 4
-# Of a waiting prompt, behind its first block.
-TOUCH_TOKENS = 4096
 
 
 class NameSpace(str):
@@ -78,10 +76,10 @@ class DynamicRadixCache(LightTransferRadixCache):
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.
 
-        SGLang does this for 128 waiting requests at a time, so only the prompt's first tokens are looked at.
+        SGLang does this for 128 waiting requests at a time.
         """
         given = key.extra_key
-        entry = next(self._sets_of(self._beginnings(key, TOUCH_TOKENS)), None)
+        entry = next(self._sets_of(self._beginnings(key)), None)
         if entry is None:
             return
         key.extra_key = _name(entry.uid, given)
@@ -171,13 +169,11 @@ class DynamicRadixCache(LightTransferRadixCache):
         sets = self.prefills.sets
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
-    def _beginnings(self, key: RadixKey, most: int | None = None) -> Beginnings | None:
-        """Of the block and ``most`` tokens more (all); None of a prompt that has no layers of its own."""
-        block = self.prefills.block_tokens
-        if len(key.token_ids) <= block:
+    def _beginnings(self, key: RadixKey) -> Beginnings | None:
+        """None of a prompt that has no layers of its own."""
+        if len(key.token_ids) <= self.prefills.block_tokens:
             return None
-        tokens = key.token_ids if most is None else key.token_ids[: block + most]
-        return self.prefills.beginnings(tokens, key.extra_key, key.cache_salt)
+        return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
 
 
 def _name(uid: int, extra_key: str | None) -> NameSpace:

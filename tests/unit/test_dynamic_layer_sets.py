@@ -47,6 +47,25 @@ def test_banks_of_a_known_list() -> None:
         assert [layer for layer in range(layers) if found[layer] >= keep] == lazy
 
 
+def test_tables_are_where_and_what_they_are_said_to_be() -> None:
+    """Whatever SGLang has made torch's default while it loads a model."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        sets = LayerSetStore(4, LAZY, LAYERS, ROWS, "meta")
+    finally:
+        torch.set_default_dtype(default)
+    tables = {name: value for name, value in vars(sets).items() if isinstance(value, torch.Tensor)}
+    assert {name: (tuple(table.shape), table.dtype) for name, table in tables.items()} == {
+        "bank_of": ((4, LAYERS), torch.int32),
+        "laziness": ((4, LAYERS), torch.float32),
+        "set_of": ((ROWS,), torch.int32),
+        "lazy_counts": ((LAYERS,), torch.int64),
+        "laziness_sums": ((LAYERS + 1,), torch.float64),
+    }
+    assert {table.device.type for table in tables.values()} == {"meta"}
+
+
 def test_set_0_is_the_configured_list() -> None:
     sets = store()
     sets.use_default("a")
@@ -55,6 +74,9 @@ def test_set_0_is_the_configured_list() -> None:
     assert (sets.bank_of[1:] == UNDECIDED).all()
     sets.release("a", 3)
     assert sets.requests == 0 and sets.of("a") is None and sets.check_integrity() == []
+    sets.use_default("b")
+    sets.use_default("probe", counted=False)
+    assert sets.stats.short == 2
 
 
 def test_what_a_request_is_told() -> None:
@@ -70,7 +92,8 @@ def test_what_a_request_is_told() -> None:
     told = {"lazy_layers": [0, 1, 5], "laziness": [0.123457] * LAYERS}
     assert sets.describe("a") == {**told, "origin": "prompt"}
     sets.inherit("b", entry, key("block"))
-    assert sets.describe("b") == {**told, "origin": "prefix"}
+    sets.inherit("c", entry, key("block"))
+    assert sets.describe("b") == {**told, "origin": "prefix"} and sets.stats.inherited == 2
     assert sets.describe("a") == {**told, "origin": "prompt"}
 
 

@@ -57,6 +57,17 @@ def _take_all(arena: Arena) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return full[0] + streaming[0], full[1] + streaming[1]
 
 
+def test_the_tensors_are_what_and_where_sglang_asked_for() -> None:
+    arena = Arena(BankLayout(1, 1, 5, 6, 2, 3, sink_base=4))
+    for banks, rows in ((1, 5), (1, 6)):
+        keys, values = arena.take(banks, rows, SHAPE, torch.float8_e4m3fn, "meta")
+        assert {(tensor.device.type, tensor.dtype) for tensor in (*keys, *values)} == {
+            ("meta", torch.float8_e4m3fn)
+        }
+    assert arena.keys.shape == arena.values.shape == (5 + 6 + 2 + 3, *SHAPE)
+    assert arena.keys is not arena.values
+
+
 def test_the_pools_buffers_are_the_banks() -> None:
     """A row of pool i is row bank_start(i) + row of the flat tensors, for K and for V."""
     rng = random.Random(2)

@@ -229,13 +229,18 @@ def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
 def test_only_prompts_of_one_owner_begin_alike() -> None:
     prefills = tracker()
     prompt = array("q", tokens(100))
-    digest = prefills.beginnings(prompt, None, None).digests[0]
-    assert digest == prefills.beginnings(prompt[:BLOCK] + array("q", [1, 2, 3]), None, None).digests[0]
+    sets = prefills.sets
+    sets.create("a", prefills.beginnings(prompt, None, None))
+    sets.decide("a")
+
+    def found(prompt: Any, extra_key: str | None = None, salt: str | None = None) -> bool:
+        return list(sets.find(prefills.beginnings(prompt, extra_key, salt))) == [sets.of("a")]
+
+    assert found(prompt) and found(prompt[:BLOCK] + array("q", [1, 2, 3]))
     other = array("q", prompt)
     other[BLOCK - 1] += 1
-    assert digest != prefills.beginnings(other, None, None).digests[0]
-    assert digest != prefills.beginnings(prompt, "adapter", None).digests[0]
-    assert digest != prefills.beginnings(prompt, None, "salt").digests[0]
+    assert not found(other)
+    assert not found(prompt, "adapter") and not found(prompt, None, "salt")
 
 
 def test_a_prefix_whose_set_is_gone_is_an_error() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
 from lt_sglang.dynamic.arena import Arena
 from lt_sglang.dynamic.layer_sets import LayerSetStore
 from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.state import DynamicState, Ranks, TableChecks
+from lt_sglang.dynamic.state import DynamicState, Ranks, TableChecks, projections_of, tp_ranks
+from lt_sglang.dynamic.tails import LastQueries
 from lt_sglang.errors import LightTransferError
 from lt_sglang.selection import get_score
 
@@ -54,9 +58,128 @@ def test_the_first_difference_is_counted_shown_and_fatal() -> None:
     assert counted == [1], "shown before the server stops"
 
 
+def test_nobody_needs_to_be_told_before_the_server_stops() -> None:
+    with pytest.raises(LightTransferError, match="put layer 0 of a request into different banks"):
+        one_of_two_ranks([1, 0, 2, 3, 4, 5]).finish(DECIDED)
+
+
 def test_nothing_is_compared_unless_asked_and_decided() -> None:
     state = one_of_two_ranks([5, 4, 3, 2, 1, 0], check=False)
     state.finish(DECIDED)
     asked = one_of_two_ranks([5, 4, 3, 2, 1, 0])
     asked.finish([Prefill(Kind.DECIDED, 1, 2, 0, 99), Prefill(Kind.STAGE, 1, 2, 0, 99)])
     assert state.table_checks == asked.table_checks == TableChecks()
+
+
+def queries(value: float) -> LastQueries:
+    some = torch.full((2, 1, 2), value)
+    return LastQueries(some, some, some[..., 0], None)
+
+
+@pytest.mark.parametrize(
+    ("plans", "kept"),
+    [
+        ([Prefill(Kind.STAGE, 1, 2, 0, 5)], True),
+        ([Prefill(Kind.DECIDED, 1, 2, 9, 5)], True),
+        # Another prompt that was decided whole, while this one waits between two chunks.
+        ([Prefill(Kind.DECIDE, 3, 1, 0, 9, 4)], True),
+        # The staged one is decided, and in the same batch the next one begins to wait.
+        ([Prefill(Kind.DECIDE, 1, 2, 5, 9, 4), Prefill(Kind.STAGE, 3, 1, 0, 5)], True),
+        ([Prefill(Kind.DECIDE, 1, 2, 5, 9, 4)], False),
+        ([Prefill(Kind.DECIDED, 4, 0, 0, 9), Prefill(Kind.DECIDE, 1, 2, 5, 9, 4)], False),
+    ],
+)
+def test_last_queries_are_kept_as_long_as_somebody_is_staged(plans: list[Prefill], kept: bool) -> None:
+    state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
+    state.tails.keep(0, queries(1.0), first=True)
+    state.finish(plans)
+    if kept:
+        assert torch.equal(state.tails.join(0, queries(2.0), 4).query[:2], queries(1.0).query)
+    else:
+        with pytest.raises(KeyError):
+            state.tails.join(0, queries(2.0), 4)
+
+
+def test_chunk_after_chunk_the_earlier_ones_are_remembered() -> None:
+    """A last chunk of one token is scored by the last queries of all that came before."""
+    state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
+    assert state.tails.count == LAST_QUERIES
+    for chunk in range(3):
+        state.tails.keep(0, queries(float(chunk)), first=chunk == 0)
+        state.finish([Prefill(Kind.STAGE, 1, 2, 2 * chunk, 2)])
+    found = state.tails.join(0, queries(3.0), LAST_QUERIES).query[:, 0, 0]
+    assert found.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_the_first_chunk_is_scored_by_more_queries() -> None:
+    state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
+    config = replace(state.config, decide="first-chunk")
+    other = DynamicState(config, state.arena, torch.float32, state.sets, None, state.ranks, {})
+    assert other.tails.count == LAST_QUERIES_FIRST_CHUNK
+    assert (other.keep, other.layout) == (KEEP, state.arena.layout)
+    assert [other.listed(layer) for layer in range(LAYERS)] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_the_residual_stream_is_read_only_if_the_score_needs_it() -> None:
+    state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
+    assert state.hidden(SimpleNamespace(), 4) is None
+    state.score = get_score("residual-error")
+    stream = torch.arange(12.0).view(6, 2)
+    shown = SimpleNamespace(residual_stream=SimpleNamespace(residual=stream))
+    found = state.hidden(shown, 4)
+    assert found is not None and torch.equal(found, stream[:4])
+    assert torch.equal(state.hidden(shown, 6), stream)  # type: ignore[arg-type]
+    for batch, tokens in ((shown, 7), (SimpleNamespace(), 1), (SimpleNamespace(residual_stream=None), 1)):
+        with pytest.raises(LightTransferError, match="score: residual-error needs the residual stream"):
+            state.hidden(batch, tokens)
+
+
+@pytest.mark.parametrize(("rank", "heads"), [(0, 4), (1, 4), (2, 1), (3, 0)])
+def test_each_rank_has_its_share_of_the_real_heads(
+    monkeypatch: pytest.MonkeyPatch, rank: int, heads: int
+) -> None:
+    """Nine heads on four ranks of four places: SGLang pads at the end."""
+    calls: list[object] = []
+    group = SimpleNamespace(all_reduce=lambda tensor: ("summed", tensor), device_group="group")
+    parallel = SimpleNamespace(attn_tp_group=group, attn_tp_size=4, attn_tp_rank=rank)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: parallel)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: calls.append((given, named)))
+    ranks, tensor = tp_ranks(4, 9), torch.ones(2)
+    assert (ranks.heads, ranks.total_heads) == (heads, 9)
+    assert ranks.reduce(tensor) == ("summed", tensor)
+    assert ranks.reduce_max(tensor) is tensor and ranks.reduce_min(tensor) is tensor
+    operations = torch.distributed.ReduceOp
+    assert calls == [
+        ((tensor,), {"op": operation, "group": "group"}) for operation in (operations.MAX, operations.MIN)
+    ]
+    parallel.attn_tp_size = 1
+    alone = tp_ranks(9, 9)
+    assert alone.reduce(tensor) is alone.reduce_max(tensor) is alone.reduce_min(tensor) is tensor
+    assert len(calls) == 2
+
+
+def test_output_projections_are_found_beside_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    def attention(layer: int) -> RadixAttention:
+        made = object.__new__(RadixAttention)
+        torch.nn.Module.__init__(made)
+        made.layer_id = layer
+        return made
+
+    class Projection(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant_method = SimpleNamespace(apply=lambda *given: given)
+
+    model = torch.nn.Module()
+    for layer in range(3):
+        block = torch.nn.Module()
+        block.attn = attention(layer)
+        if layer != 1:
+            block.o_proj = Projection()
+        setattr(model, f"block{layer}", block)
+    found = projections_of(model)
+    rows = torch.ones(1)
+    assert set(found) == {0, 2}
+    assert found[2](rows) == (model.block2.o_proj, rows, None)

@@ -78,3 +78,15 @@ def test_a_long_last_chunk_needs_no_tail() -> None:
     tails.clear()
     with pytest.raises(KeyError):
         tails.join(7, part(source, 0, 2), 4)
+
+
+def test_a_chunk_as_long_as_what_is_kept_needs_no_earlier_one() -> None:
+    tails = Tails(4)
+    source = whole(4, 1, False)
+    tails.keep(0, source, first=False)
+    assert_same(tails.join(0, part(source, 0, 0), 4), source)
+
+
+def test_without_all_of_the_residual_stream_there_is_none() -> None:
+    with_hidden, without = whole(2, 1, True), whole(2, 2, False)
+    assert with_hidden.then(without).hidden is None and without.then(with_hidden).hidden is None

@@ -97,3 +97,26 @@ def test_tables_are_read_at_the_requests_rows_only() -> None:
     windows = Windows(sink_tokens=1, recent_tokens=1, sink_base=100)
     got = decode_rows_reference(torch.tensor([1]), torch.tensor([3]), tables, windows)
     assert got.tolist() == [7, 9]
+
+
+def test_everything_stays_on_the_device_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of it is made on the host, which would wait for the device."""
+    arange, made = torch.arange, []
+    monkeypatch.setattr(
+        torch, "arange", lambda *given, **named: made.append(arange(*given, **named)) or made[-1]
+    )
+
+    def on_device(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tables = StreamingTables(
+        on_device(4, 30, dtype=torch.int32), on_device(99, dtype=torch.int64), on_device(4, dtype=torch.int32)
+    )
+    rows, counts = on_device(2, dtype=torch.int64), on_device(2, dtype=torch.int64)
+    found = [*span_slots(rows, counts, counts, 7, tables), sink_rows(rows, tables, Windows(4, 8, 50))]
+    assert {tensor.device.type for tensor in (*found, *made)} == {"meta"} and len(made) >= 3
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in found] == [
+        ((7,), torch.int32),
+        ((7,), torch.int32),
+        ((2, 4), torch.int64),
+    ]

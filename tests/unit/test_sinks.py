@@ -66,6 +66,11 @@ def request(name: str, row: int, key: str = "", first_slot: int = 1) -> Request:
     return Request(name, (key or name,), row, list(range(first_slot, first_slot + 3)))
 
 
+def test_the_table_is_where_and_what_it_is_said_to_be() -> None:
+    table = SinkStore(2, 3, 16, "meta").row_of
+    assert (tuple(table.shape), table.dtype, table.device.type) == ((16,), torch.int32, "meta")
+
+
 def test_capture_copies_and_points_at_flush() -> None:
     device = Device(capacity=2, sink_tokens=3)
     one = request("a", row=5)
@@ -77,6 +82,24 @@ def test_capture_copies_and_points_at_flush() -> None:
     assert (device.store.used, device.store.in_use, device.store.requests) == (1, 1, 1)
     device.flush()
     assert device.copies == 3, "a flush does its work once"
+
+
+def test_slots_of_a_gpu_are_kept_until_the_copy_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were made on the scheduler's stream; the allocator must not reuse their memory before."""
+    seen: list[object] = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+        def record_stream(self, stream: object) -> None:
+            seen.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    device, slots = Device(2, 3), torch.tensor([1, 2, 3]).as_subclass(OnGpu)
+    device.buffer[1:4] = torch.tensor([7, 8, 9])
+    device.store.capture("a", ("a",), lambda: 5, lambda: slots)
+    device.flush()
+    assert seen == [("stream of", slots.device)] and device.stored(5) == [7, 8, 9]
 
 
 def test_capture_twice_is_capture_once() -> None:

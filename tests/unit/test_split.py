@@ -57,6 +57,30 @@ def longest(split: PoolSplit, given: SplitInput) -> int:
     return min(split.full_tokens, given.context_tokens, given.streaming_longest)
 
 
+@pytest.mark.parametrize(
+    ("output", "interval", "slots"),
+    [
+        # Not known: a quarter of a window.
+        (None, 128, 1020 + 255),
+        (None, 300, 1020 + 300),
+        # A short output is held whole, beside the prompt's last window.
+        (0, 128, 1020),
+        (300, 128, 1020 + 300),
+        (1020, 128, 1020 + 1020),
+        # A long one shares that window with others, and lets its own slide in steps.
+        (1021, 128, 1020 + 1020),
+        (2040, 128, 1020 + 510 + 128),
+        (4080, 128, 1020 + 255 + 128),
+        (4080, 1, 1020 + 255 + 1),
+        (4080, 900, 1020 + 1020),
+    ],
+)
+def test_slots_of_a_running_request(output: int | None, interval: int, slots: int) -> None:
+    given = replace(MISTRAL, expected_output_tokens=output, eviction_interval=interval)
+    assert given.streaming_per_request == slots
+    assert replace(given, expected_tokens=700).streaming_per_request == 700, "it has no more tokens"
+
+
 def test_never_above_the_budget() -> None:
     made = 0
     for budget, given in cases(1, 2000):

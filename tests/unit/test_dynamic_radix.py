@@ -1,0 +1,267 @@
+"""lt_sglang.dynamic.radix over SGLang's tree, allocator and requests: sets are name spaces of the cache."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from lt_sglang.dynamic.radix import NOWHERE, TRIES, DynamicRadixCache
+from lt_sglang.memory.radix import request_id
+from tests.property.cpu import Sizes, request
+from tests.property.scheduler import Scheduler
+from tests.unit.test_radix import hit, key, run
+
+SIZES = Sizes(dynamic=True, full=300, streaming=120)
+AT_ONCE = Sizes(dynamic=True, full=300, streaming=120, chunk=80)
+BLOCK = SIZES.config.lazy_tokens
+LONG = list(range(100, 130))
+OTHER = list(range(200, 230))
+
+
+def match(scheduler: Scheduler, tokens: list[int], req: Any = None) -> Any:
+    return scheduler.caches.tree.match_prefix(MatchPrefixParams(key=key(tokens), req=req))
+
+
+def sets(scheduler: Scheduler) -> Any:
+    assert scheduler.caches.prefills is not None
+    return scheduler.caches.prefills.sets
+
+
+def test_a_prefix_is_found_with_the_set_it_was_written_for() -> None:
+    scheduler = Scheduler(SIZES)
+    first, again = request("a", LONG), request("b", LONG + [1, 2])
+    run(scheduler, first)
+    (entry,) = sets(scheduler).find(scheduler.caches.tree._beginnings(key(LONG)))
+    run(scheduler, again, until=lambda: again in scheduler.running)
+    assert sets(scheduler).of(request_id(again)) is entry and again.cached_tokens == 0
+    assert sets(scheduler).stats.inherited == 1 and sets(scheduler).stats.decided == 1
+    run(scheduler)
+
+
+def test_less_than_the_first_block_is_a_miss() -> None:
+    """However much of it is in the tree."""
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG[: BLOCK + 1], output=1))
+    assert hit(scheduler, LONG[: BLOCK + 1] + OTHER) == BLOCK + 1
+    assert hit(scheduler, LONG[: BLOCK - 1] + OTHER) == 0
+    found = match(scheduler, LONG[: BLOCK - 1] + OTHER)
+    assert found.last_device_node == scheduler.caches.tree.root_node_handle(NOWHERE)
+
+
+@pytest.mark.parametrize("found", [BLOCK - 1, BLOCK])
+def test_what_is_left_of_a_prefix_must_cover_the_first_block(
+    monkeypatch: pytest.MonkeyPatch, found: int
+) -> None:
+    """The rest may have been evicted: what the request then computes would be for other layers."""
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG))
+    asked: Any = request("b", LONG)
+
+    def left(self: Any, params: Any) -> Any:
+        here = 0 if params.key.extra_key == NOWHERE else found
+        return SimpleNamespace(device_prefix_len=here)
+
+    monkeypatch.setattr(UnifiedRadixCache, "match_prefix", left)
+    assert match(scheduler, LONG, asked).device_prefix_len == (found if found == BLOCK else 0)
+    assert (asked.lighttransfer_hit[0] is None) == (found < BLOCK)
+
+
+def test_short_prompts_share_the_default_set_only() -> None:
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG), request("s", OTHER[:BLOCK], output=1))
+    assert hit(scheduler, OTHER[: BLOCK - 1]) == BLOCK - 1
+    assert hit(scheduler, OTHER[:2]) == 2, "a short prompt needs no whole block"
+    assert hit(scheduler, LONG[:BLOCK]) == 0
+    assert hit(scheduler, OTHER[:BLOCK] + [1]) == 0, "a longer one has layers of its own"
+
+
+def test_what_was_evicted_is_looked_for_in_the_next_set() -> None:
+    """The set that agrees longest has lost its K and V; another that begins alike has not."""
+    scheduler = Scheduler(AT_ONCE)
+    one, two = request("a", LONG), request("b", LONG)
+    run(scheduler, one, two)
+    found = [entry.uid for entry in sets(scheduler).find(scheduler.caches.tree._beginnings(key(LONG)))]
+    assert len(found) == 2, "decided at the same time, each for itself"
+    tree = scheduler.caches.tree
+    given: Any = request("asking", LONG)
+    match(scheduler, LONG, given)
+    assert given.lighttransfer_hit[0].uid == found[0]
+    stock = UnifiedRadixCache.match_prefix
+    gone = f"lt:{found[0]}:"
+
+    def without(self: Any, params: Any) -> Any:
+        if params.key.extra_key == gone:
+            return tree.tree_core.empty_match_result
+        return stock(self, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnifiedRadixCache, "match_prefix", without)
+        assert match(scheduler, LONG, given).device_prefix_len == len(LONG)
+        assert given.lighttransfer_hit[0].uid == found[1]
+        patch.setattr(UnifiedRadixCache, "match_prefix", lambda *_: tree.tree_core.empty_match_result)
+        assert match(scheduler, LONG, given).device_prefix_len == 0
+        assert given.lighttransfer_hit == (None, None)
+
+
+def test_no_more_than_a_few_sets_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(Sizes(dynamic=True, full=400, streaming=160, layer_sets=20, rows=8, chunk=80))
+    run(scheduler, *[request(f"r{n}", LONG[:10] + [n], output=1) for n in range(8)])
+    tried: list[str] = []
+
+    def count(self: Any, params: Any) -> Any:
+        tried.append(params.key.extra_key)
+        return self.tree_core.empty_match_result
+
+    monkeypatch.setattr(UnifiedRadixCache, "match_prefix", count)
+    match(scheduler, LONG[:10] + [99])
+    assert len(set(tried)) == len(tried) == TRIES + 1 and tried[-1] == NOWHERE
+    assert tried[:-1] == [f"lt:{uid}:" for uid in (8, 7, 6, 5)], "the last used first"
+
+
+def test_a_key_is_left_as_it_was() -> None:
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG, extra_key="k"))
+    for tokens in (LONG, OTHER, LONG[:3]):
+        asked = key(tokens, "k")
+        scheduler.caches.tree.match_prefix(MatchPrefixParams(key=asked))
+        assert asked.extra_key == "k"
+        scheduler.caches.tree.touch_prefix(asked)
+        assert asked.extra_key == "k"
+    assert hit(scheduler, LONG, extra_key="k") == len(LONG) and hit(scheduler, LONG) == 0
+    assert hit(scheduler, LONG, extra_key="k", salt="s") == 0
+
+
+def test_a_request_keeps_its_own_extra_key() -> None:
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG, output=20, extra_key="k")
+    run(scheduler, req, until=lambda: req in scheduler.running)
+    assert req.extra_key == "k"
+    run(scheduler)
+    assert req.extra_key == "k"
+
+
+def test_touching_keeps_what_waits_from_being_evicted() -> None:
+    """In the name space of the set that will be tried first."""
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG, output=1))
+    run(scheduler, request("b", OTHER, output=1))
+    scheduler.caches.tree.touch_prefix(key(LONG))
+    scheduler.evict(len(OTHER), 0)
+    assert hit(scheduler, LONG) == len(LONG) and hit(scheduler, OTHER) == 0
+    scheduler.caches.tree.touch_prefix(key(list(range(30))))  # of nobody
+    scheduler.caches.tree.touch_prefix(key(LONG[:3]))
+
+
+def test_an_undecided_request_stays_out_of_the_tree() -> None:
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG, output=1)
+    run(scheduler, req, until=lambda: req.extend_end == 20)
+    assert scheduler.caches.prefills is not None
+    assert scheduler.caches.prefills.staged == request_id(req) and hit(scheduler, LONG) == 0
+    assert req.kv.cache_protected_len == 0
+    _, streaming = scheduler._slots(req, 10)
+    assert not streaming.all(), "its window slides all the same"
+    run(scheduler)
+    assert hit(scheduler, LONG) == len(LONG)
+
+
+def test_the_sinks_of_an_undecided_request_are_written_by_the_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which layers their rows belong to is not known yet: they are reserved, and nothing is copied."""
+    scheduler = Scheduler(SIZES)
+    sinks, taken = scheduler.caches.sinks, []
+    capture = sinks.capture
+
+    def spy(name: str, key: Any, row: Any, slots: Any, **more: Any) -> bool:
+        taken.append(slots)
+        return capture(name, key, row, slots, **more)
+
+    monkeypatch.setattr(sinks, "capture", spy)
+    run(scheduler, request("long", LONG, output=1))
+    assert taken[0] is None
+    taken.clear()
+    run(scheduler, request("short", [1], output=20))
+    assert taken[0] is not None, "of a decided one they are in its slots"
+
+
+def test_sinks_belong_to_a_layer_set() -> None:
+    scheduler = Scheduler(AT_ONCE)
+    run(scheduler, request("a", LONG), request("b", LONG))
+    assert scheduler.caches.sinks.stats.captured == 2
+
+
+def test_who_asks_is_told_the_layers_once() -> None:
+    scheduler = Scheduler(SIZES)
+    asks, other = request("a", LONG, asks=True), request("b", OTHER)
+    run(scheduler, asks, other)
+    assert asks.customized_info is not None
+    (told,) = asks.customized_info["lighttransfer"]
+    assert told["origin"] == "prompt" and set(told) == {"lazy_layers", "laziness", "origin"}
+    assert not other.customized_info
+    again = request("c", LONG, asks=True)
+    run(scheduler, again)
+    assert again.customized_info is not None
+    assert again.customized_info["lighttransfer"][0]["origin"] == "prefix"
+    short = request("s", LONG[:3], asks=True)
+    run(scheduler, short)
+    assert short.customized_info is not None
+    assert short.customized_info["lighttransfer"][0]["origin"] == "default"
+
+
+@pytest.mark.parametrize("asked", [None, [], "lighttransfer", {"lighttransfer": False}, {"other": 1}])
+def test_whatever_a_client_sends_is_no_question(asked: Any) -> None:
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG)
+    req.sampling_params.custom_params = asked
+    run(scheduler, req)
+    assert not req.customized_info
+
+
+def test_what_others_report_stays() -> None:
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG, asks=True)
+    req.customized_info = {"mine": [1]}
+    run(scheduler, req)
+    assert req.customized_info["mine"] == [1] and "lighttransfer" in req.customized_info
+
+
+def test_finished_requests_are_counted_by_their_layers_and_health_checks_are_not() -> None:
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG, output=20)
+    run(scheduler, req, request("b", OTHER), request("HEALTH_CHECK_1", [1]))
+    sets(scheduler).flush()
+    assert sets(scheduler).scored.read()[-1] == 2
+    again = request("c", LONG, output=20)
+    run(scheduler, again, until=lambda: again in scheduler.running)
+    scheduler.retract(again)
+    sets(scheduler).flush()
+    assert sets(scheduler).scored.read()[-1] == 2, "it is not over"
+    run(scheduler)
+
+
+def test_reset_forgets_the_sets() -> None:
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG))
+    assert sets(scheduler).stored == 1
+    scheduler.caches.clear()
+    assert sets(scheduler).stored == 0 and hit(scheduler, LONG) == 0
+
+
+def test_sanity_check_reports_a_fault_of_the_layer_sets() -> None:
+    scheduler = Scheduler(SIZES)
+    run(scheduler, request("a", LONG))
+    tree = scheduler.caches.tree
+    assert isinstance(tree, DynamicRadixCache)
+    tree.sanity_check()
+    sets(scheduler)._free.pop()
+    with pytest.raises(RuntimeError, match="layer sets are lost or doubled"):
+        tree.sanity_check()
+    sets(scheduler)._free.append(1)
+    scheduler.caches.sinks._free.clear()
+    with pytest.raises(RuntimeError, match="sink sets are lost or doubled"):
+        tree.sanity_check()
