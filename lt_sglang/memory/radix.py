@@ -223,8 +223,13 @@ class LightTransferRadixCache(UnifiedRadixCache):
         weights = getattr(req, "lighttransfer_weights", None)
         if weights is None or not determined_by_key(req):
             return private_key(key, request_id(req))
-        # With a prefix cache, old K and V stay until it is flushed, in full and lazy layers and sinks alike.
-        return of_weights(key, weights) if self.disable else key
+        if not self.disable:
+            # Old K and V stay until the cache is flushed, in full and lazy layers and sinks alike.
+            return key
+        if weights != self.sinks.weights:
+            # They changed since it was admitted: its first tokens may be of either weights, or of both.
+            return private_key(key, request_id(req))
+        return of_weights(key, weights)
 
     def _shared_key_of(self, req: Req) -> SinkKey:
         count = self.sinks.sink_tokens

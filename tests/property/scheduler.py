@@ -24,7 +24,6 @@ from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.hooks import wrappers
 from lt_sglang.memory.radix import request_id
 from tests.property.cpu import CONTEXT, Sizes, audit
-from tests.property.faults import SINK_KEYS, SLIDE
 from tests.property.reads import VERSIONS, Reads, Written
 from tests.unit.streaming import visible
 
@@ -142,8 +141,7 @@ class Scheduler(Reads):
         request that computed it anew goes on with what the tree has.
         """
         self.version = (self.version + 1) % VERSIONS
-        if SINK_KEYS:
-            self.caches.sinks.weights += 1
+        self.caches.sinks.weights += 1
         if flush:
             assert self.idle
             self.caches.clear()
@@ -271,6 +269,8 @@ class Scheduler(Reads):
                 count = min(caches.sizes.sink, plan.end)
                 caches.streaming[sinks[index][:count], 0, 0] = tags[:count]
             self._compare(caches.full[full, 0, 0], tags, "full")
+            if caches.prefills is not None:
+                caches.prefills.sets.bring()
             done = req is not self.chunked
             self.launched[index] = (req, self._next(self.written[request_id(req)]) if done else None, True)
             if done:
@@ -319,10 +319,7 @@ class Scheduler(Reads):
                 self._checkpoint(req)
 
     def _checkpoint(self, req: Req) -> None:
-        if SLIDE:
-            wrappers.slide_after_chunk(checkpoint_kv_cache, req, self.caches.tree)
-        else:
-            checkpoint_kv_cache(req, self.caches.tree)
+        wrappers.slide_after_chunk(checkpoint_kv_cache, req, self.caches.tree)
 
     def _over(self, req: Req) -> None:
         self.ended[req.rid] = req

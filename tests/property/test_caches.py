@@ -25,7 +25,6 @@ from hypothesis.stateful import (
 from sglang.srt.managers.io_struct import PositionalEmbeds
 
 from tests.property.cpu import Sizes, request
-from tests.property.faults import SINK_KEYS, SLIDE
 from tests.property.scheduler import Scheduler
 
 STEPS = int(os.environ.get("LT_STEPS", "10000"))
@@ -81,8 +80,6 @@ class Machine(RuleBasedStateMachine):
         """
         prompt = [(trunk + position * position) % 11 for position in range(shared)] + own
         key, salt = tenant
-        if (kind != "plain" and not SLIDE) or (kind in ("overrides", "embeds") and not SINK_KEYS):
-            kind = "asks"
         for _ in range(times):
             self.count += 1
             # An id comes back, with another request behind it.
@@ -137,7 +134,7 @@ class Machine(RuleBasedStateMachine):
     def touch(self) -> None:
         self.scheduler.touch()
 
-    @precondition(lambda self: self.count % 7 == 3 and (SINK_KEYS or self.scheduler.idle))
+    @precondition(lambda self: self.count % 7 == 3)
     @rule()
     def update_weights(self) -> None:
         """Flushed if nothing is there, else in place."""

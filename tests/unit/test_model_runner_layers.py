@@ -38,6 +38,7 @@ def layer(number: int, **changes: Any) -> Any:
 def loaded(monkeypatch: pytest.MonkeyPatch, config: LightTransferConfig = CONFIG, **facts: Any) -> Any:
     made = runner(monkeypatch)
     made.lt_config = config
+    made.model_config = SimpleNamespace(is_multimodal=False)
     made.model = torch.nn.ModuleList([layer(number) for number in range(4)])
     made.is_hybrid_swa = facts.get("hybrid", True)
     made.sliding_window_size = facts.get("window", config.retained_tokens - 1)

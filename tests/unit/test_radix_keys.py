@@ -114,8 +114,8 @@ def test_with_the_tree_disabled_requests_share_only_sinks_of_their_own_weights()
     after = rig.admit(rig.request("after", PROMPT))
     rig.cache.evict_sliding_windows(after, len(PROMPT))
     rig.cache.evict_sliding_windows(before, len(PROMPT))
-    assert rig.set_of(after) != rig.set_of(captured)
-    assert rig.set_of(before) == rig.set_of(captured), "its first tokens were computed before the update"
+    # Nobody knows any more of which weights the first tokens are that were computed meanwhile.
+    assert len({rig.set_of(captured), rig.set_of(after), rig.set_of(before)}) == 3
     rig.check()
 
 

@@ -71,7 +71,7 @@ def make_model(family: str) -> Any:
 
     shape = {**COMMON, **FAMILIES[family], "num_hidden_layers": LAYERS, "initializer_range": 0.1}
     torch.manual_seed(11)
-    config = AutoConfig.for_model(family, **shape)
+    config = AutoConfig.for_model(**{"model_type": family, **shape})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
