@@ -1,23 +1,29 @@
 """Kubernetes manifests, rendered from the chart.
 
 Usage:
-    python k8s/render.py MODEL --tp 4 --lazy-layers 8-23 --expected-tokens 16384 > my-model.yaml
-    python k8s/render.py MODEL --tp 4 --mode dynamic --keep 0.5 > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --mode dynamic --gpu NVIDIA-H100-80GB-HBM3 > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --lazy-layers 8-23 --name chat --namespace llm > my-model.yaml
     python k8s/render.py --all      write k8s/manifests/ again, one file for each of the chart's values files
 
-MODEL is a hub name or a folder with its config.json. What the chart checks (weights, heads, context) is read
-from config.json where it can be reached. Needs Helm, which is fetched if there is none.
+MODEL is a hub name, a folder of this machine with its config.json, or with --claim a path on that volume.
+What the chart checks (weights, heads, context) is read from config.json, of a hub name from the hub
+(HF_ENDPOINT, HF_TOKEN); where it cannot be had, a line on stderr says that nothing was checked. Needs Helm,
+which is fetched if there is none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from deploy.tools.fetch import FetchFailed, folder  # noqa: E402 - a script, not a package
-from lt_sglang.cli.model_config import read_model_config, unsupported_features  # noqa: E402
+from lt_sglang.cli.model_config import names_folder, read_model_config, unsupported_features  # noqa: E402
 from lt_sglang.cli.options import resolve_config, take_options  # noqa: E402
 from lt_sglang.config import MODES, format_layers  # noqa: E402
 from lt_sglang.errors import LightTransferError  # noqa: E402
@@ -35,6 +41,8 @@ from lt_sglang.planner.shapes import GIB, shape_from_config  # noqa: E402
 CHART = HERE / "charts" / "lt-sglang"
 MANIFESTS = HERE / "manifests"
 RELEASE = NAMESPACE = "lt-sglang"
+HUB = "https://huggingface.co"
+HUB_SECONDS = 10.0
 LT_OPTIONS = (
     *("mode", "lazy_layers", "keep", "sink_tokens", "recent_tokens"),
     *("expected_tokens", "expected_output_tokens"),
@@ -53,18 +61,21 @@ def render(
     program: Path | None = None,
     chart: Path = CHART,
     upgrade: bool = False,
+    release: str = RELEASE,
+    namespace: str = NAMESPACE,
 ) -> str:
     """The manifests of the chart with ``values``; raises LightTransferError with Helm's message.
 
     ``helm test``'s pod is left out: kubectl would run it at once. upgrade: as `helm upgrade` renders it.
+    release, namespace: two of the same name in one namespace replace one another.
     """
     command = [
         str(program or helm()),
         "template",
-        RELEASE,
+        release,
         str(chart),
         "--namespace",
-        NAMESPACE,
+        namespace,
         "--skip-tests",
         *(["--is-upgrade"] if upgrade else []),
     ]
@@ -98,16 +109,24 @@ def model_values(args: argparse.Namespace) -> dict[str, Any]:
     options, _ = take_options(
         [f"--lt-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     )
-    model_config = read_model_config(args.config or args.model, args.revision)
+    model_config = _model_config(args)
     config = resolve_config(options, args.model, model_config, {})
     model: dict[str, Any] = {"name": args.model.rstrip("/"), "revision": args.revision}
     engine: dict[str, Any] = {"tensorParallel": args.tp, "replicas": args.replicas}
+    if args.gpu is not None:
+        engine["gpu"] = {"product": args.gpu}
     if Path(args.model).is_dir():
         # The folder is this machine's: in the cluster it is one of a volume that is there already.
         model |= {
             "name": Path(args.model).resolve().name,
             "path": f"/models/{Path(args.model).resolve().name}",
         }
+    elif names_folder(args.model):
+        if not args.claim:
+            raise LightTransferError(
+                f"{args.model}: no such folder here; --claim names the volume that has it"
+            )
+        model |= {"name": Path(args.model).name, "path": args.model.rstrip("/")}
     if model_config is not None:
         wrong = unsupported_features(model_config)
         if wrong:
@@ -119,6 +138,8 @@ def model_values(args: argparse.Namespace) -> dict[str, Any]:
             "kvHeads": shape.kv_heads,
         }
         engine["contextLength"] = shape.max_tokens or 0
+    if args.weights_gib is not None:
+        model["weightsGiB"] = args.weights_gib
     values: dict[str, Any] = {"model": model, "engine": engine}
     if config is not None:
         values["lightTransfer"] = {
@@ -135,13 +156,63 @@ def model_values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def _model_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The model's config.json; None, and a line on stderr, if it cannot be had. Raises LightTransferError."""
+    source = args.config or args.model
+    if names_folder(source):
+        if Path(source).is_dir():
+            model_config = read_model_config(source)
+        else:
+            model_config, why = None, "it is on the volume"
+    else:
+        model_config, why = _from_hub(source, args.revision)
+    if model_config is None:
+        print(
+            f"render: {args.model}: its config.json was not read ({why}), so nothing was checked: layers, "
+            "heads, weights, context; --config FOLDER gives it",
+            file=sys.stderr,
+        )
+    elif args.weights_gib is not None:
+        model_config = {key: value for key, value in model_config.items() if key != "quantization_config"}
+    return model_config
+
+
+def _from_hub(name: str, revision: str) -> tuple[dict[str, Any] | None, str]:
+    """A hub name's config.json, or None and why; raises LightTransferError if the hub knows no such model."""
+    hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    path = f"{urllib.parse.quote(name)}/resolve/{urllib.parse.quote(revision, safe='')}/config.json"
+    token = os.environ.get("HF_TOKEN")
+    request = urllib.request.Request(
+        f"{hub}/{path}", headers={"Authorization": f"Bearer {token}"} if token else {}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_SECONDS) as answer:
+            data = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise LightTransferError(f"{name}: {hub} has no such model with a config.json") from None
+        hint = "; HF_TOKEN is for gated models" if error.code in (401, 403) else ""
+        return None, f"{hub} answers {error.code}{hint}"
+    except (OSError, ValueError) as error:
+        return None, f"{hub}: {getattr(error, 'reason', error)}"
+    if not isinstance(data, dict):
+        raise LightTransferError(f"{name}: its config.json is not a JSON object")
+    return data, ""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="write k8s/manifests/ again")
+    parser.add_argument("--name", default=RELEASE, help="of the release; two models need two")
+    parser.add_argument("--namespace", default=NAMESPACE)
     parser.add_argument("--tp", type=int, default=1, help="GPUs of one engine")
+    parser.add_argument(
+        "--gpu", metavar="PRODUCT", help="the nodes' label nvidia.com/gpu.product; '' for any node"
+    )
+    parser.add_argument("--weights-gib", type=float, help="all weights, instead of counting them")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--lazy-layers", help="5-24,26, none or half; default: the model's own")
     parser.add_argument("--mode", choices=MODES, help="dynamic: each request's lazy layers, from its prompt")
@@ -177,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(model_values(args), file)
             file.flush()
-            print(render([Path(file.name), *args.values], args.set), end="")
+            files = [Path(file.name), *args.values]
+            print(render(files, args.set, release=args.name, namespace=args.namespace), end="")
     except (LightTransferError, FetchFailed) as error:
         print(f"render: {error}", file=sys.stderr)
         return 2

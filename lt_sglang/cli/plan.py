@@ -45,7 +45,7 @@ def build_deployment(args: argparse.Namespace, options: LtOptions) -> Deployment
     heads = {"num_attention_heads": shape.q_heads, "num_key_value_heads": shape.kv_heads}
     check_tp(heads, args.tp, "--tp")
     if args.weights_gib is not None:
-        shape = replace(shape, weight_bytes=args.weights_gib * GIB / shape.params)
+        shape = replace(shape, weight_bytes=args.weights_gib * GIB / shape.params, half_params=0.0)
     gpu = GPUS[args.gpu or DEFAULT_GPU]
     if args.gpu_memory_gib is not None:
         gpu = replace(gpu, memory=args.gpu_memory_gib * GIB)

@@ -16,7 +16,8 @@ class ModelShape:
     """A decoder-only transformer.
 
     params: all weights. active_params: those one token multiplies with (fewer in a mixture of experts).
-    weight_bytes: bytes of one weight. max_tokens: context length, or None if not known.
+    weight_bytes: bytes of one weight. half_params: weights of a quantized model that are not quantized
+    (embeddings, head), 2 bytes each. max_tokens: context length, or None if not known.
     """
 
     name: str
@@ -28,11 +29,12 @@ class ModelShape:
     active_params: float | None = None
     weight_bytes: float = 2.0
     max_tokens: int | None = None
+    half_params: float = 0.0
 
     @property
     def total_weight_bytes(self) -> float:
         """Bytes of all weights together."""
-        return self.params * self.weight_bytes
+        return (self.params - self.half_params) * self.weight_bytes + self.half_params * 2
 
     @property
     def multiplied_params(self) -> float:
@@ -84,6 +86,7 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     attention = _attention_params(text, hidden, heads * head_dim, kv_heads * head_dim, head_dim)
     all_mlp, active_mlp = _mlp_params(text, hidden, layers, name)
     shared = embeddings + layers * (attention + 2 * hidden) + hidden
+    weight_bytes = _weight_bytes(config, text)
     return ModelShape(
         name=name,
         params=float(shared + all_mlp),
@@ -92,8 +95,9 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         active_params=float(shared + active_mlp) if active_mlp != all_mlp else None,
-        weight_bytes=_weight_bytes(config, text),
+        weight_bytes=weight_bytes,
         max_tokens=text.get("max_position_embeddings"),
+        half_params=float(embeddings + (2 * layers + 1) * hidden) if weight_bytes != 2.0 else 0.0,
     )
 
 
@@ -147,7 +151,10 @@ def _weight_bytes(config: Mapping[str, Any], text: Mapping[str, Any]) -> float:
     if isinstance(quantization, Mapping):
         method = str(quantization.get("quant_method"))
         if method in ("awq", "gptq"):
-            return int(quantization.get("bits") or quantization.get("w_bit") or 4) / 8
+            bits = int(quantization.get("bits") or quantization.get("w_bit") or 4)
+            group = int(quantization.get("group_size") or quantization.get("q_group_size") or 128)
+            # Each group has a scale in half precision and a zero point as wide as a weight.
+            return (bits + (16 + bits) / group if group > 0 else bits) / 8
         if method == "fp8":
             return 1.0
         raise LightTransferError(

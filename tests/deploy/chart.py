@@ -83,6 +83,12 @@ def flags(workload_container: Object) -> dict[str, str]:
     return {flag: value for flag, _, value in pairs}
 
 
+def engine_flags(found: Iterable[Object]) -> dict[str, str]:
+    """``--flag=value`` arguments of the engines."""
+    (engines,) = [o for o in found if o["kind"] == "Deployment" and o["metadata"]["name"].endswith("-engine")]
+    return flags(container(engines))
+
+
 def faults(item: Object, version: str) -> list[str]:
     """What is wrong with an object: Kubernetes' strict schema, or its CustomResourceDefinition's.
 
@@ -142,6 +148,7 @@ __all__ = [
     "MINIMAL",
     "VALUES",
     "container",
+    "engine_flags",
     "faults",
     "flags",
     "kinds",

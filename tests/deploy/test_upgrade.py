@@ -1,4 +1,4 @@
-"""What `helm upgrade` does depends on the cluster: here Helm asks an API server that knows one Job."""
+"""What `helm upgrade` does depends on the cluster: here Helm asks an API server that knows it in part."""
 
 from __future__ import annotations
 
@@ -15,37 +15,53 @@ import pytest
 from ..http_server import serving
 from .chart import CHART, objects
 
-BATCH = {"groupVersion": "batch/v1", "version": "v1"}
-JOBS = {"name": "jobs", "singularName": "job", "namespaced": True, "kind": "Job", "verbs": ["get"]}
+
+def _resource(plural: str, kind: str) -> dict[str, Any]:
+    return {
+        "name": plural,
+        "singularName": kind.lower(),
+        "namespaced": True,
+        "kind": kind,
+        "verbs": ["get"],
+    }
+
+
+def _group(name: str) -> dict[str, Any]:
+    version = {"groupVersion": f"{name}/v1", "version": "v1"}
+    return {"name": name, "versions": [version], "preferredVersion": version}
+
+
+CLAIMS = [_resource("persistentvolumeclaims", "PersistentVolumeClaim")]
 DISCOVERY: Mapping[str, Any] = {
     "/version": {"major": "1", "minor": "33", "gitVersion": "v1.33.0"},
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": []},
-    "/apis": {
-        "kind": "APIGroupList",
-        "groups": [{"name": "batch", "versions": [BATCH], "preferredVersion": BATCH}],
+    "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": CLAIMS},
+    "/apis": {"kind": "APIGroupList", "groups": [_group("batch"), _group("apps")]},
+    "/apis/batch/v1": {
+        "kind": "APIResourceList",
+        "groupVersion": "batch/v1",
+        "resources": [_resource("jobs", "Job")],
     },
-    "/apis/batch/v1": {"kind": "APIResourceList", "groupVersion": "batch/v1", "resources": [JOBS]},
+    "/apis/apps/v1": {
+        "kind": "APIResourceList",
+        "groupVersion": "apps/v1",
+        "resources": [_resource("deployments", "Deployment")],
+    },
 }
 MISSING = {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}
 
 
 @contextmanager
-def api_server(status: Mapping[str, int] | None) -> Iterator[str]:
-    """Its address; every Job it is asked for has ``status``, or there is none."""
+def api_server(known: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Its address; ``known``: by plural, what every object of that kind that it is asked for says."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             answer = DISCOVERY.get(path, MISSING)
-            if "/jobs/" in path and status is not None:
-                name = path.rpartition("/")[2]
-                answer = {
-                    "apiVersion": "batch/v1",
-                    "kind": "Job",
-                    "metadata": {"name": name},
-                    "status": status,
-                }
+            *_, plural, name = path.split("/")
+            if plural in known:
+                answer = {"metadata": {"name": name}, **known[plural]}
             body = json.dumps(answer).encode()
             self.send_response(404 if answer is MISSING else 200)
             self.send_header("Content-Type", "application/json")
@@ -59,6 +75,20 @@ def api_server(status: Mapping[str, int] | None) -> Iterator[str]:
         yield url
 
 
+CLAIM = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+
+
+def upgraded(helm: Path, known: Mapping[str, Mapping[str, Any]], *sets: str) -> list[dict[str, Any]]:
+    """What `helm upgrade` would send to a cluster with ``known``."""
+    given = ",".join(("model.name=me/model,monitoring.podMonitor=false,monitoring.rules=false", *sets))
+    with api_server(known) as url:
+        command = [str(helm), "template", "a", str(CHART), "--is-upgrade", "--skip-tests", "--set", given]
+        command += ["--dry-run=server", "--kube-apiserver", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return objects(done.stdout)
+
+
 @pytest.mark.parametrize(
     ("status", "waits"),
     [({"succeeded": 1}, False), ({"active": 1}, True), ({"failed": 1}, True), (None, True)],
@@ -68,10 +98,30 @@ def test_an_upgrade_waits_for_a_model_that_is_not_there(
     status: Mapping[str, int] | None, waits: bool, helm3: Path
 ) -> None:
     """And for no pod where the download was done: most upgrades change no model."""
-    sets = "model.name=me/model,monitoring.podMonitor=false,monitoring.rules=false"
-    with api_server(status) as url:
-        command = [str(helm3), "template", "a", str(CHART), "--is-upgrade", "--skip-tests", "--set", sets]
-        command += ["--dry-run=server", "--kube-apiserver", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    jobs = [item["metadata"]["name"] for item in objects(done.stdout) if item["kind"] == "Job"]
+    known = {"persistentvolumeclaims": CLAIM}
+    if status is not None:
+        known["jobs"] = {"apiVersion": "batch/v1", "kind": "Job", "status": status}
+    jobs = [item["metadata"]["name"] for item in upgraded(helm3, known) if item["kind"] == "Job"]
     assert [name.endswith("-before") for name in jobs] == ([False, True] if waits else [False])
+
+
+def test_an_upgrade_does_not_wait_for_a_claim_that_it_is_to_make(helm3: Path) -> None:
+    """Helm makes the claim after the hook, whose pod would be Pending for as long as Helm waits."""
+    jobs = [item["metadata"]["name"] for item in upgraded(helm3, {}) if item["kind"] == "Job"]
+    assert [name.endswith("-before") for name in jobs] == [False]
+
+
+@pytest.mark.parametrize(("live", "wanted"), [(5, 5), (1, 2), (None, None)])
+def test_autoscaling_begins_with_the_engines_there_are(
+    live: int | None, wanted: int | None, helm3: Path
+) -> None:
+    """Without a number in the Deployment, switching autoscaling on would leave one engine."""
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "spec": {"replicas": live}}
+    known = {} if live is None else {"deployments": deployment}
+    scaled = ("autoscaling.enabled=true", "autoscaling.minReplicas=2", "monitoring.podMonitor=true")
+    (engines,) = [
+        item
+        for item in upgraded(helm3, known, *scaled)
+        if item["metadata"]["name"] == "a-engine" and item["kind"] == "Deployment"
+    ]
+    assert engines["spec"].get("replicas") == wanted

@@ -311,13 +311,32 @@ def test_nested_text_config() -> None:
     ("quantization", "weight_bytes"),
     [
         ({"quant_method": "fp8"}, 1.0),
-        ({"quant_method": "awq", "bits": 4}, 0.5),
-        ({"quant_method": "gptq", "bits": 8}, 1.0),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, (4 + 20 / 128) / 8),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 1.0),
     ],
 )
 def test_quantized_weights(quantization: dict[str, Any], weight_bytes: float) -> None:
     shape = shape_from_config({**LLAMA_3_8B, "quantization_config": quantization}, "m")
     assert shape.weight_bytes == weight_bytes
+    assert shape.half_params > 2 * LLAMA_3_8B["vocab_size"] * LLAMA_3_8B["hidden_size"]
+
+
+def test_awq_weights_are_those_of_the_published_checkpoint() -> None:
+    """Qwen2.5-72B-Instruct-AWQ takes about 39 GiB: embeddings and head stay in half precision."""
+    shape = shape_from_config(
+        {
+            "model_type": "qwen2",
+            "hidden_size": 8192,
+            "intermediate_size": 29696,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 152064,
+            "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
+        },
+        "m",
+    )
+    assert shape.total_weight_bytes / 2**30 == pytest.approx(39, rel=0.02)
 
 
 def test_unknown_quantization_asks_for_the_size() -> None:

@@ -6,6 +6,9 @@
 {{- include "lt.checkNodes" . -}}
 {{- include "lt.checkTokens" . -}}
 {{- include "lt.checkArgs" . -}}
+{{- include "lt.checkKeys" . -}}
+{{- include "lt.checkVolume" . -}}
+{{- include "lt.checkExtensions" . -}}
 {{- end }}
 
 {{- define "lt.checkModel" -}}
@@ -35,8 +38,10 @@
 {{- define "lt.checkMemory" -}}
 {{- $e := .Values.engine -}}
 {{- $weights := divf .Values.model.weightsGiB $e.tensorParallel -}}
-{{- $left := subf (mulf $e.gpu.memoryGiB $e.gpu.memoryFraction) $weights 0.75 -}}
-{{- if and .Values.model.weightsGiB (lt $left 2.0) }}{{ fail (printf "engine.tensorParallel: %.1f GiB of weights on each GPU leave %.1f of %.1f GiB for KV; raise it" $weights $left $e.gpu.memoryGiB) }}{{ end -}}
+{{- $memory := include "lt.gpuMemory" . | float64 -}}
+{{- if and .Values.model.weightsGiB (not $memory) }}{{ fail (printf "engine.gpu.memoryGiB: needed, as the memory of %s is not known here" (.Values.engine.gpu.product | default "a GPU without engine.gpu.product" | quote)) }}{{ end -}}
+{{- $left := subf (mulf $memory $e.gpu.memoryFraction) $weights 0.75 -}}
+{{- if and .Values.model.weightsGiB (lt $left 2.0) }}{{ fail (printf "engine.tensorParallel: %.1f GiB of weights on each GPU leave %.1f of %.1f GiB for KV; raise it" $weights $left $memory) }}{{ end -}}
 {{- if lt (int $e.memoryGiB) (add $e.sharedMemoryGiB 16 | int) }}{{ fail (printf "engine.memoryGiB: %d holds the %d of engine.sharedMemoryGiB and at least 16 more" (int $e.memoryGiB) (int $e.sharedMemoryGiB)) }}{{ end -}}
 {{- end }}
 
@@ -59,10 +64,55 @@
 {{- end }}
 
 {{- define "lt.checkArgs" -}}
-{{- $set := list "--model-path" "--model" "--served-model-name" "--tp" "--tp-size" "--tensor-parallel-size" "--host" "--port" "--enable-metrics" "--mem-fraction-static" "--context-length" "--chunked-prefill-size" "--api-key" "--attention-backend" "--nnodes" "--node-rank" "--dist-init-addr" -}}
+{{- $set := list "--model-path" "--model" "--served-model-name" "--tp" "--tp-size" "--tensor-parallel-size" "--host" "--port" "--enable-metrics" "--mem-fraction-static" "--context-length" "--chunked-prefill-size" "--api-key" "--admin-api-key" "--attention-backend" "--nnodes" "--node-rank" "--dist-init-addr" -}}
 {{- range .Values.engine.extraArgs -}}
 {{- $flag := (split "=" .)._0 -}}
-{{- if or (has $flag $set) (hasPrefix "--lt-" $flag) }}{{ fail (printf "engine.extraArgs: %s has a value of its own in this chart" $flag) }}{{ end -}}
+{{- if hasPrefix "--lt-" $flag }}{{ fail (printf "engine.extraArgs: %s has a value of its own in this chart" $flag) }}{{ end -}}
+{{- range $set -}}
+{{- /* SGLang takes abbreviations: --served is --served-model-name. */ -}}
+{{- if or (eq $flag .) (and (hasPrefix "--" $flag) (gt (len $flag) 2) (hasPrefix $flag .)) }}{{ fail (printf "engine.extraArgs: %s is %s, which has a value of its own in this chart" $flag .) }}{{ end -}}
+{{- end -}}
 {{- if eq $flag "--use-ray" }}{{ fail "engine.extraArgs: --use-ray starts schedulers that load no plug-in" }}{{ end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "lt.checkKeys" -}}
+{{- $g := .Values.gateway -}}
+{{- if and $g.enabled (ne $g.serviceType "ClusterIP") (not .Values.engine.apiKeySecret.name) (not $g.withoutKey) -}}
+{{ fail (printf "gateway.serviceType: %s offers the model to whoever reaches it; set engine.apiKeySecret.name, or gateway.withoutKey=true if that is wanted" $g.serviceType) }}
+{{- end -}}
+{{- if and .Values.adminKeySecret.name (eq .Values.adminKeySecret.name .Values.engine.apiKeySecret.name) (eq .Values.adminKeySecret.key .Values.engine.apiKeySecret.key) -}}
+{{ fail "adminKeySecret: the same key as engine.apiKeySecret, so every client would be an operator" }}
+{{- end -}}
+{{- end }}
+
+{{- define "lt.checkVolume" -}}
+{{- $replicas := int (ternary .Values.autoscaling.maxReplicas .Values.engine.replicas .Values.autoscaling.enabled) -}}
+{{- $pods := mul $replicas (int .Values.engine.nodesPerReplica) -}}
+{{- if and (not .Values.modelCache.existingClaim) (eq .Values.modelCache.accessMode "ReadWriteOnce") (gt $pods 1) -}}
+{{ fail (printf "modelCache.accessMode: ReadWriteOnce is one node's, and %d pods read the volume; use ReadWriteMany or modelCache.existingClaim" $pods) }}
+{{- end -}}
+{{- end }}
+
+{{- /* What a user adds must not replace what the chart relies on. */ -}}
+{{- define "lt.checkExtensions" -}}
+{{- $own := list "HOME" "HF_HUB_OFFLINE" "HF_MODULES_CACHE" "LT_API_KEY" "LT_ADMIN_KEY" "LT_SGLANG_ADMIN_API_KEY" -}}
+{{- range $where, $env := dict "engine.extraEnv" .Values.engine.extraEnv "gateway.extraEnv" .Values.gateway.extraEnv "modelCache.extraEnv" .Values.modelCache.extraEnv -}}
+{{- $seen := ternary (list "MODEL" "REVISION" "TARGET" "HOME" "HF_TOKEN") $own (eq $where "modelCache.extraEnv") -}}
+{{- range $env -}}
+{{- if has .name $seen }}{{ fail (printf "%s: %s is set twice or by this chart" $where .name) }}{{ end -}}
+{{- $seen = append $seen .name -}}
+{{- end -}}
+{{- end -}}
+{{- range $where, $labels := dict "engine.podLabels" .Values.engine.podLabels "engine.labels" .Values.engine.labels "gateway.podLabels" .Values.gateway.podLabels "gateway.labels" .Values.gateway.labels -}}
+{{- range $label, $_ := $labels -}}
+{{- if or (hasPrefix "app.kubernetes.io/" $label) (eq $label "helm.sh/chart") (eq $label "lt-sglang/serves") }}{{ fail (printf "%s: %s is the chart's own label" $where $label) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $volumes := list "models" "scratch" "tmp" "shm" -}}
+{{- range $where, $added := dict "engine.extraVolumes" .Values.engine.extraVolumes "modelCache.extraVolumes" .Values.modelCache.extraVolumes -}}
+{{- range $added -}}
+{{- if has .name $volumes }}{{ fail (printf "%s: %s is the chart's own volume" $where .name) }}{{ end -}}
+{{- end -}}
 {{- end -}}
 {{- end }}

@@ -1,8 +1,8 @@
 {{- define "lt.engineArgs" -}}
 {{- $e := .Values.engine }}{{ $t := .Values.lightTransfer -}}
 - serve
-- --model-path={{ include "lt.modelPath" . }}
-- --served-model-name={{ include "lt.servedName" . }}
+- {{ printf "--model-path=%s" (include "lt.modelPath" .) | quote }}
+- {{ printf "--served-model-name=%s" (include "lt.servedName" .) | quote }}
 - --tp-size={{ int $e.tensorParallel }}
 - --host=0.0.0.0
 - --port={{ int $e.port }}
@@ -14,11 +14,11 @@
 {{- end }}
 - --lt-mode={{ $t.mode }}
 {{- if $t.lazyLayers }}
-- --lt-lazy-layers={{ $t.lazyLayers }}
+- {{ printf "--lt-lazy-layers=%s" $t.lazyLayers | quote }}
 {{- end }}
 {{- range $flag, $value := dict "keep" $t.keep "score" $t.score "decide" $t.decide }}
 {{- if not (kindIs "invalid" $value) }}
-- --lt-{{ $flag }}={{ $value }}
+- {{ printf "--lt-%s=%v" $flag $value | quote }}
 {{- end }}
 {{- end }}
 {{- if $t.checkTables }}
@@ -47,12 +47,14 @@
   value: /scratch
 - name: HF_HUB_OFFLINE
   value: "1"
+# A model's own code (--trust-remote-code) is copied before it is imported, and the model's volume is read-only.
+- name: HF_MODULES_CACHE
+  value: /scratch/hf-modules
 {{- if .Values.engine.apiKeySecret.name }}
-- name: LT_API_KEY
-  valueFrom:
-    secretKeyRef:
-      name: {{ .Values.engine.apiKeySecret.name }}
-      key: {{ .Values.engine.apiKeySecret.key }}
+{{ include "lt.secretEnv" (list "LT_API_KEY" .Values.engine.apiKeySecret) }}
+{{- end }}
+{{- if .Values.adminKeySecret.name }}
+{{ include "lt.secretEnv" (list "LT_SGLANG_ADMIN_API_KEY" .Values.adminKeySecret) }}
 {{- end }}
 {{- with .Values.engine.extraEnv }}
 {{ toYaml . }}
@@ -61,28 +63,24 @@
 
 {{- /* /health_generate makes a token; /ready is cheap. Both answer after the weights are loaded. */ -}}
 {{- define "lt.engineProbes" -}}
+{{- $generate := dict "path" "/health_generate" "port" "http" -}}
+{{- $startup := dict "httpGet" $generate "periodSeconds" 10 "timeoutSeconds" 30 "failureThreshold" (mul .Values.engine.startupMinutes 6) -}}
+{{- $ready := dict "httpGet" (dict "path" "/ready" "port" "http") "periodSeconds" 5 "timeoutSeconds" 5 "failureThreshold" 2 -}}
+{{- $live := dict "httpGet" $generate "periodSeconds" 30 "timeoutSeconds" 30 "failureThreshold" 3 -}}
+{{- $p := .Values.engine.probes -}}
 startupProbe:
-  httpGet: {path: /health_generate, port: http}
-  periodSeconds: 10
-  timeoutSeconds: 30
-  failureThreshold: {{ mul .Values.engine.startupMinutes 6 }}
+  {{- mergeOverwrite $startup $p.startup | toYaml | nindent 2 }}
 readinessProbe:
-  httpGet: {path: /ready, port: http}
-  periodSeconds: 5
-  timeoutSeconds: 5
-  failureThreshold: 2
+  {{- mergeOverwrite $ready $p.readiness | toYaml | nindent 2 }}
 livenessProbe:
-  httpGet: {path: /health_generate, port: http}
-  periodSeconds: 30
-  timeoutSeconds: 30
-  failureThreshold: 3
+  {{- mergeOverwrite $live $p.liveness | toYaml | nindent 2 }}
 {{- end }}
 
 {{- /* Call with (list . true) for a container that serves HTTP, (list . false) for another node's. */ -}}
 {{- define "lt.engineContainer" -}}
 {{- $ := index . 0 }}{{ $e := $.Values.engine -}}
 name: engine
-image: {{ include "lt.image" (list $ $.Values.image) }}
+image: {{ include "lt.image" (list $ $.Values.image) | quote }}
 imagePullPolicy: {{ $.Values.image.pullPolicy }}
 args:
   {{- include "lt.engineArgs" $ | nindent 2 }}
@@ -104,13 +102,13 @@ resources:
   {{ . }}:
     cpu: {{ $e.cpu }}
     memory: {{ int $e.memoryGiB }}Gi
-    {{ $e.gpu.resource }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
+    {{ $e.gpu.resource | quote }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
     {{- with $e.extraResources }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
   {{- end }}
 securityContext:
-  {{- include "lt.containerSecurity" $ | nindent 2 }}
+  {{- mergeOverwrite (include "lt.containerSecurity" $ | fromYaml) $e.securityContext | toYaml | nindent 2 }}
 volumeMounts:
   - name: models
     mountPath: /models
@@ -121,14 +119,17 @@ volumeMounts:
     mountPath: /tmp
   - name: shm
     mountPath: /dev/shm
+  {{- with $e.extraVolumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- define "lt.waitContainer" -}}
 name: wait-for-model
-image: {{ include "lt.image" (list . .Values.image) }}
+image: {{ include "lt.image" (list . .Values.image) | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 command: [sh, -c]
-args: ['until [ -f "$0" ]; do echo "waiting for $0"; sleep 10; done', {{ include "lt.marker" . }}]
+args: ['until [ -f "$0" ]; do echo "waiting for $0"; sleep 10; done', {{ include "lt.marker" . | quote }}]
 resources:
   requests: {cpu: 50m, memory: 64Mi}
   limits: {cpu: 50m, memory: 64Mi}
@@ -143,7 +144,7 @@ volumeMounts:
 {{- define "lt.engineVolumes" -}}
 - name: models
   persistentVolumeClaim:
-    claimName: {{ include "lt.claim" . }}
+    claimName: {{ include "lt.claim" . | quote }}
     readOnly: true
 - name: scratch
   emptyDir: {sizeLimit: 20Gi}
@@ -151,6 +152,9 @@ volumeMounts:
   emptyDir: {sizeLimit: 4Gi}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ int .Values.engine.sharedMemoryGiB }}Gi}
+{{- with .Values.engine.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- /* Longest generation, the time to be forgotten, and 20 s for SGLang to stop its schedulers. */ -}}
@@ -183,22 +187,17 @@ automountServiceAccountToken: false
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ include "lt.gracePeriod" $ }}
 securityContext:
-  {{- include "lt.podSecurity" $ | nindent 2 }}
-{{- with $.Values.image.pullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
-  {{- end }}
-{{- end }}
+  {{- mergeOverwrite (include "lt.podSecurity" $ | fromYaml) $e.podSecurityContext | toYaml | nindent 2 }}
+{{- include "lt.pullSecrets" $ }}
 {{- with $e.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $e.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
-{{- with $e.nodeSelector }}
+{{- with include "lt.nodeSelector" $ }}
 nodeSelector:
-  {{- toYaml . | nindent 2 }}
+  {{- . | nindent 2 }}
 {{- end }}
 {{- with $e.tolerations }}
 tolerations:
@@ -217,12 +216,31 @@ topologySpreadConstraints:
       matchLabels:
         {{- include "lt.selector" (list $ "engine") | nindent 8 }}
 {{- end }}
-{{- if include "lt.downloads" $ }}
+{{- if or (include "lt.downloads" $) $e.extraInitContainers }}
 initContainers:
+  {{- if include "lt.downloads" $ }}
   - {{ include "lt.waitContainer" $ | nindent 4 | trim }}
+  {{- end }}
+  {{- with $e.extraInitContainers }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 containers:
   - {{ include "lt.engineContainer" . | nindent 4 | trim }}
 volumes:
   {{- include "lt.engineVolumes" $ | nindent 2 }}
+{{- end }}
+
+{{- /* Under autoscaling those that run now: without a number here, switching it on would leave one. Where there is no
+cluster to ask (helm template), none is written. Call with (list . apiVersion kind). */ -}}
+{{- define "lt.replicas" -}}
+{{- $ := index . 0 -}}
+{{- if $.Values.autoscaling.enabled -}}
+{{- $live := lookup (index . 1) (index . 2) $.Release.Namespace (include "lt.engine" $) | default dict -}}
+{{- with dig "spec" "replicas" 0 $live }}
+replicas: {{ max (int .) (int $.Values.autoscaling.minReplicas) }}
+{{- end }}
+{{- else }}
+replicas: {{ int $.Values.engine.replicas }}
+{{- end }}
 {{- end }}

@@ -6,10 +6,10 @@
 - --prometheus-port=29000
 - --policy={{ $g.policy }}
 - --service-discovery
-- --service-discovery-namespace={{ .Release.Namespace }}
+- {{ printf "--service-discovery-namespace=%s" .Release.Namespace | quote }}
 - --service-discovery-port={{ int .Values.engine.port }}
 - --selector
-- app.kubernetes.io/instance={{ .Release.Name }}
+- {{ printf "app.kubernetes.io/instance=%s" .Release.Name | quote }}
 - app.kubernetes.io/component=engine
 - lt-sglang/serves=http
 # /ready turns 503 at the first moment of a drain, and costs the engine nothing.
@@ -27,4 +27,11 @@
 {{- range $g.extraArgs }}
 - {{ . | quote }}
 {{- end }}
+{{- end }}
+
+{{- /* Who may add workers, empty caches and the like: the key of adminKeySecret, else one that each pod makes for
+itself and nobody knows. The gateway takes it as an argument only, so a shell puts it there. */ -}}
+{{- define "lt.gatewayStart" -}}
+: "${LT_ADMIN_KEY:=$(python3 -c 'import secrets; print(secrets.token_urlsafe(32))')}"
+exec python3 -m sglang_router.launch_router "$@" --control-plane-api-keys "chart:operator:admin:$LT_ADMIN_KEY"
 {{- end }}

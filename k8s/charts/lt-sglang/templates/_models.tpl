@@ -9,15 +9,18 @@ spec:
   serviceAccountName: {{ include "lt.engine" . }}
   securityContext:
     {{- include "lt.podSecurity" . | nindent 4 }}
-  {{- with .Values.image.pullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . }}
-    {{- end }}
+  {{- include "lt.pullSecrets" . | nindent 2 }}
+  {{- with .Values.modelCache.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.modelCache.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
   {{- end }}
   containers:
     - name: download
-      image: {{ include "lt.image" (list . .Values.image) }}
+      image: {{ include "lt.image" (list . .Values.image) | quote }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       command: [sh, -ec]
       args:
@@ -32,19 +35,18 @@ spec:
         - name: REVISION
           value: {{ .Values.model.revision | quote }}
         - name: TARGET
-          value: {{ include "lt.modelPath" . }}
+          value: {{ include "lt.modelPath" . | quote }}
         - name: HOME
           value: /tmp
         {{- if .Values.model.tokenSecret.name }}
-        - name: HF_TOKEN
-          valueFrom:
-            secretKeyRef:
-              name: {{ .Values.model.tokenSecret.name }}
-              key: {{ .Values.model.tokenSecret.key }}
+        {{- include "lt.secretEnv" (list "HF_TOKEN" .Values.model.tokenSecret) | nindent 8 }}
+        {{- end }}
+        {{- with .Values.modelCache.extraEnv }}
+        {{- toYaml . | nindent 8 }}
         {{- end }}
       resources:
-        requests: {cpu: "2", memory: {{ .Values.modelCache.downloadMemory }}}
-        limits: {cpu: "2", memory: {{ .Values.modelCache.downloadMemory }}}
+        requests: {cpu: "2", memory: {{ .Values.modelCache.downloadMemory | quote }}}
+        limits: {cpu: "2", memory: {{ .Values.modelCache.downloadMemory | quote }}}
       securityContext:
         {{- include "lt.containerSecurity" . | nindent 8 }}
       volumeMounts:
@@ -52,12 +54,18 @@ spec:
           mountPath: /models
         - name: tmp
           mountPath: /tmp
+        {{- with .Values.modelCache.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: models
       persistentVolumeClaim:
-        claimName: {{ include "lt.claim" . }}
+        claimName: {{ include "lt.claim" . | quote }}
     - name: tmp
       emptyDir: {sizeLimit: 4Gi}
+    {{- with .Values.modelCache.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}
 
 {{- /* A Job cannot be changed: another pod is another Job. */ -}}

@@ -10,7 +10,7 @@
 {{- /* Labels that never change: a Deployment's selector cannot. Call with (list . "engine"). */ -}}
 {{- define "lt.selector" -}}
 app.kubernetes.io/name: lt-sglang
-app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
@@ -22,8 +22,34 @@ app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
 {{- end }}
 
+{{- /* The user's labels of a workload, which the chart's own win over. Call with (list . "engine" labels). */ -}}
+{{- define "lt.workloadMeta" -}}
+namespace: {{ (index . 0).Release.Namespace | quote }}
+labels:
+  {{- include "lt.labels" . | nindent 2 }}
+  {{- with index . 2 }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+
+{{- define "lt.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* An environment variable from a Secret. Call with (list "LT_API_KEY" secret). */ -}}
+{{- define "lt.secretEnv" -}}
+- name: {{ index . 0 }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ (index . 1).name | quote }}
+      key: {{ (index . 1).key | quote }}
+{{- end }}
+
 {{- define "lt.meta" -}}
-namespace: {{ (index . 0).Release.Namespace }}
+namespace: {{ (index . 0).Release.Namespace | quote }}
 labels:
   {{- include "lt.labels" . | nindent 2 }}
 {{- end }}
