@@ -7,6 +7,6 @@ mkdir -p "$cache/flashinfer" "$cache/sglang" "$cache/triton" "$cache/inductor"
 export FLASHINFER_WORKSPACE_BASE="$cache/flashinfer" SGLANG_JIT_CACHE_DIR="$cache/sglang"
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
 case "${1:-}" in
-    serve | plan | loadtest | bench | soak | doctor | models | calibrate | eval | --*) exec lt-sglang "$@" ;;
+    serve | plan | loadtest | bench | soak | doctor | models | calibrate | eval | train | --*) exec lt-sglang "$@" ;;
     *) exec "$@" ;;
 esac
