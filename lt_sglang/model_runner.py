@@ -40,7 +40,8 @@ class LightTransferModelRunner(ModelRunner):
         prefills: in dynamic mode, which request is to be decided when; else None.
     """
 
-    decode_cuda_graph_runner: Any  # ModelRunner's
+    decode_cuda_graph_runner: Any  # ModelRunner's, like the next
+    weight_updater: Any
 
     def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
         self.lt_config = lt_config

@@ -131,7 +131,7 @@ class PrefillTracker:
         had = remembered(req)
         if had is None or had.default or req.prefix_len >= had.full_rows:
             return None
-        return had.full_rows - req.prefix_len
+        return int(had.full_rows - req.prefix_len)
 
     def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
         """Plan the prefill of a batch, in its order; called once, right before its forward.

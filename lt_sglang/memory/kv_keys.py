@@ -102,4 +102,4 @@ def _is_set(value: Any) -> bool:
     try:
         return len(value) > 0
     except TypeError:
-        return value != 0
+        return bool(value != 0)

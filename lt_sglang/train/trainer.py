@@ -94,7 +94,7 @@ def arguments(options: TrainOptions, layer_classes: list[str], evaluates: bool) 
         }
     checkpointing = options.gradient_checkpointing and options.gpus == 1
     strategy = {True: "steps", False: "epoch"}
-    return SFTConfig(
+    made = SFTConfig(
         output_dir=str(options.checkpoints),
         use_cpu=options.device == "cpu",
         per_device_train_batch_size=options.batch_size,
@@ -130,3 +130,11 @@ def arguments(options: TrainOptions, layer_classes: list[str], evaluates: bool) 
         disable_tqdm=False,
         **fsdp,
     )
+    if fsdp and made.bf16:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # accelerate's own policy also returns the loss in bfloat16, and adds gradients up in it.
+        made.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    return made

@@ -154,7 +154,8 @@ def test_what_was_not_checked_is_said(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_name_that_the_hub_does_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with hub({"me/gemma": {**json.loads(QWEN2), "model_type": "gemma3_text", "layer_types": ["sliding_attention"]}}) as url:
+    gemma = {**json.loads(QWEN2), "model_type": "gemma3_text", "layer_types": ["sliding_attention"]}
+    with hub({"me/gemma": gemma}) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
         assert main(["me/modle", "--mode", "dynamic"]) == 2
         assert "no such model" in capsys.readouterr().err
