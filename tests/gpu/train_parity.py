@@ -56,7 +56,8 @@ def outputs(
 
     shape = {**COMMON, **FAMILIES[family], "num_hidden_layers": 4, "initializer_range": 0.05}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": family, **shape}), dtype=torch.float32)
+    config = AutoConfig.for_model(**{"model_type": family, **shape})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if family in MIXTURES:
         model.set_experts_implementation("eager")  # the same arithmetic for every dtype
     model = model.to(device=device, dtype=dtype).train(backward)
