@@ -39,6 +39,7 @@ from tests.lazy_queue import popped_layers
 
 KEEP = 3
 LAST = 32
+COPIES = 4
 
 
 def dynamic(keep: int, sink: int, recent: int, expected: int, output: int, **options: Any) -> dict[str, Any]:
@@ -134,6 +135,32 @@ def judge(scored: list[dict[str, Any]], reference: Reference, control: bool = Fa
     }
 
 
+def compare_copies(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether each of n answers has the layers of n = 1, and how far its log-probabilities are off.
+
+    Compared as long as the tokens are the same: a batch of four rounds otherwise than one request.
+    """
+    layers = outputs = of = 0
+    largest = 0.0
+    for prompt in scored:
+        alone, *copies = prompt["copies"]
+        for copy in copies:
+            of += 1
+            layers += copy["decision"]["lazy_layers"] == alone["decision"]["lazy_layers"]
+            outputs += copy["output_ids"] == alone["output_ids"]
+            for mine, theirs, token, other in zip(
+                copy["output_logprobs"],
+                alone["output_logprobs"],
+                copy["output_ids"],
+                alone["output_ids"],
+                strict=True,
+            ):
+                if token != other:
+                    break
+                largest = max(largest, abs(mine - theirs))
+    return {"of": of, "layers_equal": layers, "outputs_equal": outputs, "largest_difference": largest}
+
+
 def parity_steps(model: Path) -> list[Step]:
     """Small engines: stock (the noise), graphs with slot churn, eager with prefix hits."""
     common = {
@@ -154,7 +181,10 @@ def parity_steps(model: Path) -> list[Step]:
     for name, engine in engines.items():
         first = {**score, "decisions": name != "stock"}
         # The graph engine's pool is too small to keep a prefix.
-        steps.append(Step(name, engine, [first, first if name == "graph" else parity.hits_task()], 200))
+        tasks = [first, first if name == "graph" else parity.hits_task()]
+        if name == "graph":
+            tasks.append({**score, "kind": "copies", "copies": COPIES})
+        steps.append(Step(name, engine, tasks, 200))
     return steps
 
 
@@ -177,6 +207,8 @@ def run_parity(run: Run) -> None:
         for index, scored in enumerate(outs.get(name, {"tasks": []})["tasks"]):
             if index == 0:
                 found[name] = judge(scored, reference)
+            elif "copies" in scored[0]:
+                found["copies"] = compare_copies(scored)
             elif "logprobs" in scored[0]:
                 found[f"{name}_hits"] = parity.hit_errors(
                     scored,

@@ -9,6 +9,7 @@ SPEC: {"engine": {keyword arguments of sglang.Engine}, "tasks": [...]}. Tasks:
     {"kind": "score", "prompts": [[ids]], "new_tokens": n}   greedy tokens and their log-probabilities
     {"kind": "steady", "prompt_tokens": s, "requests": n, "new_tokens": m}   fill the memory, then decode
     {"kind": "prefill", "prompt_tokens": s, "repeats": r}    seconds of single prompts, one new token
+    {"kind": "copies", "prompts": [[ids]], "new_tokens": n, "copies": c}   each alone, then as c copies
     {"kind": "answers", "prompts": [[ids]], "new_tokens": n}   greedy tokens
     {"kind": "continuations", "prompts": [[ids]], "continuations": [[ids]], "top": k}   see there; k >= 0
     {"kind": "profile", "prompt_tokens": s, "requests": n, "new_tokens": m}   GPU time by kernel (trace.py)
@@ -56,6 +57,34 @@ def _score(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
                 "output_logprobs": [item[0] for item in meta["output_token_logprobs"]],
                 "cached_tokens": meta["cached_tokens"],
                 "decision": (meta.get("lighttransfer") or [None])[0],
+            }
+        )
+    return scored
+
+
+def _copies(engine: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each prompt's answer alone, and those of its copies; the cache is emptied between."""
+    scored = []
+    for prompt in task["prompts"]:
+        answers = []
+        for count in (1, task["copies"]):
+            outs = engine.generate(
+                input_ids=[prompt],
+                sampling_params=_greedy(task["new_tokens"]) | _asking(engine) | {"n": count},
+                return_logprob=True,
+            )
+            engine.flush_cache()
+            answers += outs if isinstance(outs, list) else [outs]
+        scored.append(
+            {
+                "copies": [
+                    {
+                        "output_ids": out["output_ids"],
+                        "output_logprobs": [item[0] for item in out["meta_info"]["output_token_logprobs"]],
+                        "decision": (out["meta_info"].get("lighttransfer") or [None])[0],
+                    }
+                    for out in answers
+                ]
             }
         )
     return scored
@@ -181,6 +210,8 @@ def main() -> None:
             value = _steady(engine, task, rng, vocab)
         elif task["kind"] == "answers":
             value = _answers(engine, task)
+        elif task["kind"] == "copies":
+            value = _copies(engine, task)
         elif task["kind"] == "continuations":
             value = _continuations(engine, task)
         elif task["kind"] == "profile":
