@@ -71,10 +71,10 @@ def write(name: str, count: int, verdict: Verdict) -> None:
         (Path(folder) / f"{name}-{count}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def assert_worth_it(verdict: Verdict, wanted: churn.Features) -> None:
-    """What should happen did."""
+def assert_worth_it(verdict: Verdict, wanted: churn.Features, cached: int) -> None:
+    """What should happen did; cached: answers that must have found a prefix in the cache."""
     assert verdict.retractions > 0, "nothing was retracted"
-    assert verdict.with_cached_prefix > verdict.answers / 20
+    assert verdict.with_cached_prefix >= cached
     assert bool(verdict.cut) == wanted.aborts and bool(verdict.copies) == wanted.copies
     assert bool(verdict.scored) == wanted.embeds
     assert len(verdict.versions) == (2 if wanted.updates else 1)
@@ -103,7 +103,7 @@ def test_static(count: int, server: Server, record_property: pytest.RecordProper
     assert len({rid for rid, *_ in judge_static(swapped(outcome), references).wrong}) > 5
     write("static", count, verdict)
     verdict.assert_equal()
-    assert_worth_it(verdict, features())
+    assert_worth_it(verdict, features(), verdict.answers // 20)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -120,4 +120,4 @@ def test_dynamic(count: int, server: Server, record_property: pytest.RecordPrope
     assert len({rid for rid, *_ in judge_dynamic(swapped(outcome), references).wrong}) > 5
     write("dynamic", count, verdict)
     verdict.assert_equal()
-    assert_worth_it(verdict, features())
+    assert_worth_it(verdict, features(), 3)  # copies of a prompt do not read one another's

@@ -213,7 +213,11 @@ def test_what_clients_send_as_custom_params_ends_no_server(given: object, server
     parameters = {"temperature": 0, "max_new_tokens": 2, "custom_params": given}
     prompt = random_prompt(120, random.Random(11))
     answer = server.post("/generate", {"input_ids": prompt, "sampling_params": parameters})
-    assert answer.status_code == 200 and "lighttransfer" not in answer.json()["meta_info"]
+    if isinstance(given, dict):
+        assert answer.status_code == 200 and "lighttransfer" not in answer.json()["meta_info"]
+    else:
+        assert answer.status_code == 400 and "custom_params" in answer.text
+    server.assert_healthy()
 
 
 def test_users_of_one_system_prompt_keep_their_conversations(ask: Asker) -> None:
