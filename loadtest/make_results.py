@@ -264,10 +264,19 @@ def write_table() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     rows = ["# Results", "", "Made by `python loadtest/make_results.py`; one file a row.", ""]
     rows += ["![decode ratios and their bounds](decode.png)", ""]
-    for section in (_ratio_rows, _parity_rows, _identify_rows, _decode_plan_rows, _alone_rows):
+    for section in (_ratio_rows, _parity_rows, _identify_rows, _decode_plan_rows, _alone_rows, _other_rows):
         rows += section(results)
     plot(results)
     (RESULTS / "README.md").write_text("\n".join(rows) + "\n")
+
+
+def _other_rows(results: dict[str, Any]) -> list[str]:
+    """Files of one command each, which documents quote."""
+    rows = ["", "## Others", "", "| file | command | commit |", "|---|---|---|"]
+    for stem, result in results.items():
+        if "command" in result and "ratio" not in result:
+            rows.append(f"| [{stem}]({stem}.json) | `{result['command']}` | {result['commit']} |")
+    return rows
 
 
 def _ratio_rows(results: dict[str, Any]) -> list[str]:
