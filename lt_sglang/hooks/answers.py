@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lt_sglang.config import CONFIG_KEY
@@ -27,13 +28,31 @@ def output_streamer_class(original: Callable[[Any], type], scheduler: Any) -> ty
             if report is not None:
                 for req in reqs:
                     report(req)
-            super().stream_output(reqs, *args, **kwargs)
+            with _kept_for_later(reqs):
+                super().stream_output(reqs, *args, **kwargs)
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
             return key == CONFIG_KEY or bool(super().is_request_level_customized_info_key(key))
 
     Streamer.__name__ = Streamer.__qualname__ = stock.__name__
     return Streamer
+
+
+@contextmanager
+def _kept_for_later(reqs: list[Any]) -> Iterator[None]:
+    """A stream's event without tokens is followed by another first one, and would tell its client twice."""
+    waiting = [
+        (req, req.customized_info)
+        for req in reqs
+        if req.stream and not req.finished() and not req.output_ids and req.customized_info
+    ]
+    for req, known in waiting:
+        req.customized_info = {key: value for key, value in known.items() if key != CONFIG_KEY}
+    try:
+        yield
+    finally:
+        for req, known in waiting:
+            req.customized_info = known
 
 
 def build_response(original: Callable[..., Any], serving: Any, request: Any, ret: Any, created: Any) -> Any:

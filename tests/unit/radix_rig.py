@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,15 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.test.kits.unified_radix_cache import fixtures
-from sglang.test.kits.unified_radix_cache.config import CacheConfig
-from sglang.test.unified_allocator_fixtures import setup_allocator_context
 
 from lt_sglang.memory.radix import LightTransferRadixCache
 from lt_sglang.memory.sinks import SinkStore
+
+# SGLang's test kit reads the first digit of CUDA_VISIBLE_DEVICES, which is empty where a CPU serves.
+with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0"}):
+    from sglang.test.kits.unified_radix_cache import fixtures
+    from sglang.test.kits.unified_radix_cache.config import CacheConfig
+    from sglang.test.unified_allocator_fixtures import setup_allocator_context
 
 SINKS, WINDOW = 4, 20
 

@@ -56,6 +56,27 @@ def test_a_stream_that_asks_ends_with_what_it_is_told() -> None:
     assert events[4:] == ["data: [DONE]\n\n"]
 
 
+@pytest.mark.parametrize(("stream", "tokens", "over"), [(True, 0, False), (True, 1, False), (False, 0, False)])
+def test_an_event_of_a_stream_without_tokens_tells_nothing(stream: bool, tokens: int, over: bool) -> None:
+    """SGLang sends what a request is told with every event of a stream that has sent no token before."""
+    sent: list[Any] = []
+
+    class Stock:
+        tree_cache = None
+
+        def stream_output(self, reqs: list[Any]) -> None:
+            sent.extend(req.customized_info for req in reqs)
+
+    made = answers.output_streamer_class(lambda scheduler: Stock, None)()
+    told = {"lighttransfer": [TOLD], "other": [1]}
+    req = SimpleNamespace(
+        stream=stream, output_ids=[1] * tokens, finished=lambda: over, customized_info=dict(told)
+    )
+    made.stream_output([req])
+    assert sent == [told if tokens or not stream else {"other": [1]}]
+    assert req.customized_info == told, "it is told with the first token"
+
+
 @pytest.mark.parametrize("custom_params", [None, {}, {"lighttransfer": False}, [1]], ids=str)
 def test_a_stream_that_does_not_ask_is_as_it_was(custom_params: Any) -> None:
     assert len(stream(custom_params)) == 4
