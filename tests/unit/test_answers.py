@@ -56,8 +56,8 @@ def test_a_stream_that_asks_ends_with_what_it_is_told() -> None:
     assert events[4:] == ["data: [DONE]\n\n"]
 
 
-@pytest.mark.parametrize(("stream", "tokens", "over"), [(True, 0, False), (True, 1, False), (False, 0, False)])
-def test_an_event_of_a_stream_without_tokens_tells_nothing(stream: bool, tokens: int, over: bool) -> None:
+@pytest.mark.parametrize(("stream", "tokens"), [(True, 0), (True, 1), (False, 0)])
+def test_an_event_of_a_stream_without_tokens_tells_nothing(stream: bool, tokens: int) -> None:
     """SGLang sends what a request is told with every event of a stream that has sent no token before."""
     sent: list[Any] = []
 
@@ -70,7 +70,7 @@ def test_an_event_of_a_stream_without_tokens_tells_nothing(stream: bool, tokens:
     made = answers.output_streamer_class(lambda scheduler: Stock, None)()
     told = {"lighttransfer": [TOLD], "other": [1]}
     req = SimpleNamespace(
-        stream=stream, output_ids=[1] * tokens, finished=lambda: over, customized_info=dict(told)
+        stream=stream, output_ids=[1] * tokens, finished=lambda: False, customized_info=dict(told)
     )
     made.stream_output([req])
     assert sent == [told if tokens or not stream else {"other": [1]}]
