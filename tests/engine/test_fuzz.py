@@ -104,7 +104,9 @@ def test_the_corpus(server: Server, keys: dict[str, str]) -> None:
     server.assert_healthy()
 
 
-def test_fuzzed_requests(server: Server, keys: dict[str, str]) -> None:
+def test_fuzzed_requests(
+    server: Server, keys: dict[str, str], record_property: pytest.RecordProperty
+) -> None:
     """Bodies from SGLang's own OpenAPI, with one innocent request beside each."""
     probe = Probe(server, keys)
     clients = set(client_routes())
@@ -113,6 +115,7 @@ def test_fuzzed_requests(server: Server, keys: dict[str, str]) -> None:
         api, lambda method, path: (method, path.replace("{model}", "{model:path}")) in clients
     )
     share = EXAMPLES / len(KEYS) / sum(weight for weight, _ in chosen)
+    record_property("seed", SEED)
     print(f"FUZZ_EXAMPLES={EXAMPLES} FUZZ_SEED={SEED}")
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []

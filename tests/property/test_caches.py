@@ -163,9 +163,12 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_any_order_of_events(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_order_of_events(
+    name: str, capsys: pytest.CaptureFixture[str], record_property: pytest.RecordProperty
+) -> None:
     steps, events, begin = Counter[str](), Counter[str](), time.perf_counter()
     first = number = SEED
+    record_property("seed", SEED)
     while steps["steps"] < STEPS // len(SIZES):
         fields = {"sizes": SIZES[name], "steps": steps, "events": events}
         machine = seed(number)(type("Machine", (Machine,), fields))
