@@ -46,7 +46,7 @@ serve: env ## serve MODEL; without one, the demo model with half its layers lazy
 run: env ## any command of lt-sglang: make run ARGS="plan --shape mistral-7b"
 	@exec $(PY) -m lt_sglang $(ARGS)
 
-test: lint typecheck ## everything that needs no GPU and less than a minute
+test: lint typecheck ## lint, types and all tests without a GPU, but the slow ones
 	@$(RUN) -m pytest $(WORKERS) $(PYTEST_FLAGS) -m 'not gpu and not slow' \
 	    $(wildcard tests/unit tests/property tests/contract tests/loadtest tests/deploy tests/engine)
 

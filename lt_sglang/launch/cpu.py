@@ -41,6 +41,8 @@ _STUB_FLAGS = ("-shared", "-fPIC", "-O1", f"-Wl,-soname,{DRIVER_LIBRARY}")
 # turns out not to be one. The C library always loads, and has no NCCL symbol.
 _NOT_NCCL = "libc.so.6"
 
+_CPU_INFO = Path("/proc/cpuinfo")
+
 
 class CompilerMissing(RuntimeError):
     """No C compiler was found, or it failed."""
@@ -130,6 +132,8 @@ def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
     # 110.
     if "OMP_NUM_THREADS" not in base:
         changes["OMP_NUM_THREADS"] = "1"
+    if "TORCH_COMPILE_DISABLE" not in base and not _compiles_rightly(base):
+        changes["TORCH_COMPILE_DISABLE"] = "1"
     if tp > 1:
         changes["SGLANG_NCCL_SO_PATH"] = _NOT_NCCL
         # Without it SGLang wants one NUMA node for each rank.
@@ -168,6 +172,21 @@ def _core_groups(tp: int, cores: list[int]) -> str:
         groups.append(",".join(map(str, cores[start:end])))
         start = end
     return "|".join(groups)
+
+
+def _compiles_rightly(base: Mapping[str, str]) -> bool:
+    """Whether what torch 2.14.1 compiles for this CPU can be trusted: with AVX-512 alone.
+
+    SGLang compiles the token ids of a vocabulary that is split over ranks. For AVX2 the result is wrong (an
+    IndexError in the embedding, at tp 2); with ATEN_CPU_CAPABILITY=default torch refuses to compile.
+    """
+    capability = base.get("ATEN_CPU_CAPABILITY")
+    if capability:
+        return capability == "avx512"
+    try:
+        return " avx512f " in _CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _driver_loads() -> bool:

@@ -18,6 +18,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, on a machine without any driver library."""
     monkeypatch.setattr(cpu, "_driver_loads", lambda: False)
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(cpu, "_CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f avx512vl\n")
     return tmp_path / "home"
 
 
@@ -102,6 +104,23 @@ class TestEnvironment:
         changes = environment(home, tp=2, OMP_NUM_THREADS="8", SGLANG_CPU_OMP_THREADS_BIND="0-7|8-15")
         assert "OMP_NUM_THREADS" not in changes
         assert "SGLANG_CPU_OMP_THREADS_BIND" not in changes
+
+    @pytest.mark.parametrize(
+        ("flags", "base", "compiles"),
+        [
+            ("avx2 avx512f vl", {}, True),
+            ("avx2 bmi2", {}, False),
+            ("avx2 avx512f vl", {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+            ("avx2 avx512f vl", {"ATEN_CPU_CAPABILITY": "default"}, False),
+            ("avx2 avx512f vl", {"ATEN_CPU_CAPABILITY": "avx512"}, True),
+            ("avx2 bmi2", {"TORCH_COMPILE_DISABLE": "0"}, True),
+        ],
+    )
+    def test_nothing_is_compiled_that_torch_compiles_wrongly(
+        self, home: Path, flags: str, base: dict[str, str], compiles: bool
+    ) -> None:
+        (home.parent / "cpuinfo").write_text(f"flags : {flags}\n")
+        assert ("TORCH_COMPILE_DISABLE" not in environment(home, **base)) == compiles
 
     def test_the_stub_comes_last_and_once(self, home: Path) -> None:
         path = environment(home, LD_LIBRARY_PATH="/opt/lib")["LD_LIBRARY_PATH"]
