@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lt_sglang import guard
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import BACKEND
 
@@ -146,11 +145,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _given,
         "it needs deterministic inference, and lazy layers split the KV of a request by its length",
     ),
-)
-
-
-# Front ends in which requests would not be checked (lt_sglang/guard).
-GUARD_REFUSALS: tuple[Refusal, ...] = (
+    # Front ends that load no plug-ins: requests would not be checked, aborts would miss copies, keys show.
     Refusal(
         "--tokenizer-worker-num",
         "tokenizer_worker_num",
@@ -204,8 +199,6 @@ def check_server_args(args: Any) -> None:
         )
     _check_windows()
     _refuse(args, REFUSALS, "with lazy layers")
-    if guard.is_on():
-        _refuse(args, GUARD_REFUSALS, f"while {guard.SWITCH} is on")
     _check_environment()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
@@ -24,6 +25,10 @@ from lt_sglang.memory.kv_keys import determined_by_key
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+
+# Sets of one prompt that are looked through, the last used first.
+MOST_COPIES_SEEN = 8
 
 
 class Kind(IntEnum):
@@ -194,8 +199,16 @@ class PrefillTracker:
 
     def _decide(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
-        stored = determined_by_key(req)
-        self.sets.decide(name, stored=stored, decided_for=digest(req.origin_input_ids), resumed=resumed)
+        mine = digest(req.origin_input_ids)
+        stored = determined_by_key(req) and not self._is_one_copy_more(name, req, mine)
+        self.sets.decide(name, stored=stored, decided_for=mine, resumed=resumed)
+
+    def _is_one_copy_more(self, name: str, req: Req, mine: bytes) -> bool:
+        """Whether a copy of this prompt has its set stored; thousands would push out everybody's."""
+        prompt = getattr(self.sets.of(name), "prompt", None)
+        if prompt is None or (getattr(getattr(req, "sampling_params", None), "n", 1) or 1) == 1:
+            return False
+        return any(entry.decided_for == mine for entry in islice(self.sets.find(prompt), MOST_COPIES_SEEN))
 
     def _stage(self, name: str, kind: Kind) -> None:
         if self.staged == name and kind != Kind.STAGE:

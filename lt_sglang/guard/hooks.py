@@ -8,6 +8,7 @@ from typing import Any
 
 from lt_sglang import guard
 from lt_sglang.guard import requests, tokenized
+from lt_sglang.guard.stop_regex import MOST_TOKENS
 from lt_sglang.resolve import is_requested
 
 
@@ -27,7 +28,14 @@ def create_tokenized(original: Callable[..., Any], manager: Any, obj: Any, *args
         if limits is None:
             limits = manager.lt_limits = limits_of(manager)
         tokenized.check_tokenized(limits, obj, made)
+        _bound_search(getattr(made, "sampling_params", None))
     return made
+
+
+def _bound_search(params: Any) -> None:
+    """Of a long answer SGLang then searches the end alone, after every token."""
+    if getattr(params, "stop_regex_strs", None):
+        params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TOKENS)
 
 
 def limits_of(manager: Any) -> tokenized.Limits:
@@ -74,9 +82,20 @@ def _bad_request(sentence: str) -> Exception:
 
 
 def clear_session_node(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -> None:
-    """A name used twice in a session has one entry for two requests; the second may be gone by now."""
-    req_dict.setdefault(node.req.rid, node)
-    original(node, req_dict)
+    """End a request of a session and all that follow it, whatever their number.
+
+    Not by SGLang's own recursion, which ends the scheduler after some hundred turns. A name used twice has
+    one entry for two requests; the second may be gone by now.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        waiting += one.children
+        if one.req.finished_reason is None:
+            one.req.to_finish = FINISH_ABORT()
+        req_dict.pop(one.req.rid, None)
 
 
 def abort_family(original: Callable[..., None], manager: Any, rid: str = "", abort_all: bool = False) -> None:

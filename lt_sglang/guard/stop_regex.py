@@ -10,10 +10,12 @@ import math
 import re
 from typing import Any
 
-# Repeats without an end are counted as this many; no answer is much longer in characters.
-ENDLESS = 4096
-# Two endless repeats one after the other are still allowed: 2 ** 24 ways.
-MOST_BITS = 24.1
+# SGLang looks at so many of an answer's last tokens after each of them; they are about ENDLESS characters.
+MOST_TOKENS = 512
+# Repeats without an end are counted as this many, and so are the places where a match may begin.
+ENDLESS = 2048
+# A match that may begin anywhere may have one repeat without an end, an anchored one two: 2 ** 22 ways.
+MOST_BITS = 22.1
 
 
 def check_stop_regex(pattern: str) -> None:
@@ -21,14 +23,24 @@ def check_stop_regex(pattern: str) -> None:
     from re import _parser  # type: ignore[attr-defined]
 
     try:
-        bits = _bits(_parser.parse(pattern))
+        parsed = _parser.parse(pattern)
+        bits = _bits(parsed) + _start_bits(parsed)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"stop_regex: {pattern!r} is not a regular expression: {error}") from None
     if bits > MOST_BITS:
         raise ValueError(
-            f"stop_regex: {pattern!r} can take too long to match; at most two repeats without an end, and no "
-            "choice or repeat inside a repeat, are allowed"
+            f"stop_regex: {pattern!r} can take too long to match; allowed are one repeat without an end (two "
+            "behind ^), and no choice or repeat inside a repeat"
         )
+
+
+def _start_bits(parsed: Any) -> float:
+    first = parsed[0] if len(parsed) else None
+    anchored = first is not None and str(first[0]) == "AT" and str(first[1]) in _BEGINNINGS
+    return 0.0 if anchored and not parsed.state.flags & re.MULTILINE else math.log2(ENDLESS)
+
+
+_BEGINNINGS = ("AT_BEGINNING", "AT_BEGINNING_STRING")
 
 
 def _bits(pattern: Any) -> float:

@@ -109,8 +109,9 @@ GUARD: tuple[Hook, ...] = (
         target="sglang.srt.session.session_controller.SessionReqNode.clear",
         parameters=("self", "req_dict"),
         wrapper=guard.clear_session_node,
-        why="replacing a request of a session in which a name was used twice ends the scheduler",
-        delete_when="SGLang refuses a name that the session has",
+        why="replacing a request of a session ends the scheduler: where hundreds of turns followed it, or a "
+        "name was used twice",
+        delete_when="SGLang walks the turns without recursion, and refuses a name that the session has",
     ),
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",

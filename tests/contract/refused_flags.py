@@ -16,7 +16,7 @@ from sglang.srt.server_args import prepare_server_args
 
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.names import BACKEND
-from lt_sglang.refusals import DYNAMIC_REFUSALS, GUARD_REFUSALS, REFUSALS
+from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS
 
 # Flags that are no switches, or need others beside them.
 VALUES = {
@@ -65,7 +65,7 @@ def main() -> None:
     """Print the object."""
     load_plugins()
     model = sys.argv[1]
-    found = {refusal.flag: resolve(model, refusal.flag, STATIC) for refusal in (*REFUSALS, *GUARD_REFUSALS)}
+    found = {refusal.flag: resolve(model, refusal.flag, STATIC) for refusal in REFUSALS}
     found |= {refusal.flag: resolve(model, refusal.flag, DYNAMIC) for refusal in DYNAMIC_REFUSALS}
     found |= {flag: resolve(model, flag, STATIC) for flag in OLD_SPELLINGS}
     print(json.dumps(found))

@@ -18,10 +18,10 @@ from lt_sglang.cli.serve import DEMO_ARGS, NO_HTTP, Machine, plan_launch
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import cpu_server_args
 from lt_sglang.names import BACKEND
-from lt_sglang.refusals import DYNAMIC_REFUSALS, GUARD_REFUSALS, REFUSALS, Refusal, check_server_args
+from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
 from tests.engine.models import ensure_model
 
-ALL_REFUSALS = (*REFUSALS, *GUARD_REFUSALS, *DYNAMIC_REFUSALS)
+ALL_REFUSALS = (*REFUSALS, *DYNAMIC_REFUSALS)
 
 
 @pytest.fixture(scope="module")

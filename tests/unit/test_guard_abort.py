@@ -192,3 +192,16 @@ def test_a_session_in_which_a_name_was_used_twice_can_be_cleared() -> None:
     for child in root.children:
         hooks.clear_session_node(stock, child, nodes)
     assert nodes == {}
+
+
+def test_a_session_of_thousands_of_turns_can_be_cleared() -> None:
+    """SGLang's own recursion ends at Python's limit, and with it the scheduler."""
+    from sglang.srt.session.session_controller import SessionReqNode
+
+    root = node = SessionReqNode(SimpleNamespace(rid="0", finished_reason="done"))
+    nodes: dict[str, Any] = {"0": root}
+    for turn in range(1, 5000):
+        node = SessionReqNode(SimpleNamespace(rid=str(turn), finished_reason=None), node)
+        nodes[node.req.rid] = node
+    hooks.clear_session_node(None, root.children[0], nodes)
+    assert list(nodes) == ["0"] and node.req.to_finish is not None

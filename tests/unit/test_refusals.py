@@ -11,7 +11,6 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.names import BACKEND
 from lt_sglang.refusals import (
     DYNAMIC_REFUSALS,
-    GUARD_REFUSALS,
     REFUSALS,
     VARIABLES,
     Refusal,
@@ -43,7 +42,7 @@ BAD: dict[str, Any] = {
 
 def good_args(**changes: Any) -> SimpleNamespace:
     """Server arguments as SGLang leaves them when nothing is asked for."""
-    values: dict[str, Any] = {refusal.field: False for refusal in (*REFUSALS, *GUARD_REFUSALS)}
+    values: dict[str, Any] = {refusal.field: False for refusal in REFUSALS}
     values |= {
         "attention_backend": BACKEND,
         "prefill_attention_backend": None,
@@ -81,7 +80,7 @@ def test_a_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatc
         check_server_args(good_args())
 
 
-@pytest.mark.parametrize("refusal", (*REFUSALS, *GUARD_REFUSALS), ids=lambda refusal: refusal.field)
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
 def test_each_is_refused_by_name(refusal: Refusal) -> None:
     value = BAD.get(refusal.field, True)
     with pytest.raises(LightTransferError) as caught:
@@ -92,17 +91,6 @@ def test_each_is_refused_by_name(refusal: Refusal) -> None:
     assert "\n" not in message
     # A switch has no value worth repeating.
     assert (f"{refusal.flag} {value}" in message) == (value is not True)
-
-
-@pytest.mark.parametrize("refusal", GUARD_REFUSALS, ids=lambda refusal: refusal.field)
-def test_front_ends_without_the_guard_are_served_where_it_is_off(
-    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = good_args(**{refusal.field: BAD.get(refusal.field, True)})
-    with pytest.raises(LightTransferError, match="while LT_SGLANG_GUARD is on"):
-        check_server_args(args)
-    monkeypatch.setenv("LT_SGLANG_GUARD", "off")
-    check_server_args(args)
 
 
 @pytest.mark.parametrize("refusal", DYNAMIC_REFUSALS, ids=lambda refusal: refusal.field)
