@@ -35,8 +35,13 @@ def references() -> dict[str, Reference]:
 def ask(server: Server, references: dict[str, Reference]):
     """Send prompts at once, check every output against the reference, return the replies."""
 
-    def send(prompts: Sequence[Sequence[int]], new_tokens: int = 32) -> list[Reply]:
-        replies = server.generate_all(prompts, new_tokens, clients=32)
+    def send(
+        prompts: Sequence[Sequence[int]], new_tokens: int = 32, *, together: bool = False
+    ) -> list[Reply]:
+        if together:
+            replies = server.generate_together(prompts, new_tokens)
+        else:
+            replies = server.generate_all(prompts, new_tokens, clients=32)
         outputs = [reply.tokens for reply in replies]
         references[server.spec.name].compare(prompts, outputs).assert_equal()
         return replies
@@ -115,7 +120,7 @@ def test_more_running_requests_than_sink_sets(server: Server, ask) -> None:
     server.flush_cache()
     before = server.lighttransfer()["sinks"]["refused"]
     lengths = [rng.randint(20, 24) for _ in range(28)] + [5, 10, 15, 24]
-    ask([random_prompt(length, rng) for length in lengths], new_tokens=64)
+    ask([random_prompt(length, rng) for length in lengths], new_tokens=64, together=True)
     assert server.lighttransfer()["sinks"]["refused"] > before
 
 
@@ -126,7 +131,7 @@ def test_retraction(server: Server, ask) -> None:
     prompts = [random_prompt(rng.randint(1, 200), rng) for _ in range(20)]
     marker = "KV cache pool is full. Retract requests."
     before = server.log_text().count(marker)
-    ask(prompts, new_tokens=400)
+    ask(prompts, new_tokens=400, together=True)
     assert server.log_text().count(marker) > before, "nothing was retracted"
 
 

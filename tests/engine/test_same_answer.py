@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,8 +90,7 @@ def test_a_retracted_request_answers_as_if_it_had_not_been(cold: Server, referen
     marker = "KV cache pool is full. Retract requests."
     before = cold.log_text().count(marker)
     resumed = cold.lighttransfer()["layer_sets"]["resumed"]
-    with ThreadPoolExecutor(len(known)) as pool:
-        replies = list(pool.map(lambda job: cold.generate(job[0], 200, ask=True), known))
+    replies = cold.generate_together([prompt for prompt, _ in known], 200, ask=True)
     assert cold.log_text().count(marker) > before, "nothing was retracted"
     for (prompt, first), again in zip(known, replies, strict=True):
         assert first.choice is not None and again.choice is not None
