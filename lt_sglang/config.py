@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.choices import CHOICES, LIST, choose
+from lt_sglang.static_choices import CHOICES, LIST, choose
 
 MODES = ("static", "dynamic")
 SCORES = ("lighttransfer", "residual-error", "discarded-mass", "error-mass", "squeeze")

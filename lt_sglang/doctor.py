@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 
-from lt_sglang.contract.table import SGLANG_VERSION
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
+from lt_sglang.upstream.recorded import SGLANG_VERSION
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 PLUGIN_VALUE = "lt_sglang.plugin:register"
@@ -254,7 +254,7 @@ def _resolve_arguments(argv: list[str]) -> str:
 
 
 def _name_checks() -> Iterable[tuple[str, Callable[[], str]]]:
-    from lt_sglang.contract import check as contract
+    from lt_sglang.upstream import check as contract
 
     def of(problems: Callable[[], list[str]], good: str) -> Callable[[], str]:
         def run() -> str:
@@ -286,12 +286,13 @@ def check_hooks() -> str:
     from sglang.srt.plugins import load_plugins
 
     from lt_sglang.hooks import table
+    from lt_sglang.upstream.hook import check_applied, check_target
 
-    problems = [problem for hook in table.HOOKS if (problem := table.check_target(hook))]
+    problems = [problem for hook in table.HOOKS if (problem := check_target(hook))]
     if problems:
         raise DoctorError("; ".join(problems))
     load_plugins()
-    table.check_applied()
+    check_applied(table.SCHEDULER_HOOKS)
     table.install_in_launcher()
     return f"{len(table.HOOKS)} hooks applied"
 

@@ -14,18 +14,17 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
-from lt_sglang.dynamic.state import STORED_SETS, DynamicState, projections_of, tp_ranks
 from lt_sglang.errors import LightTransferError
-from lt_sglang.hooks.table import check_applied
+from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.identify.state import STORED_SETS, DynamicState, projections_of, tp_ranks
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.memory.kv_keys import request_id
 from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
-from lt_sglang.memory.radix import request_id
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.memory.weights import announcing
 from lt_sglang.names import BACKEND
-from lt_sglang.selection import get_score
-from lt_sglang.selection.choices import LIST
+from lt_sglang.static_choices import LIST
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ class LightTransferModelRunner(ModelRunner):
         self.dynamic: DynamicState | None = None
         self.prefills: PrefillTracker | None = None
         self._plans: list[Prefill] | None = None
-        check_applied()
         super().__init__(*args, **kwargs)
 
     def load_model(self) -> None:

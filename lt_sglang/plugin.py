@@ -37,13 +37,13 @@ def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
 
-    from lt_sglang.attention import factory
+    from lt_sglang.attention import factory as attention
+    from lt_sglang.cache import factory as cache
     from lt_sglang.hooks import table
     from lt_sglang.launch import warmup
-    from lt_sglang.memory import radix
 
     table.install()
     warmup.register()
     if BACKEND not in registered_radix_cache_backends():
-        register_radix_cache_backend(BACKEND, radix.create)
-    register_attention_backend(BACKEND)(factory.create)
+        register_radix_cache_backend(BACKEND, cache.create)
+    register_attention_backend(BACKEND)(attention.create)

@@ -18,18 +18,12 @@ from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import warmup
 from lt_sglang.models import find_config
-from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, HIDDEN, KEYS
+from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, HIDDEN, KEYS, is_requested
 from lt_sglang.refusals import check_dynamic_args, check_server_args
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = "lt_sglang.resolve"
-
-
-def is_requested(args: Any) -> bool:
-    """Whether any of SGLang's three backend flags names us."""
-    names = (args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend)
-    return BACKEND in names
 
 
 def load_config(

@@ -38,19 +38,21 @@ from lt_sglang.attention.flashinfer_plans import (
 )
 from lt_sglang.attention.gathered import GatheredAttention
 from lt_sglang.attention.indices import Windows
-from lt_sglang.attention.kernels import Banks, merge_sinks
+from lt_sglang.attention.kernels.decode_dynamic import decode_lists, decode_pointers, write_rows
+from lt_sglang.attention.kernels.merge_sinks import Banks, merge_sinks
+from lt_sglang.attention.kernels.place import place
+from lt_sglang.attention.kernels.store import store_rows
+from lt_sglang.attention.kernels.tiles import Tiles
 from lt_sglang.attention.prefix import PrefixAttention
-from lt_sglang.dynamic import kernels
-from lt_sglang.dynamic.decider import Decider
-from lt_sglang.dynamic.prefill_kernels import Tiles, place
 from lt_sglang.errors import LightTransferError
+from lt_sglang.identify.decider import Decider
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from lt_sglang.attention.dynamic_prefill import GatheredCall, PagedCall, PrefillMetadata
-    from lt_sglang.model_runner import LightTransferModelRunner
+    from lt_sglang.attention.runner import HybridRunner
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class DecodeStep:
 class DynamicFlashInferBackend(FlashInferAttnBackend):
     """FlashInferAttnBackend in which every request has lazy layers of its own."""
 
-    def __init__(self, model_runner: LightTransferModelRunner) -> None:
+    def __init__(self, model_runner: HybridRunner) -> None:
         super().__init__(model_runner, init_new_workspace=model_runner.init_new_workspace)
         if not self.use_sliding_window_kv_pool or self.is_dllm_model or self.is_multimodal:
             raise LightTransferError(
@@ -155,7 +157,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 self._find_write_rows(forward_batch, self.forward_metadata.swa_out_cache_loc)
             return
         self.prefill = self.prefill_planner.plan(forward_batch)
-        self.decider.begin(self.prefill)
+        self.decider.begin(self.prefill.plans, self.prefill.popped, self.prefill.requests.full)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """As FlashInferAttnBackend; the write rows follow once the streaming slots are known."""
@@ -199,7 +201,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
     def _find_write_rows(self, forward_batch: ForwardBatch, streaming_slots: torch.Tensor) -> None:
         assert self.step is not None
         requests = self.step.lists.requests
-        kernels.write_rows(
+        write_rows(
             self.step.write,
             self.state.sets.bank_of,
             self.state.sets.set_of,
@@ -224,7 +226,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         arena = self.state.arena
         new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)
         where = step.write[layer.layer_id, : step.lists.requests]
-        kernels.store_rows(arena.keys, arena.values, where, new_k, new_v)
+        store_rows(arena.keys, arena.values, where, new_k, new_v)
         wrapper = metadata.decode_wrappers[0]
         out = step.attend(
             wrapper,
@@ -261,7 +263,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
             out, lse = prefill.full.run(query, self._kv_cache, layer)
         if prefill.lazy is not None:
             self._windows(out, query, layer, prefill, prefill.lazy)
-        self.decider.decide(prefill, layer, query, out, lse, k, v, forward_batch)
+        self.decider.decide(layer, query, out, lse, k, v, forward_batch)
         self._place(new_k, new_v, layer, prefill, before=not prefill.windowed, after=True)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
@@ -382,9 +384,7 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
 
     attn_backend: DynamicFlashInferBackend
 
-    def __init__(
-        self, model_runner: LightTransferModelRunner, attn_backend: DynamicFlashInferBackend
-    ) -> None:
+    def __init__(self, model_runner: HybridRunner, attn_backend: DynamicFlashInferBackend) -> None:
         self.runner = model_runner
         super().__init__(model_runner, attn_backend)
 
@@ -411,7 +411,7 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
         step = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled)
         lists = step.lists
         sets = state.sets
-        kernels.decode_pointers(
+        decode_pointers(
             lists.pointers,
             sets.bank_of,
             sets.set_of,
@@ -420,7 +420,7 @@ class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
             state.layout.full_banks,
             windows,
         )
-        kernels.decode_lists(
+        decode_lists(
             lists.rows,
             lists.pointers,
             sets.bank_of,

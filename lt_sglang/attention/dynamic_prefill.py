@@ -11,28 +11,26 @@ from lt_sglang.attention.fa3_lengths import LayerLengths
 from lt_sglang.attention.flashinfer_plans import LayerLists, plan_prefill, plan_ragged
 from lt_sglang.attention.gathered import GatheredAttention, fits
 from lt_sglang.attention.indices import sink_rows, span_slots
-from lt_sglang.attention.kernels import SinkTiles
-from lt_sglang.attention.kernels import make_tiles as make_sink_tiles
-from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.prefill_kernels import (
+from lt_sglang.attention.kernels.extend_dynamic import (
     EVERY,
     FULL_ONLY,
     LAZY_ONLY,
-    Requests,
-    Tiles,
     extend_lists,
     list_pointers,
-    make_tiles,
-    tile_positions,
 )
+from lt_sglang.attention.kernels.merge_sinks import SinkTiles, make_sink_tiles
+from lt_sglang.attention.kernels.place import tile_positions
+from lt_sglang.attention.kernels.requests import Requests
+from lt_sglang.attention.kernels.tiles import Tiles, make_tiles
 from lt_sglang.errors import LightTransferError
+from lt_sglang.layers.prefill import Kind, Prefill
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from lt_sglang.attention.dynamic_flashinfer import DynamicFlashInferBackend
-    from lt_sglang.model_runner import LightTransferModelRunner
+    from lt_sglang.attention.runner import HybridRunner
 
 # SGLang's paged wrappers; FA2, which reads as it runs where a list begins and ends.
 LAZY, FULL = 0, 1
@@ -114,7 +112,7 @@ class PrefillMetadata:
 class PrefillPlanner:
     """Makes the PrefillMetadata of a batch; host arithmetic and a few kernels, no waiting."""
 
-    def __init__(self, runner: LightTransferModelRunner, backend: DynamicFlashInferBackend) -> None:
+    def __init__(self, runner: HybridRunner, backend: DynamicFlashInferBackend) -> None:
         self._runner = runner
         self._backend = backend
 

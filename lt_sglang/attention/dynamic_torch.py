@@ -12,24 +12,24 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from lt_sglang.attention.indices import sink_rows
-from lt_sglang.attention.torch_backend import QUERY_BLOCK, attend, attend_streaming, decode_row_lists
-from lt_sglang.dynamic.decide import NOBODY, queue_step
-from lt_sglang.dynamic.evidence import selected_positions, single_evidence
-from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.tails import LastQueries
-from lt_sglang.selection.reference import LOG2E
+from lt_sglang.attention.static_torch import QUERY_BLOCK, attend, attend_streaming, decode_row_lists
+from lt_sglang.identify.collect import selected_positions, single_evidence
+from lt_sglang.identify.observation_window import LastQueries
+from lt_sglang.identify.queue import NOBODY, queue_step
+from lt_sglang.identify.scores.reference import LOG2E
+from lt_sglang.layers.prefill import Kind, Prefill
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from lt_sglang.model_runner import LightTransferModelRunner
+    from lt_sglang.attention.runner import HybridRunner
 
 
 class DynamicTorchBackend(TorchNativeAttnBackend):
     """TorchNativeAttnBackend in which every request has lazy layers of its own."""
 
-    def __init__(self, model_runner: LightTransferModelRunner) -> None:
+    def __init__(self, model_runner: HybridRunner) -> None:
         super().__init__(model_runner)
         self._runner = model_runner
         self.kv_index_translator = model_runner.kv_index_translator

@@ -24,7 +24,7 @@ from lt_sglang.config import (
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_config
-from lt_sglang.selection.choices import CHOICES, LIST
+from lt_sglang.static_choices import CHOICES, LIST
 
 HALF = "half"
 

@@ -17,7 +17,7 @@ from lt_sglang.cli.options import LtOptions, describe, layer_count, resolve_conf
 from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.config import CONFIG_KEY, DEFAULT_KEEP, LightTransferConfig, format_layers
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.choices import choose
+from lt_sglang.static_choices import choose
 
 LAYERS = ("given", "frequency", "ends")
 SELECTED = "layers.json"

@@ -9,7 +9,7 @@ from typing import Any
 from lt_sglang import guard
 from lt_sglang.guard import requests, tokenized
 from lt_sglang.guard.stop_regex import MOST_TOKENS
-from lt_sglang.resolve import is_requested
+from lt_sglang.names import is_requested
 
 
 def normalize_request(original: Callable[[Any], None], obj: Any) -> None:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
-from lt_sglang.names import HIDDEN, KEYS
-from lt_sglang.resolve import is_requested
+from lt_sglang.names import HIDDEN, KEYS, is_requested
 
 
-def init_model_runner(original: Callable[[Any], None], worker: Any) -> None:
-    """Build LightTransferModelRunner where SGLang builds ModelRunner."""
+def init_model_runner(original: Callable[[Any], None], worker: Any, check_hooks: Callable[[], None]) -> None:
+    """Build LightTransferModelRunner where SGLang builds ModelRunner, unless ``check_hooks`` raises."""
     if not is_requested(worker.server_args):
         original(worker)
         return
+    check_hooks()
     import sglang.srt.model_executor.model_runner as module
 
     from lt_sglang.model_runner import LightTransferModelRunner
@@ -112,7 +112,7 @@ def abort_stuck(original: Callable[[Any], list[Any]], scheduler: Any) -> list[An
         return aborts
     watch = getattr(scheduler, "lt_watch", None)
     if watch is None:
-        from lt_sglang.memory.watch import QueueWatch
+        from lt_sglang.hooks.queue_watch import QueueWatch
 
         watch = scheduler.lt_watch = QueueWatch()
     return [*aborts, *watch.look(scheduler)]

@@ -9,7 +9,7 @@ from typing import Any
 from lt_sglang.config import format_layers
 from lt_sglang.loadtest.scenario import Engine, Length, Load, Scenario, Traffic
 from lt_sglang.loadtest.shapes import SHAPES
-from lt_sglang.selection.choices import LIST
+from lt_sglang.static_choices import LIST
 
 SHAPE = "tiny"
 # 128K prompts become 2K.

@@ -103,3 +103,9 @@ def _is_set(value: Any) -> bool:
         return len(value) > 0
     except TypeError:
         return bool(value != 0)
+
+
+def request_id(req: Req) -> str:
+    """What the stores file ``req`` under."""
+    # A retracted request comes back as the same object; a re-used rid does not.
+    return f"{req.rid}@{id(req):x}"

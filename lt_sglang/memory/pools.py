@@ -17,9 +17,9 @@ from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig
 from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from lt_sglang.config import DEFAULT_EXPECTED_TOKENS, LightTransferConfig
-from lt_sglang.dynamic.arena import Arena, arena_pool_class
-from lt_sglang.dynamic.layout import BankLayout
 from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.arena import Arena, arena_pool_class
+from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.split import PoolSplit, SplitInput, split_budget, split_bytes, split_tokens
 
 logger = logging.getLogger(__name__)

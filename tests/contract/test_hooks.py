@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from lt_sglang import doctor
-from lt_sglang.hooks.table import HOOKS, Hook, check_target
+from lt_sglang.hooks.table import HOOKS
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.upstream.hook import Hook, check_target
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target.rpartition(".")[2])

@@ -18,10 +18,10 @@ import sglang
 import lt_sglang
 from lt_sglang.cli.model_config import _IGNORE_WINDOW
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.contract import check
-from lt_sglang.contract.check import Override, has_attribute, signature_text
-from lt_sglang.contract.table import ATTRIBUTES, FINGERPRINTS, SIGNATURES
 from lt_sglang.resolve import model_overrides
+from lt_sglang.upstream import check
+from lt_sglang.upstream.check import Override, has_attribute, signature_text
+from lt_sglang.upstream.recorded import ATTRIBUTES, FINGERPRINTS, SIGNATURES
 
 OURS = Path(lt_sglang.__file__).parent
 THEIRS = Path(sglang.__file__).parent
@@ -69,7 +69,7 @@ def test_every_subclassing_module_is_looked_at() -> None:
         if any(isinstance(base, ast.Name) and base.id in stock for node in classes for base in node.bases):
             parts = file.relative_to(OURS.parent).with_suffix("").parts
             subclassing.add(".".join(parts))
-    assert subclassing <= set(check.SUBCLASS_MODULES), "list it in lt_sglang/contract/check.py"
+    assert subclassing <= set(check.SUBCLASS_MODULES), "list it in lt_sglang/upstream/check.py"
     for name in check.SUBCLASS_MODULES:
         assert list(check.subclasses(importlib.import_module(name))), f"{name} extends nothing of SGLang's"
 
@@ -124,7 +124,7 @@ def test_an_unrecorded_override_says_what_to_add() -> None:
 def test_code_we_depend_on_line_by_line_is_unchanged(target: str) -> None:
     expected, why = FINGERPRINTS[target]
     assert check.fingerprint(pkgutil.resolve_name(target)) == expected, (
-        f"{target} changed. Read it again: {why} Then record its fingerprint in lt_sglang/contract/table.py"
+        f"{target} changed. Read it again: {why} Then record its fingerprint in upstream/recorded.py"
     )
 
 
@@ -137,7 +137,7 @@ def test_a_changed_fingerprint_asks_for_a_reader(monkeypatch: pytest.MonkeyPatch
 
 
 # Who may free a streaming slot: the calls in SGLang, by file. A new one has to be read, and met in
-# lt_sglang/memory/radix.py, before it is recorded here.
+# lt_sglang/cache/radix_static.py, before it is recorded here.
 FREEING_CALLS = {
     "disaggregation/decode.py": {"release_swa": 1},
     "managers/schedule_batch.py": {"release_swa_prefix_lock": 1, "evict_sliding_windows": 1},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lt_sglang import __version__, doctor
-from lt_sglang.contract.table import SGLANG_VERSION
+from lt_sglang.upstream.recorded import SGLANG_VERSION
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

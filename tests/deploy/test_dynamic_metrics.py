@@ -28,7 +28,7 @@ SABOTEUR = """\
 from pathlib import Path
 
 def register():
-    from lt_sglang.dynamic.state import DynamicState
+    from lt_sglang.identify.state import DynamicState
     from sglang.srt.runtime_context import get_parallel
 
     check = DynamicState._check_tables

@@ -14,7 +14,7 @@ import yaml
 from k8s.render import render
 from lt_sglang.config import DECIDE, MODES, SCORES
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.choices import LIST
+from lt_sglang.static_choices import LIST
 
 from .chart import CHART, MINIMAL
 

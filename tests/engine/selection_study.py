@@ -6,7 +6,7 @@ No engine. Each passkey and 3-key prompt is prefilled with full attention; candi
 the weights, values and residual streams of its last 32 queries; then the answer's tokens are forced through
 the model with a streaming mask in the lazy layers. Counted: answers whose every token is the most likely one,
 and KL divergence from full attention over the answer's positions after the first. Some candidates are in
-lt_sglang.selection, the others were tried and left. ``--single`` also makes each layer lazy by itself, and
+identify/scores, the others were tried and left. ``--single`` also makes each layer lazy by itself, and
 ranks the layers by that (an oracle). OUT.json has the figures; OUT.png shows the divergence of each choice
 against the attention mass it discards, summed over the lazy layers (the term of the paper's Theorem 5.1).
 """

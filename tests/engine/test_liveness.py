@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.memory.watch import STUCK_SECONDS
+from lt_sglang.hooks.queue_watch import STUCK_SECONDS
 
 from .environment import server_environment, write_plugin
 from .prompts import random_prompt
@@ -31,7 +31,7 @@ SECONDS = 150.0
 # Its scheduler parks the request as soon as the streaming pool is full.
 NO_SLIDING = """
 def register():
-    from lt_sglang.memory.radix import LightTransferRadixCache
+    from lt_sglang.cache.radix_static import LightTransferRadixCache
 
     LightTransferRadixCache.slide_window = lambda self, req: None
 """

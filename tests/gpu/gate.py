@@ -37,7 +37,7 @@ def shuffle_layers() -> None:
     """Add noise to every score of dynamic mode, after it was computed."""
     import torch
 
-    from lt_sglang.selection.base import Score
+    from lt_sglang.identify.scores.base import Score
 
     laziness = Score.laziness
 

@@ -23,11 +23,11 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lt_sglang.selection.attend_kernel import attend
-from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.factory import SCORES, get_score
-from lt_sglang.selection.mass_kernel import mean_mass
-from lt_sglang.selection.row_kernels import mean_cosine, negative_ratio, output_rows
+from lt_sglang.identify.scores.attend_kernel import attend
+from lt_sglang.identify.scores.evidence import Evidence
+from lt_sglang.identify.scores.factory import SCORES, get_score
+from lt_sglang.identify.scores.mass_kernel import mean_mass
+from lt_sglang.identify.scores.row_kernels import mean_cosine, negative_ratio, output_rows
 
 LAYERS = 32
 REPLAYS = 30

@@ -38,22 +38,19 @@ STATE = ROOT / ".mutation"
 
 MODULES = [
     "lt_sglang/memory/*.py",
-    *(
-        f"lt_sglang/dynamic/{name}.py"
-        for name in (
-            *("radix", "layer_sets", "beginnings", "prefill", "layout", "arena", "tails", "decide", "mirror"),
-            "state",
-        )
-    ),
+    "lt_sglang/layers/*.py",
+    "lt_sglang/cache/*.py",
+    *(f"lt_sglang/identify/{name}.py" for name in ("observation_window", "queue", "state")),
     "lt_sglang/attention/indices.py",
+    "lt_sglang/hooks/queue_watch.py",
     "lt_sglang/model_runner.py",
 ]
 NOT_COVERED = {
-    "lt_sglang/dynamic/*kernels.py, attention/kernels.py, selection/*kernel*.py": (
+    "lt_sglang/attention/kernels/*.py, identify/queue_kernel.py, identify/scores/*kernel*.py": (
         "Triton kernels; they run under its interpreter in tests/unit/interpreted_*.py, minutes for each"
     ),
     "lt_sglang/attention/*flashinfer*.py, decode_plan.py, prefix.py, gathered.py": "need a GPU",
-    "lt_sglang/attention/*torch*.py, dynamic/decider.py, dynamic/evidence.py": (
+    "lt_sglang/attention/*torch*.py, identify/decider.py, identify/collect.py": (
         "attention and scores; compared with transformers on real engines in tests/engine"
     ),
 }
@@ -67,15 +64,19 @@ TESTS = {
         "unit/test_sinks.py",
         "unit/test_dynamic_layer_sets.py",
     ],
-    "dynamic/layer_sets.py": ["unit/test_dynamic_layer_sets.py", "unit/test_dynamic_prefill.py", *CACHES],
-    "dynamic/beginnings.py": ["unit/test_dynamic_beginnings.py"],
-    "dynamic/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
-    "dynamic/layout.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
-    "dynamic/arena.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
-    "dynamic/tails.py": ["unit/test_dynamic_tails.py", "unit/test_dynamic_state.py"],
-    "dynamic/decide.py": ["unit/test_dynamic_decide.py"],
-    "dynamic/mirror.py": ["unit/test_device_tables.py", "unit/test_dynamic_layer_sets.py"],
-    "dynamic/state.py": ["unit/test_dynamic_state.py", "unit/test_model_runner.py"],
+    "layers/layer_sets.py": ["unit/test_dynamic_layer_sets.py", "unit/test_dynamic_prefill.py", *CACHES],
+    "layers/prefix_index.py": ["unit/test_dynamic_beginnings.py"],
+    "layers/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
+    "memory/banks.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
+    "memory/arena.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
+    "identify/observation_window.py": ["unit/test_dynamic_tails.py", "unit/test_dynamic_state.py"],
+    "hooks/queue_watch.py": ["unit/test_watch.py"],
+    "cache/radix_static.py": ["unit/test_radix.py", "unit/test_radix_keys.py", *CACHES],
+    "cache/radix_dynamic.py": ["unit/test_dynamic_radix.py", "unit/test_dynamic_radix_layers.py", *CACHES],
+    "cache/factory.py": ["unit/test_radix.py"],
+    "identify/queue.py": ["unit/test_dynamic_decide.py"],
+    "layers/host_copy.py": ["unit/test_device_tables.py", "unit/test_dynamic_layer_sets.py"],
+    "identify/state.py": ["unit/test_dynamic_state.py", "unit/test_model_runner.py"],
     "attention/indices.py": ["unit/test_indices.py", "property/test_caches.py"],
     "model_runner.py": ["unit/test_model_runner.py"],
 }

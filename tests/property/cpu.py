@@ -22,11 +22,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
 from lt_sglang.attention.indices import StreamingTables, Windows
+from lt_sglang.cache.radix_dynamic import DynamicRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.prefill import PrefillTracker
-from lt_sglang.dynamic.radix import DynamicRadixCache
-from lt_sglang.memory.radix import LightTransferRadixCache
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.memory.sinks import SinkStore
 
 CONTEXT = 128
@@ -173,7 +173,7 @@ def audit(caches: Caches, requests: list[Req]) -> None:
 
 def audit_stores(caches: Caches, held: list[Req]) -> None:
     """Whoever uses a sink set or a layer set holds K and V; device tables agree after a flush."""
-    from lt_sglang.memory.radix import request_id
+    from lt_sglang.memory.kv_keys import request_id
 
     names = {request_id(req): req for req in held}
     users = [user for entry in caches.sinks._sets.values() for user in entry.users]

@@ -8,8 +8,8 @@ from zlib import crc32
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
-from lt_sglang.attention.torch_backend import block_keys
-from lt_sglang.memory.radix import request_id
+from lt_sglang.attention.static_torch import block_keys
+from lt_sglang.memory.kv_keys import request_id
 from tests.property.cpu import Caches, Sizes, audit_stores
 from tests.unit.streaming import visible
 

@@ -19,10 +19,10 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache, t
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from lt_sglang.attention.indices import sink_rows
-from lt_sglang.attention.torch_backend import decode_row_lists
-from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.attention.static_torch import decode_row_lists
 from lt_sglang.hooks import wrappers
-from lt_sglang.memory.radix import request_id
+from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.kv_keys import request_id
 from tests.property.cpu import CONTEXT, Sizes, audit
 from tests.property.reads import VERSIONS, Reads, Written
 from tests.unit.streaming import visible

@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.common import touch_waiting_prefix
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from lt_sglang.dynamic.radix import _name
+from lt_sglang.cache.radix_dynamic import _name
 from tests.property.cpu import Caches, Sizes, request
 
 SINK, RECENT, SYSTEM, OWN, TURN, WAITING, ROUNDS = 4, 1020, 1500, 200, 60, 128, 21

@@ -21,12 +21,12 @@ import torch
 
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.arena import Arena
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.layout import BankLayout
-from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.state import DynamicState, Ranks
-from lt_sglang.selection import get_score
+from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.identify.state import DynamicState, Ranks
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.arena import Arena
+from lt_sglang.memory.banks import BankLayout
 
 # SGLang defines its FlashInfer backend only where it sees a GPU.
 for module in (sglang.srt.utils, sglang.srt.utils.common):
@@ -39,7 +39,7 @@ from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans  # noqa: E402
 from lt_sglang.attention.dynamic_prefill import GatheredCall, PrefillPlanner  # noqa: E402
 from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
 from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
-from lt_sglang.dynamic.decider import Decider  # noqa: E402
+from lt_sglang.identify.decider import Decider  # noqa: E402
 
 LAYERS, KEEP = 5, 2
 SINK, RECENT = 4, 12

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic's kernels under Triton's interpreter, against plain loops; test_kernels.py runs this."""
+"""Kernels of dynamic mode under Triton's interpreter, against plain loops; test_kernels.py runs this."""
 
 from __future__ import annotations
 
@@ -19,14 +19,25 @@ from lt_sglang.attention.decode_plan import (
     plan_bytes,
 )
 from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_reference
-from lt_sglang.attention.kernels import Banks, make_tiles, merge_sinks
-from lt_sglang.dynamic import kernels, prefill_kernels
-from lt_sglang.dynamic.decide import queue_step
-from lt_sglang.dynamic.layer_sets import banks as banks_of
-from lt_sglang.dynamic.layout import BankLayout
-from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.prefill_kernels import EVERY, FULL_ONLY, LAZY_ONLY, Requests
+from lt_sglang.attention.kernels import decode_dynamic
+from lt_sglang.attention.kernels.extend_dynamic import (
+    EVERY,
+    FULL_ONLY,
+    LAZY_ONLY,
+    extend_lists,
+    list_pointers,
+)
+from lt_sglang.attention.kernels.merge_sinks import Banks, make_sink_tiles, merge_sinks
+from lt_sglang.attention.kernels.place import place
+from lt_sglang.attention.kernels.requests import Requests
+from lt_sglang.attention.kernels.store import store_rows
+from lt_sglang.attention.kernels.tiles import make_tiles
 from lt_sglang.errors import LightTransferError
+from lt_sglang.identify.queue import queue_step
+from lt_sglang.identify.queue_kernel import queue_step as queue_step_kernel
+from lt_sglang.layers.layer_sets import banks as banks_of
+from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.banks import BankLayout
 
 LAYERS, KEEP = 7, 3
 SINK, RECENT = 4, 12
@@ -44,7 +55,7 @@ LAYOUT = BankLayout(
 
 
 def test_kernels_are_interpreted_here() -> None:
-    assert type(kernels._decode_lists).__name__ == "InterpretedFunction"
+    assert type(decode_dynamic._decode_lists).__name__ == "InterpretedFunction"
 
 
 class World:
@@ -95,9 +106,9 @@ def test_decode_lists(seed: int) -> None:
     lengths = torch.tensor(world.lengths)
     count = len(lengths)
     pointers = torch.full((LAYERS * count + 1,), -9, dtype=torch.int32)
-    kernels.decode_pointers(pointers, world.bank_of, world.set_of, world.rows, lengths, KEEP, WINDOWS)
+    decode_dynamic.decode_pointers(pointers, world.bank_of, world.set_of, world.rows, lengths, KEEP, WINDOWS)
     out = torch.full((int(pointers[-1]) + 5,), -9, dtype=torch.int32)
-    kernels.decode_lists(
+    decode_dynamic.decode_lists(
         out, pointers, world.bank_of, world.set_of, world.rows, lengths, 90, world.tables, WINDOWS, LAYOUT
     )
     short = decode_rows_reference(world.rows, lengths, world.tables, WINDOWS).to(torch.int64)
@@ -123,7 +134,7 @@ def test_write_rows_and_store() -> None:
     rows = torch.cat([world.rows, torch.tensor([0])])
     world.bank_of[0] = torch.tensor(banks_of([0, 1, 2, 3], LAYERS), dtype=torch.int32)
     out = torch.full((LAYERS, 6), -9, dtype=torch.int32)
-    kernels.write_rows(out, world.bank_of, world.set_of, rows, full, streaming, LAYOUT)
+    decode_dynamic.write_rows(out, world.bank_of, world.set_of, rows, full, streaming, LAYOUT)
     for layer in range(LAYERS):
         for index in range(4):
             bank = int(world.bank_of[world.set_of[rows[index]], layer])
@@ -134,7 +145,7 @@ def test_write_rows_and_store() -> None:
     wide = torch.randn(4, 20)
     k, v = wide[:, 2:8].view(4, 2, 3), wide[:, 9:15].view(4, 2, 3)
     where = torch.tensor([7, 3, 49, 0], dtype=torch.int32)
-    kernels.store_rows(keys, values, where, k, v)
+    store_rows(keys, values, where, k, v)
     assert torch.equal(keys[where.long()], k) and torch.equal(values[where.long()], v)
     assert int((keys != 0).any(2).any(1).sum()) == 4
 
@@ -149,7 +160,7 @@ def test_queue_step_equals_torch() -> None:
         for layer in range(LAYERS):
             values = [0.1, 0.2, 0.3, float("nan"), float("-inf")]
             score = torch.tensor([rng.choice(values) for _ in range(4)])
-            kernels.queue_step(ours, a, sets.to(torch.int32), score, popped, layer, KEEP)
+            queue_step_kernel(ours, a, sets.to(torch.int32), score, popped, layer, KEEP)
             b[sets, layer] = score
             expected = queue_step(theirs, b, sets, layer, KEEP)
             assert popped[:4].tolist() == expected.tolist()
@@ -195,7 +206,7 @@ def chunk(seed: int, short: bool) -> Chunk:
 
 
 def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bool) -> int:
-    """Where a position is before it is decided upon, in the order of dynamic/layout.py."""
+    """Where a position is before it is decided upon, in the order of memory/banks.py."""
     plan, world = case.plans[index], case.world
     if plan.kind == Kind.DECIDED:
         bank = world.bank(index, layer)
@@ -218,8 +229,8 @@ def test_extend_lists(seed: int) -> None:
     for which, begin in ((FULL_ONLY, [0] * count), (LAZY_ONLY, firsts)):
         lengths = [end - first for first, end in zip(begin, ends, strict=True)]
         sizes = torch.tensor(lengths, dtype=torch.int32)
-        pointers = prefill_kernels.list_pointers(case.world.bank_of, given, sizes, KEEP, which)
-        out = prefill_kernels.extend_lists(
+        pointers = list_pointers(case.world.bank_of, given, sizes, KEEP, which)
+        out = extend_lists(
             sum(lengths) * LAYERS, pointers, begin, ends, given, case.world.bank_of, WINDOWS, LAYOUT, which
         )
         at = 0
@@ -240,8 +251,8 @@ def test_prefix_lists(seed: int) -> None:
     given, count = case.requests(), len(case.plans)
     prefixes = [plan.prefix for plan in case.plans]
     sizes = torch.tensor(prefixes, dtype=torch.int32)
-    pointers = prefill_kernels.list_pointers(case.world.bank_of, given, sizes, KEEP, EVERY)
-    out = prefill_kernels.extend_lists(
+    pointers = list_pointers(case.world.bank_of, given, sizes, KEEP, EVERY)
+    out = extend_lists(
         sum(prefixes) * LAYERS,
         pointers,
         [0] * count,
@@ -268,8 +279,8 @@ def test_prefix_lists_read_sinks_that_left_the_window() -> None:
     plan = Prefill(Kind.DECIDED, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
     case = Chunk(world, [plan])
     given, sizes = case.requests(), torch.tensor([plan.prefix], dtype=torch.int32)
-    pointers = prefill_kernels.list_pointers(world.bank_of, given, sizes, KEEP, EVERY)
-    out = prefill_kernels.extend_lists(
+    pointers = list_pointers(world.bank_of, given, sizes, KEEP, EVERY)
+    out = extend_lists(
         plan.prefix * LAYERS, pointers, [0], [plan.prefix], given, world.bank_of, WINDOWS, LAYOUT, EVERY
     ).view(LAYERS, plan.prefix)
     left = plan.prefix - RECENT
@@ -298,8 +309,7 @@ def test_place(seed: int, ragged: bool) -> None:
     ]
     stage = [run for run in new if plans[run[0]].kind == Kind.STAGE]
     tiles = {
-        name: prefill_kernels.make_tiles(runs, 4, "cpu")
-        for name, runs in (("new", new), ("cut", cut), ("stage", stage))
+        name: make_tiles(runs, 4, "cpu") for name, runs in (("new", new), ("cut", cut), ("stage", stage))
     }
     deciding = [plan for plan in plans if plan.kind == Kind.DECIDE]
     sets = torch.tensor([plan.layer_set for plan in deciding])
@@ -314,7 +324,7 @@ def test_place(seed: int, ragged: bool) -> None:
 
         def run(name: str, keys=(k, v), number=layer, **phases: bool) -> None:
             flags = {"before": False, "after": False, "scratch": False, **phases}
-            prefill_kernels.place(
+            place(
                 arena_k,
                 arena_v,
                 *keys,
@@ -392,7 +402,7 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     query, out, window = (torch.randn(tokens, heads, 16) for _ in range(3))
     lse = torch.randn(tokens, heads)
     rows = torch.randint(1, STREAMING, (3, SINK))
-    tiles = make_tiles(prefixes, extends, WINDOWS, "cpu", every=[True] * 3)
+    tiles = make_sink_tiles(prefixes, extends, WINDOWS, "cpu", every=[True] * 3)
     untouched = out.clone()
     banks = Banks(of, KEEP, LAYOUT.streaming_start, LAYOUT.streaming_rows)
     merge_sinks(out, lse, query, keys, values, rows, tiles, WINDOWS, 0.25, window=window, banks=banks)

@@ -1,4 +1,4 @@
-"""lt_sglang.attention.kernels under Triton's interpreter, against plain torch; test_kernels.py runs this."""
+"""Kernels of static mode under Triton's interpreter, against plain torch; test_kernels.py runs this."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lt_sglang.attention import kernels
 from lt_sglang.attention.indices import decode_rows_reference, lazy_lengths, sink_rows
-from lt_sglang.attention.kernels import TILE_QUERIES, decode_rows, make_tiles, merge_sinks
+from lt_sglang.attention.kernels import merge_sinks as kernels
+from lt_sglang.attention.kernels.decode_static import decode_rows
+from lt_sglang.attention.kernels.merge_sinks import TILE_QUERIES, make_sink_tiles, merge_sinks
 from tests.unit.streaming import Batch, visible
 
 
@@ -124,7 +125,7 @@ def test_merge_sinks_completes_streaming_attention(case: Case) -> None:
         keys,
         values,
         sink_rows(batch.rows, batch.tables, batch.windows),
-        make_tiles([p for p, _ in case.requests], [e for _, e in case.requests], batch.windows, "cpu"),
+        make_sink_tiles([p for p, _ in case.requests], [e for _, e in case.requests], batch.windows, "cpu"),
         batch.windows,
         scale,
         case.key_scale,
@@ -147,7 +148,7 @@ def test_queries_are_read_by_their_stride() -> None:
     for one in (query, query.contiguous()):
         out, lse = torch.zeros(40, 2, 16), torch.zeros(40, 2)
         rows = sink_rows(batch.rows, batch.tables, batch.windows)
-        tiles = make_tiles([0], [40], batch.windows, "cpu")
+        tiles = make_sink_tiles([0], [40], batch.windows, "cpu")
         merge_sinks(out, lse, one, keys, values, rows, tiles, batch.windows, 0.25)
         results.append(out)
     torch.testing.assert_close(results[0], results[1])
@@ -156,7 +157,7 @@ def test_queries_are_read_by_their_stride() -> None:
 
 def test_no_tiles_leaves_the_output_alone() -> None:
     batch = Batch(random.Random(1), 4, 50, [20], captured=False)
-    tiles = make_tiles([0], [20], batch.windows, "cpu")
+    tiles = make_sink_tiles([0], [20], batch.windows, "cpu")
     assert tiles.number == 0
     out = torch.ones(20, 1, 16)
     keys = torch.zeros(batch.buffer_rows, 1, 16)
@@ -171,7 +172,7 @@ def test_tiles_cover_every_query_that_sees_a_sink_once(seed: int) -> None:
     batch = Batch(rng, rng.choice([1, 4, 129]), rng.randrange(1, 300), [1])
     prefixes = [rng.randrange(0, 400) for _ in range(5)]
     extends = [rng.randrange(0, 300) for _ in range(5)]
-    tiles = make_tiles(prefixes, extends, batch.windows, "cpu")
+    tiles = make_sink_tiles(prefixes, extends, batch.windows, "cpu")
     table = [getattr(tiles, name).tolist() for name in ("request", "token", "position", "count")]
     covered = []
     for request, token, position, count in zip(*table, strict=True):

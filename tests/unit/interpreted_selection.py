@@ -1,4 +1,4 @@
-"""lt_sglang.selection's kernels under Triton's interpreter, against plain torch; run by test_kernels.py."""
+"""The kernels of the scores under Triton's interpreter, against plain torch; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lt_sglang.selection import attend_kernel
-from lt_sglang.selection.factory import SCORES, get_score
-from lt_sglang.selection.reference import streaming_attention
-from lt_sglang.selection.row_kernels import output_rows
+from lt_sglang.identify.scores import attend_kernel
+from lt_sglang.identify.scores.factory import SCORES, get_score
+from lt_sglang.identify.scores.reference import streaming_attention
+from lt_sglang.identify.scores.row_kernels import output_rows
 from tests.unit.interpreted_selection_cases import Case, build, last, on_all_ranks, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # of nothing seen

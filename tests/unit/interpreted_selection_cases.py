@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lt_sglang.selection.evidence import Evidence
+from lt_sglang.identify.scores.evidence import Evidence
 
 LOG2E = 1.4426950408889634
 TURN = threading.Lock()  # Triton's interpreter runs one kernel at a time

@@ -21,12 +21,13 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
+from lt_sglang.cache.radix_dynamic import DynamicRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.prefill import PrefillTracker
-from lt_sglang.dynamic.radix import DynamicRadixCache
 from lt_sglang.hooks.wrappers import slide_after_chunk
-from lt_sglang.memory.radix import LightTransferRadixCache, request_id
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import PrefillTracker
+from lt_sglang.memory.kv_keys import request_id
 from lt_sglang.memory.sinks import SinkStore
 
 ROWS = 16

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from lt_sglang.memory.radix import LightTransferRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.memory.sinks import SinkStore
 
 # SGLang's test kit reads the first digit of CUDA_VISIBLE_DEVICES, which is empty where a CPU serves.

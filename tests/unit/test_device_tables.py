@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.mirror and memory.row_table: tables on the device, and what the host sees of them."""
+"""lt_sglang.layers.host_copy and memory.row_table: tables on the device, and what the host sees of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lt_sglang.dynamic.mirror import HostMirror
+from lt_sglang.layers.host_copy import HostMirror
 from lt_sglang.memory.row_table import set_rows
 
 

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.beginnings: who begins like whom, by hand and against a scan of all that was filed."""
+"""lt_sglang.layers.prefix_index: who begins like whom, by hand and against a scan of all that was filed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lt_sglang.dynamic import beginnings as module
-from lt_sglang.dynamic.beginnings import MOST_PROMPTS, BeginningIndex, Beginnings, beginnings
+from lt_sglang.layers import prefix_index as module
+from lt_sglang.layers.prefix_index import MOST_PROMPTS, BeginningIndex, Beginnings, beginnings
 
 BLOCK = 64
 

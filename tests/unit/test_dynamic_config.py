@@ -10,8 +10,8 @@ import pytest
 
 from lt_sglang.config import DECIDE, SCORES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection import get_score
-from lt_sglang.selection.choices import CHOICES, choose
+from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.static_choices import CHOICES, choose
 
 
 def dynamic(**given: Any) -> LightTransferConfig:

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.decide: the queue of a prefill against the definition, and where layers end up."""
+"""lt_sglang.identify.queue: the queue of a prefill against the definition, and where layers end up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from lt_sglang.dynamic.decide import NOBODY, queue_step
-from lt_sglang.dynamic.layer_sets import UNDECIDED
+from lt_sglang.identify.queue import NOBODY, queue_step
+from lt_sglang.layers.layer_sets import UNDECIDED
 
 from ..lazy_queue import popped_layers
 

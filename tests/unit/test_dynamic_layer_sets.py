@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.layer_sets: by hand, and by seeded churn against a simple model."""
+"""lt_sglang.layers.layer_sets: by hand, and by seeded churn against a simple model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lt_sglang.dynamic.beginnings import Beginnings, beginnings
-from lt_sglang.dynamic.layer_sets import DEFAULT_SET, UNDECIDED, LayerSet, LayerSetStore, banks
+from lt_sglang.layers.layer_sets import DEFAULT_SET, UNDECIDED, LayerSet, LayerSetStore, banks
+from lt_sglang.layers.prefix_index import Beginnings, beginnings
 
 LAYERS = 6
 ROWS = 12

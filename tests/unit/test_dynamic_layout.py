@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.layout and arena: banks do not overlap, and SGLang's pools are views of them."""
+"""lt_sglang.memory.banks and arena: banks do not overlap, and SGLang's pools are views of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lt_sglang.dynamic.arena import Arena, arena_pool_class
-from lt_sglang.dynamic.layout import MAX_ROWS, BankLayout
 from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.arena import Arena, arena_pool_class
+from lt_sglang.memory.banks import MAX_ROWS, BankLayout
 
 SHAPE = (2, 4)
 

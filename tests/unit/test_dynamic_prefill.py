@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.prefill: who is decided when, who is staged, who inherits."""
+"""lt_sglang.layers.prefill: who is decided when, who is staged, who inherits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.decisions import remember
-from lt_sglang.dynamic.layer_sets import LayerSet, LayerSetStore
-from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.layers.decisions import remember
+from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
 
 SINKS, RECENT, CONTEXT = 4, 60, 4096
 BLOCK = SINKS + RECENT

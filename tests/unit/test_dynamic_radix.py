@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.radix over SGLang's tree, allocator and requests: sets are name spaces of the cache."""
+"""cache/radix_dynamic.py over SGLang's tree, allocator and requests: sets are name spaces of the cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from lt_sglang.dynamic.radix import NOWHERE, TRIES, DynamicRadixCache
-from lt_sglang.memory.radix import request_id
+from lt_sglang.cache.radix_dynamic import NOWHERE, TRIES, DynamicRadixCache
+from lt_sglang.memory.kv_keys import request_id
 from tests.property.cpu import Sizes, request
 from tests.property.scheduler import Scheduler
 from tests.unit.test_radix import hit, key, run

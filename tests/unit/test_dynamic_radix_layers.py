@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.radix, a real cache on a CPU: whose layers and K and V a request may find."""
+"""lt_sglang.cache.radix_dynamic, a real cache on a CPU: whose layers and K and V a request may find."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 
+from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.prefill import Kind, Prefill, PrefillTracker
-from lt_sglang.dynamic.radix import DynamicRadixCache
-from lt_sglang.memory.radix import request_id
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.memory.kv_keys import request_id
 
 from .radix_rig import SINKS, WINDOW, Rig
 

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.state: ranks whose layer tables differ."""
+"""lt_sglang.identify.state: ranks whose layer tables differ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
-from lt_sglang.dynamic.arena import Arena
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.layout import BankLayout
-from lt_sglang.dynamic.prefill import Kind, Prefill
-from lt_sglang.dynamic.state import DynamicState, Ranks, TableChecks, projections_of, tp_ranks
-from lt_sglang.dynamic.tails import LastQueries
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection import get_score
+from lt_sglang.identify.observation_window import LastQueries
+from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.identify.state import DynamicState, Ranks, TableChecks, projections_of, tp_ranks
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.arena import Arena
+from lt_sglang.memory.banks import BankLayout
 
 LAYERS, KEEP = 6, 3
 DECIDED = [Prefill(Kind.DECIDE, row=1, layer_set=2, prefix=0, extend=99, last_queries=32)]

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.stopwatch: on a clock, and on a device that is behind."""
+"""lt_sglang.identify.stopwatch: on a clock, and on a device that is behind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from lt_sglang.dynamic import stopwatch
-from lt_sglang.dynamic.stopwatch import Stopwatch
+from lt_sglang.identify import stopwatch
+from lt_sglang.identify.stopwatch import Stopwatch
 
 
 class Device:

@@ -1,4 +1,4 @@
-"""lt_sglang.dynamic.tails: the last queries of a prompt that comes in chunks of any size."""
+"""lt_sglang.identify.observation_window: the last queries of a prompt that comes in chunks of any size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from lt_sglang.dynamic.tails import LastQueries, Tails
+from lt_sglang.identify.observation_window import LastQueries, Tails
 
 
 def whole(tokens: int, seed: int, hidden: bool) -> LastQueries:

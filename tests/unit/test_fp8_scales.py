@@ -9,11 +9,11 @@ import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from lt_sglang.attention.flashinfer_backend import LightTransferFlashInferBackend
+from lt_sglang.attention.static_flashinfer import LightTransferFlashInferBackend
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.decider import _Gathered
-from lt_sglang.dynamic.layout import BankLayout
-from lt_sglang.dynamic.prefill import Kind, Prefill
+from lt_sglang.identify.decider import _Gathered
+from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.banks import BankLayout
 
 SCALE, FP8 = 0.05, torch.float8_e4m3fn
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -84,8 +84,7 @@ def test_scores_read_staged_keys_with_their_scale(layer_id: int) -> None:
         part[layout.staging_bank_start(2) : layout.staging_bank_start(2) + prefix] = stored[:prefix]
     state: Any = SimpleNamespace(config=config, layout=layout, arena=arena, kv_dtype=FP8)
     plan = Prefill(Kind.DECIDE, 1, 1, prefix, extend, extend)
-    prefill: Any = SimpleNamespace(requests=SimpleNamespace(full=slots.to(torch.int32)))
-    gathered = _Gathered(state, plan, 0, 0, prefill, "cpu")
+    gathered = _Gathered(state, plan, 0, slots.to(torch.int32), "cpu")
     layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=SCALE, v_scale_float=SCALE)
     new = true[prefix:].bfloat16()
     keys, values = gathered.selected(layer, new, new)

@@ -16,6 +16,8 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.hooks import table, wrappers
 from lt_sglang.hooks.table import HOOKS, SCHEDULER_HOOKS
 from lt_sglang.memory.sinks import SinkStore
+from lt_sglang.upstream import hook as hook_module
+from lt_sglang.upstream.hook import check_applied
 
 CONFIG = LightTransferConfig((1, 3))
 
@@ -45,16 +47,22 @@ def test_a_worker_builds_our_runner_only_if_it_was_asked_to(monkeypatch: pytest.
         if seen[-1] is not stock:
             assert seen[-1](1, two=2) == "ours"
 
-    wrappers.init_model_runner(original, worker(False))
-    assert seen == [stock] and not built
-    wrappers.init_model_runner(original, worker(True))
+    checked: list[int] = []
+
+    def check() -> None:
+        checked.append(len(built))
+
+    wrappers.init_model_runner(original, worker(False), check)
+    assert seen == [stock] and not built and not checked
+    wrappers.init_model_runner(original, worker(True), check)
+    assert checked == [0], "hooks are checked first"
     assert built == [((1,), {"lt_config": CONFIG, "two": 2})] and runner_module.ModelRunner is stock
 
     def fail(given: Any) -> None:
         raise ValueError("no memory")
 
     with pytest.raises(ValueError, match="no memory"):
-        wrappers.init_model_runner(fail, worker(True))
+        wrappers.init_model_runner(fail, worker(True), check)
     assert runner_module.ModelRunner is stock
 
 
@@ -171,11 +179,11 @@ def test_nothing_is_registered_if_one_target_changed(monkeypatch: pytest.MonkeyP
 def test_a_hook_that_is_not_in_place_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang only logs that a plug-in failed. How ours is told from others': test_hooks_applied.py."""
     missing: set[str] = set()
-    monkeypatch.setattr(table, "applied", lambda hook: hook.target not in missing)
-    table.check_applied()
+    monkeypatch.setattr(hook_module, "applied", lambda hook: hook.target not in missing)
+    check_applied(SCHEDULER_HOOKS)
     for hook in SCHEDULER_HOOKS:
         missing = {hook.target}
         with pytest.raises(LightTransferError, match=f"hooks: {hook.target} is not wrapped in this process"):
-            table.check_applied()
+            check_applied(SCHEDULER_HOOKS)
     missing = {hook.target for hook in HOOKS if not hook.in_scheduler}
-    table.check_applied()
+    check_applied(SCHEDULER_HOOKS)

@@ -1,4 +1,4 @@
-"""hooks.table.check_applied: our wrapper is in place, whoever else wraps the same function."""
+"""upstream.hook.check_applied: our wrapper is in place, whoever else wraps the same function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.hooks.table import Hook, check_applied
+from lt_sglang.upstream.hook import Hook, check_applied
 
 MODULE = "lt_sglang_hook_target"
 

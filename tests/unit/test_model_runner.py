@@ -12,9 +12,9 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang import model_runner as module
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.layer_sets import LayerSetStore
-from lt_sglang.dynamic.prefill import Kind, Prefill
 from lt_sglang.errors import LightTransferError
+from lt_sglang.layers.layer_sets import LayerSetStore
+from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.model_runner import LightTransferModelRunner
 from tests.property.cpu import Caches, Sizes, request
@@ -73,17 +73,15 @@ def capture(made: Any, row: int = 3) -> None:
     made.sink_store.capture("a", ("key",), lambda: row, lambda: torch.tensor([5, 6]))
 
 
-def test_a_runner_begins_with_nothing_and_checks_the_hooks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_begins_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
-    monkeypatch.setattr(module, "check_applied", lambda: events.append("hooks"))
     monkeypatch.setattr(
         ModelRunner, "__init__", lambda self, *a, **k: events.append((vars(self).copy(), a, k))
     )
     LightTransferModelRunner(1, lt_config=CONFIG, two=2)
     nothing = ("sink_store", "kv_cache_configurator", "dynamic", "prefills", "_plans")
     known = {"lt_config": CONFIG, **dict.fromkeys(nothing)}
-    assert events[0] == "hooks"
-    facts, args, kwargs = events[1]
+    facts, args, kwargs = events[0]
     assert known.items() <= facts.items() and (args, kwargs) == ((1,), {"two": 2})
 
 

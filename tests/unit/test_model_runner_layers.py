@@ -12,8 +12,8 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang import model_runner as module
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.dynamic.state import STORED_SETS
 from lt_sglang.errors import LightTransferError
+from lt_sglang.identify.state import STORED_SETS
 from lt_sglang.model_runner import _check_layers
 from tests.unit.test_model_runner import CONFIG, runner
 

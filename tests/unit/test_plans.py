@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lt_sglang.attention import flashinfer_backend
-from lt_sglang.attention.flashinfer_backend import LazyDecodeUpdater
+from lt_sglang.attention import static_flashinfer as flashinfer_backend
 from lt_sglang.attention.flashinfer_plans import by_head, plan_decode, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import Windows
+from lt_sglang.attention.static_flashinfer import LazyDecodeUpdater
 
 UPDATER = SimpleNamespace(num_qo_heads=4, num_kv_heads=2, head_dim=8, q_data_type=None, data_type=None)
 

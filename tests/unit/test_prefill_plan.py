@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lt_sglang.attention import gathered
-from lt_sglang.attention.flashinfer_backend import FULL, LAZY, LazyPrefillUpdater
 from lt_sglang.attention.gathered import GatheredAttention
+from lt_sglang.attention.static_flashinfer import FULL, LAZY, LazyPrefillUpdater
 from tests.unit.streaming import Batch, visible
 
 SINK, RECENT = 4, 8

@@ -1,4 +1,4 @@
-"""lt_sglang.memory.radix over SGLang's tree, allocator and requests: sinks are kept, windows let go."""
+"""lt_sglang.cache.radix_static over SGLang's tree, allocator and requests: sinks are kept, windows let go."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from lt_sglang.dynamic.radix import DynamicRadixCache
+from lt_sglang.cache import factory
+from lt_sglang.cache.radix_dynamic import DynamicRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.errors import LightTransferError
-from lt_sglang.memory import radix
-from lt_sglang.memory.radix import LightTransferRadixCache, request_id
+from lt_sglang.memory.kv_keys import request_id
 from lt_sglang.memory.sinks import SinkStore
 from tests.property.cpu import Sizes, request
 from tests.property.scheduler import INTERVAL, Scheduler
@@ -244,21 +245,21 @@ def test_which_cache_a_server_gets(monkeypatch: pytest.MonkeyPatch) -> None:
         built.append((ctx, cache_class))
         return "cache"
 
-    monkeypatch.setattr(radix, "create_unified_radix_cache", stock)
+    monkeypatch.setattr(factory, "create_unified_radix_cache", stock)
     for kind in (LightTransferRadixCache, DynamicRadixCache):
         monkeypatch.setattr(kind, "__init__", lambda self, *given: setattr(self, "given", given))
     runner = SimpleNamespace(prefills=None, lt_config=Sizes().config)
     ctx: Any = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
-    assert radix.create(ctx) == "cache" and built.pop() == (ctx, UnifiedRadixCache)
+    assert factory.create(ctx) == "cache" and built.pop() == (ctx, UnifiedRadixCache)
     runner.sink_store = None
-    assert radix.create(ctx) == "cache" and built.pop() == (ctx, UnifiedRadixCache)
+    assert factory.create(ctx) == "cache" and built.pop() == (ctx, UnifiedRadixCache)
     runner.sink_store = "store"
     params: Any = object.__new__(CacheInitParams)
-    assert radix.create(ctx) == "cache"
+    assert factory.create(ctx) == "cache"
     given_ctx, build = built.pop()
     made = build(params)
     assert given_ctx is ctx and type(made) is LightTransferRadixCache and made.given[:2] == (params, "store")
     runner.prefills = "prefills"
-    radix.create(ctx)
+    factory.create(ctx)
     made = built.pop()[1](params)
     assert type(made) is DynamicRadixCache and made.given == (params, "store", "prefills")

@@ -11,8 +11,8 @@ import pytest
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.names import BACKEND
-from lt_sglang.resolve import is_requested, load_config, model_overrides
+from lt_sglang.names import BACKEND, is_requested
+from lt_sglang.resolve import load_config, model_overrides
 
 KNOWN = "cxdu/QwQ-32B-LightTransfer"
 

@@ -1,4 +1,4 @@
-"""lt_sglang.selection: every score's torch form against explicit attention weights in float64."""
+"""identify/scores: every score's torch form against explicit attention weights in float64."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from lt_sglang import config
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.base import Score
-from lt_sglang.selection.evidence import Evidence
-from lt_sglang.selection.factory import SCORES, get_score
+from lt_sglang.identify.scores.base import Score
+from lt_sglang.identify.scores.evidence import Evidence
+from lt_sglang.identify.scores.factory import SCORES, get_score
 from tests.unit.interpreted_selection_cases import Case, build, last, on_all_ranks, ranks
 
 CASES = {
@@ -226,5 +226,5 @@ def test_wrong_evidence_is_refused(fault: str) -> None:
 
 
 def test_selection_imports_no_sglang() -> None:
-    code = "import sys, lt_sglang.selection.factory; sys.exit('sglang' in sys.modules)"
+    code = "import sys, lt_sglang.identify.scores.factory; sys.exit('sglang' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.selection.choices import CHOICES, choose
+from lt_sglang.static_choices import CHOICES, choose
 
 from ..lazy_queue import LazyQueue
 
@@ -23,7 +23,7 @@ def test_choices() -> None:
 
 
 def test_random_is_the_same_everywhere_and_depends_on_the_seed() -> None:
-    code = "import sys; from lt_sglang.selection.choices import choose; print(choose('random', 32, 16, 7)); "
+    code = "import sys; from lt_sglang.static_choices import choose; print(choose('random', 32, 16, 7)); "
     code += "sys.exit('torch' in sys.modules)"  # a command line that only plans must not load torch
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     here = choose("random", 32, 16, 7)

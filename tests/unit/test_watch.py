@@ -1,4 +1,4 @@
-"""lt_sglang.memory.watch: a queue that can never move is seen, and one request of it is ended."""
+"""lt_sglang.hooks.queue_watch: a queue that can never move is seen, and one request of it is ended."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from lt_sglang.hooks import queue_watch as watch
+from lt_sglang.hooks.queue_watch import ROUNDS, STUCK_SECONDS, QueueWatch
 from lt_sglang.hooks.wrappers import abort_stuck
-from lt_sglang.memory import watch
-from lt_sglang.memory.watch import ROUNDS, STUCK_SECONDS, QueueWatch
 
 
 class Batch:

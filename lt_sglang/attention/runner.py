@@ -1,0 +1,42 @@
+"""What the attention backends need of the model runner (lt_sglang/model_runner.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lt_sglang.attention.indices import StreamingTables, Windows
+    from lt_sglang.config import LightTransferConfig
+    from lt_sglang.identify.state import DynamicState
+    from lt_sglang.layers.prefill import Prefill
+
+
+@runtime_checkable
+class HybridRunner(Protocol):
+    """A ModelRunner of SGLang's with lazy layers.
+
+    Attributes:
+        lt_config: the configuration being served.
+        dynamic: in dynamic mode, memory, layer tables and score; else None.
+        device: "cuda" or "cpu".
+        init_new_workspace: SGLang's; whether a backend allocates a FlashInfer workspace of its own.
+        kv_index_translator: SGLang's.
+    """
+
+    lt_config: LightTransferConfig
+    dynamic: DynamicState | None
+    device: str
+    init_new_workspace: bool
+    kv_index_translator: Any
+
+    def windows(self) -> Windows:
+        """w_sink, w_recent and where the sink rows begin."""
+        ...
+
+    def streaming_tables(self) -> StreamingTables:
+        """The device tables that turn positions into rows of the streaming buffers."""
+        ...
+
+    def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
+        """In dynamic mode, the plan of the prefill that is running."""
+        ...

@@ -1,0 +1,1 @@
+"""SGLang's prefix cache, taught about sinks and layer sets."""

@@ -1,0 +1,206 @@
+"""The prefix cache of dynamic mode: one name space a layer set (layers/layer_sets.py).
+
+A cached prefix is K and V of its writer's layers; a request may only reuse it with the writer's set. So the
+tree is entered under the uid of a set, and a hit that does not cover the whole first block is a miss. Which
+sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
+
+A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
+not known yet. Its window slides all the same; its sink rows are reserved, and written when it is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from lt_sglang.cache.radix_static import LightTransferRadixCache, Slots
+from lt_sglang.layers.decisions import Remembered, remember, remembered
+from lt_sglang.layers.layer_sets import LayerSet
+from lt_sglang.layers.prefill import PrefillTracker, digest
+from lt_sglang.layers.prefix_index import Beginnings
+from lt_sglang.memory.kv_keys import request_id
+from lt_sglang.memory.sinks import SinkKey, SinkStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+NOWHERE = "lt:none"
+# Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
+TRIES = 4
+
+
+class NameSpace(str):
+    """The extra key of a layer set's part of the tree; unlike a request's own."""
+
+
+class DynamicRadixCache(LightTransferRadixCache):
+    """LightTransferRadixCache that keeps the layer sets apart."""
+
+    def __init__(self, params: CacheInitParams, sinks: SinkStore, prefills: PrefillTracker) -> None:
+        self.prefills = prefills
+        super().__init__(params, sinks)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
+        key = params.key
+        given = key.extra_key
+        had = remembered(params.req)
+        try:
+            if had is None:
+                needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._beginnings(key)
+                sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
+            else:
+                needed = had.full_rows
+                prompt, sets = self._comes_back(params.req, had)
+            for entry in sets:
+                if _repeats(params.req, entry):
+                    continue
+                key.extra_key = _name(entry.uid, given)  # also part of the key of the sinks
+                result = super().match_prefix(params)
+                if result.device_prefix_len >= needed:
+                    _bind(params.req, entry, prompt)
+                    return result
+            _bind(params.req, None, None)
+            key.extra_key = NameSpace(NOWHERE)
+            return super().match_prefix(params)
+        finally:
+            key.extra_key = given
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """As UnifiedRadixCache, in the name space of the set that is tried first.
+
+        SGLang does this for 128 waiting requests at a time.
+        """
+        given = key.extra_key
+        entry = next(self._sets_of(self._beginnings(key)), None)
+        if entry is None:
+            return
+        key.extra_key = _name(entry.uid, given)
+        try:
+            super().touch_prefix(key)
+        finally:
+            key.extra_key = given
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
+        if req.prefix_len:
+            entry, prompt = _bound(req)
+            had = remembered(req)
+            self.prefills.inherit(request_id(req), entry, prompt, prefix=req.prefix_len, had=had)
+        with self._within(req):
+            return super().prefix_device_indices(req)
+
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """As LightTransferRadixCache; an undecided request stays out of the tree."""
+        entry = self.prefills.sets.of(request_id(req))
+        if entry is None or not entry.decided:
+            return
+        with self._within(req):
+            super().checkpoint(req, up_to=up_to, **kwargs)
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """As LightTransferRadixCache; the request gives its layer set back, or remembers it if retracted."""
+        self.report(req)
+        if not req.finished():
+            remember(req, self.prefills.memory_of(request_id(req)))
+        if req.finished() and not is_health_check_generate_req(req):
+            self.prefills.sets.count(request_id(req))
+        super().on_release(req, checkpointed=checkpointed)
+        self.prefills.release(request_id(req), req.kv.req_pool_idx)
+
+    def reset(self) -> None:
+        """As LightTransferRadixCache; forgets which blocks had which sets."""
+        super().reset()
+        self.prefills.sets.clear()
+
+    def sanity_check(self) -> None:
+        """As LightTransferRadixCache, and the layer sets' own check."""
+        super().sanity_check()
+        wrong = self.prefills.sets.check_integrity()
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+
+    def describe(self, req: Req) -> dict[str, object] | None:
+        """As LightTransferRadixCache; a request that was retracted shows what it had at first."""
+        return self.prefills.sets.describe(request_id(req))
+
+    def chunk_limit(self, req: Req) -> int | None:
+        """As LightTransferRadixCache; PrefillTracker.chunk_limit."""
+        return self.prefills.chunk_limit(req)
+
+    def _comes_back(self, req: Req, had: Remembered) -> tuple[Beginnings | None, Iterator[LayerSet]]:
+        """Its prompt, and the only set whose K and V a retracted request may read: the one it had."""
+        if had.default:
+            return None, iter((self.prefills.sets.default,))
+        prompt = self.prefills.beginnings(req.origin_input_ids, req.extra_key, req.cache_salt)
+        own = self.prefills.sets.stored_set(had.uid)
+        return prompt, iter(() if own is None else (own,))
+
+    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
+        entry = self.prefills.sets.of(request_id(req))
+        return slots if entry is not None and entry.decided else None
+
+    def _shared_key_of(self, req: Req) -> SinkKey:
+        # The rows of a sink set belong to the streaming banks of one layer set, whoever may share them.
+        with self._within(req):
+            return super()._shared_key_of(req)
+
+    @contextmanager
+    def _within(self, req: Req) -> Iterator[None]:
+        """While it lasts, the request's extra key is that of its layer set's name space; may be nested."""
+        given = req.extra_key
+        if not isinstance(given, NameSpace):
+            entry = self.prefills.sets.of(request_id(req))
+            assert entry is not None
+            req.extra_key = _name(entry.uid, given)
+        try:
+            yield
+        finally:
+            req.extra_key = given
+
+    def _sets_of(self, prompt: Beginnings | None) -> Iterator[LayerSet]:
+        sets = self.prefills.sets
+        return iter((sets.default,)) if prompt is None else sets.find(prompt)
+
+    def _beginnings(self, key: RadixKey) -> Beginnings | None:
+        """None of a prompt that has no layers of its own."""
+        if len(key.token_ids) <= self.prefills.block_tokens:
+            return None
+        return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
+
+
+def _name(uid: int, extra_key: str | None) -> NameSpace:
+    return NameSpace(f"lt:{uid}:{extra_key or ''}")
+
+
+def _repeats(req: Any, entry: LayerSet) -> bool:
+    """Whether ``req`` is one of n copies of the very prompt that decided ``entry``.
+
+    A repeat reads all but its last token from the cache and computes that one with streaming attention, where
+    the first run had full attention; and SGLang sends a request with n > 1 once ahead, to fill the cache. So
+    each copy is computed as n = 1 would be, and decided for itself.
+    """
+    if req is None or (getattr(req.sampling_params, "n", 1) or 1) == 1 or remembered(req) is not None:
+        return False
+    if not hasattr(req, "lighttransfer_digest"):
+        req.lighttransfer_digest = digest(req.origin_input_ids)
+    return bool(entry.decided_for == req.lighttransfer_digest)
+
+
+def _bind(req: Any, entry: LayerSet | None, prompt: Beginnings | None) -> None:
+    """Remember with the request, which may never be admitted, whose K and V it was shown for ``prompt``."""
+    if req is not None:
+        req.lighttransfer_hit = entry, prompt
+
+
+def _bound(req: Any) -> tuple[LayerSet | None, Beginnings | None]:
+    found: tuple[LayerSet | None, Beginnings | None] = getattr(req, "lighttransfer_hit", (None, None))
+    return found

@@ -1,0 +1,225 @@
+"""SGLang's unified radix cache, taught that lazy layers also need a request's first tokens.
+
+The tree, its eviction and its locks stay stock: they guarantee the last ``sliding_window_size`` tokens
+of a prefix in the streaming pool. What they may drop are the sinks. So, before anything can drop
+positions 0 .. w_sink - 1 of a request, the request takes a set of sink rows (SinkStore), and a cached
+prefix longer than the window is a hit only while the set of its first tokens is still stored.
+
+Every way in which stock SGLang can free a streaming slot of a running request, and where it is met:
+
+    free_swa_out_of_window_slots, a request's own slots in decode    evict_sliding_windows
+    the same, between prefill chunks and at the end of a prefill     checkpoint, slide_window
+    eviction of tree nodes beyond the locked window                  checkpoint (the lock moves there)
+    early release of the prompt's lock in decode                     release_swa_prefix_lock
+    a hit whose head was evicted earlier                             match_prefix
+    advance_unpublished_req, PD disaggregation only                  refused (lt_sglang/refusals.py)
+
+And every way in which a chunk of a prefill is not published, so that stock SGLang keeps its slots:
+
+    the request is barred from the tree (Req.skip_radix_cache_insert), the tree is disabled, every sink set is
+    in use, or (dynamic mode) the request is undecided              slide_window, after every chunk
+
+Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from lt_sglang.config import CONFIG_KEY
+from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.kv_keys import determined_by_key, of_weights, private_key, request_id, shared_key
+from lt_sglang.memory.sinks import SinkKey, SinkStore
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+Slots = Callable[[], torch.Tensor]
+
+
+class LightTransferRadixCache(UnifiedRadixCache):
+    """UnifiedRadixCache that keeps the sinks of every request that outgrew its window.
+
+    Attributes:
+        sinks: the sink sets.
+        lazy_layers: those of every request; in dynamic mode each has its own.
+        finished_requests: how many have finished, health checks aside; for metrics.
+    """
+
+    def __init__(self, params: CacheInitParams, sinks: SinkStore, lazy_layers: tuple[int, ...] = ()) -> None:
+        self.sinks = sinks
+        self.lazy_layers = lazy_layers
+        self.finished_requests = 0
+        super().__init__(params)
+        window = self.sliding_window_size
+        if window is None or window < 1:
+            raise LightTransferError("radix cache: lazy layers need a sliding window, SGLang passed none")
+        # One forward writes the keys of up to `window` earlier tokens and its own.
+        self._kept_tokens = int(window)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """As UnifiedRadixCache; a miss if the hit outlived its sinks."""
+        if params.req is not None:
+            # K and V that it computes from here on are of these weights.
+            params.req.lighttransfer_weights = self.sinks.weights
+        result = super().match_prefix(params)
+        if result.device_prefix_len <= self._kept_tokens:
+            return result
+        if self.sinks.touch(self._sinks_of(params.key)):
+            return result
+        return zero_match_result(self, result, extra_key=params.key.extra_key)
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
+        if req.prefix_len > self._kept_tokens:
+            # The prefix is the tree's, so its sinks are, whatever else the request brings.
+            adopted = self.sinks.adopt(request_id(req), self._shared_key_of(req), _row_of(req))
+            if not adopted:
+                raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
+        return super().prefix_device_indices(req)
+
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
+        if not self.disable and up_to > self._kept_tokens and not self._keep_sinks(req):
+            return
+        super().checkpoint(req, up_to=up_to, **kwargs)
+
+    def slide_window(self, req: Req) -> None:
+        """Let go of what the prefill chunk that ends at ``req.extend_end`` left behind.
+
+        Called after every chunk, published or not (hooks/wrappers.py); does nothing where checkpoint did it.
+        A request that kept its slots would fill the streaming pool with its prompt, and wait in it for ever.
+        """
+        self.evict_sliding_windows(req, req.extend_end - 1)
+
+    def evict_sliding_windows(self, req: Req, pre_len: int, *, eviction_interval: int = 1) -> None:
+        """As UnifiedRadixCache; keeps the sinks, and lets the prompt's window go.
+
+        SGLang does the latter only if SGLANG_OPT_RELEASE_PREFILL_SWA is set (ScheduleBatch.maybe_evict_swa):
+        without it a request holds two windows to its end, and long outputs do not fit the streaming pool.
+        """
+        if pre_len > self._kept_tokens and not self._keep_sinks(req):
+            # No set is free. Its own slots hold the sinks on, and the window behind them slides.
+            req.kv.swa_evict_floor = self.sinks.sink_tokens
+        super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
+        if req.decode_batch_idx >= self._kept_tokens:
+            self.release_swa_prefix_lock(req)
+
+    def release_swa_prefix_lock(self, req: Req) -> None:
+        """As UnifiedRadixCache, once the sinks are safe."""
+        if self._keep_sinks(req):
+            super().release_swa_prefix_lock(req)
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """As UnifiedRadixCache; the request gives its sink set back."""
+        self.report(req)
+        self.sinks.release(request_id(req))
+        req.kv.swa_evict_floor = 0
+        if req.finished() and not is_health_check_generate_req(req):
+            self.finished_requests += 1
+        super().on_release(req, checkpointed=checkpointed)
+
+    def report(self, req: Req) -> None:
+        """Add ``meta_info.lighttransfer`` to the answer of a request that asks for it, once it is known.
+
+        Source: sglang/srt/managers/scheduler_components/output_streamer.py, Req.customized_info; sent as
+        hooks/answers.py says.
+        """
+        asked = req.sampling_params.custom_params
+        known = req.customized_info or {}
+        # SGLang takes whatever a client sends.
+        if not isinstance(asked, Mapping) or not asked.get(CONFIG_KEY) or CONFIG_KEY in known:
+            return
+        found = self.describe(req)
+        if found is not None:
+            req.customized_info = {**known, CONFIG_KEY: [found]}
+
+    def describe(self, req: Req) -> dict[str, object] | None:
+        """What a request is told of its layers (README.md); None while it is not known."""
+        return {"lazy_layers": list(self.lazy_layers), "laziness": None, "origin": "static"}
+
+    def chunk_limit(self, req: Req) -> int | None:
+        """Most tokens of a waiting request's next prefill chunk; None: as many as SGLang likes."""
+        return None
+
+    def reset(self) -> None:
+        """As UnifiedRadixCache; forgets the sinks no running request uses."""
+        super().reset()
+        self.sinks.clear()
+
+    def sanity_check(self) -> None:
+        """As UnifiedRadixCache, and the sink store's own check; raises on the first fault."""
+        super().sanity_check()
+        wrong = self.sinks.check_integrity()
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+
+    def _keep_sinks(self, req: Req) -> bool:
+        request = request_id(req)
+        if self.sinks.holds(request):
+            return True
+
+        def slots() -> torch.Tensor:
+            row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : self.sinks.sink_tokens]
+            return self.token_to_kv_pool_allocator.full_to_swa_index_mapping[row.to(torch.int64)]
+
+        kept = self.sinks.capture(
+            request,
+            self._key_of(req),
+            _row_of(req),
+            self._slots_to_keep(req, slots),
+            # Without a prefix cache nothing would tie it to the K and V of its time.
+            kept=not self.disable and determined_by_key(req),
+        )
+        if kept:
+            self._free_own_sinks(req)
+        return kept
+
+    def _free_own_sinks(self, req: Req) -> None:
+        """A set was found late: free the slots that held the sinks while the window slid behind them."""
+        first, floor = req.kv.cache_protected_len, req.kv.swa_evict_floor
+        if first < floor <= req.kv.get_evicted_seqlen(ComponentType.SWA):
+            slots = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:floor]
+            self.token_to_kv_pool_allocator.free_swa_segment(slots, start_pos=first)
+        req.kv.swa_evict_floor = 0
+
+    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
+        """``slots`` if they hold the sinks; None if the forward will write the sink rows itself."""
+        return slots
+
+    def _sinks_of(self, key: RadixKey) -> SinkKey:
+        return shared_key(key.token_ids[: self.sinks.sink_tokens], key.extra_key, key.cache_salt)
+
+    def _key_of(self, req: Req) -> SinkKey:
+        """Under what the request's own first tokens are filed."""
+        key = self._shared_key_of(req)
+        weights = getattr(req, "lighttransfer_weights", None)
+        if weights is None or not determined_by_key(req):
+            return private_key(key, request_id(req))
+        if not self.disable:
+            # Old K and V stay until the cache is flushed, in full and lazy layers and sinks alike.
+            return key
+        if weights != self.sinks.weights:
+            # They changed since it was admitted: its first tokens may be of either weights, or of both.
+            return private_key(key, request_id(req))
+        return of_weights(key, weights)
+
+    def _shared_key_of(self, req: Req) -> SinkKey:
+        count = self.sinks.sink_tokens
+        tokens = req.origin_input_ids[:count]
+        if len(tokens) < count:
+            tokens = tokens + req.output_ids[: count - len(tokens)]
+        return shared_key(tokens, req.extra_key, req.cache_salt)
+
+
+def _row_of(req: Req) -> Any:
+    return lambda: req.kv.req_pool_idx

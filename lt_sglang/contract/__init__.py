@@ -1,1 +1,0 @@
-"""What lt_sglang relies on in SGLang, recorded, and the checks that it still holds."""

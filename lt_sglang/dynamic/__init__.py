@@ -1,1 +1,0 @@
-"""Dynamic mode: each request's lazy layers are found while its prompt is prefilled."""

@@ -1,0 +1,1 @@
+"""Which layers are lazy: the queue, the observation window and the scores."""

@@ -1,0 +1,219 @@
+"""What each request of a prefill batch is to have done with its layers.
+
+    decided      its set is known: lazy layers use streaming attention, K and V go to their banks
+    decide       full attention everywhere; layer by layer the scores fill the queue; what it pops is cut
+    stage        full attention everywhere; another chunk follows before it is decided. Layers from P on
+                 wait in the staging banks
+
+SGLang prefills at most one request in chunks at a time, so at most one is staged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
+from lt_sglang.layers.decisions import Remembered, remembered
+from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
+from lt_sglang.layers.prefix_index import Beginnings, beginnings
+from lt_sglang.memory.kv_keys import determined_by_key
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+# Sets of one prompt that are looked through, the last used first.
+MOST_COPIES_SEEN = 8
+
+
+class Kind(IntEnum):
+    """What a prefill does with a request's layers; the kernels know the numbers."""
+
+    DECIDED = 0
+    DECIDE = 1
+    STAGE = 2
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One request of a prefill batch.
+
+    row: of req_to_token. layer_set: row of the layer table. prefix, extend: tokens before and in this chunk.
+    last_queries: of a deciding request, how many of its last queries are scored. laziness: of a request that
+    was retracted, what its layers had scored; they are not scored again.
+    """
+
+    kind: Kind
+    row: int
+    layer_set: int
+    prefix: int
+    extend: int
+    last_queries: int = 0
+    laziness: tuple[float, ...] | None = None
+
+    @property
+    def end(self) -> int:
+        """Tokens of the request once this chunk is done."""
+        return self.prefix + self.extend
+
+
+def digest(tokens: Any) -> bytes:
+    """Of a whole prompt (an array of token ids)."""
+    return blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+class PrefillTracker:
+    """Assigns layer sets as requests are prefilled; host state that every rank keeps alike.
+
+    Attributes:
+        sets: the layer sets.
+        block_tokens: tokens of the first block, w_sink + w_recent; no longer prompts use set 0.
+        staged: the request between two chunks that is undecided, or None.
+    """
+
+    def __init__(self, config: LightTransferConfig, context_tokens: int, sets: LayerSetStore) -> None:
+        self.sets = sets
+        self.block_tokens = config.lazy_tokens
+        self.staged: str | None = None
+        self._config = config
+        self._stage_limit = config.stage_limit(context_tokens)
+        self._full_rows: dict[str, int] = {}
+
+    def beginnings(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> Beginnings:
+        """How a prompt begins; ``tokens``: an array of token ids, longer than the first block."""
+        return beginnings(tokens, self.block_tokens, (extra_key, cache_salt))
+
+    def hit_tokens(self, tokens: int) -> int:
+        """How many cached tokens make a hit for a prompt of ``tokens``: a long one needs its first block."""
+        return self.block_tokens if tokens > self.block_tokens else 0
+
+    def inherit(
+        self,
+        request: str,
+        entry: LayerSet | None,
+        prompt: Beginnings | None,
+        *,
+        prefix: int = 0,
+        had: Remembered | None = None,
+    ) -> None:
+        """``request`` is admitted with a cached prefix and uses its writer's set.
+
+        entry: the set its prefix was found in. prompt: None if that is the default, which short prompts use.
+        prefix: its length. had: what the request had before it was retracted.
+        """
+        if entry is self.sets.default:
+            self.sets.use_default(request, counted=had is None)
+            return
+        if entry is None or not entry.stored:
+            raise RuntimeError(f"request {request}: the layer set of its cached prefix is gone")
+        assert prompt is not None
+        self.sets.inherit(request, entry, prompt, resumed=had is not None)
+        self._full_rows[request] = prefix if had is None else had.full_rows
+
+    def memory_of(self, request: str) -> Remembered | None:
+        """What ``request``, which is about to give its K and V back, must come back with; None: anything."""
+        entry = self.sets.of(request)
+        if entry is None or entry.decision is None:
+            return None
+        return Remembered(
+            uid=entry.uid,
+            default=entry is self.sets.default,
+            full_rows=self._full_rows.get(request, 0),
+            laziness=entry.decision.laziness,
+        )
+
+    def chunk_limit(self, req: Req) -> int | None:
+        """Most tokens of a waiting request's next chunk, or None: where full attention was to end, it ends.
+
+        A request that was retracted and whose K and V are gone computes its prompt again as it did at first,
+        and its output in a chunk of its own, as decode did: with streaming attention in its lazy layers.
+        """
+        had = remembered(req)
+        if had is None or had.default or req.prefix_len >= had.full_rows:
+            return None
+        return int(had.full_rows - req.prefix_len)
+
+    def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
+        """Plan the prefill of a batch, in its order; called once, right before its forward.
+
+        probes: health checks among them, which no counter shows.
+        """
+        for name, req in requests:
+            if self.sets.of(name) is None:
+                self._admit(name, req, counted=name not in probes)
+            self.sets.place(name, req.kv.req_pool_idx)
+        # The request that was staged comes before the one that will be, whatever the order of the batch.
+        order = sorted(range(len(requests)), key=lambda i: requests[i][0] != self.staged)
+        plans = {i: self._plan(*requests[i]) for i in order}
+        return [plans[i] for i in range(len(requests))]
+
+    def release(self, request: str, row: int | None) -> None:
+        """``request`` ends or gives its row back."""
+        if self.staged == request:
+            self.staged = None
+        self._full_rows.pop(request, None)
+        self.sets.release(request, row)
+
+    def _admit(self, name: str, req: Req, *, counted: bool) -> None:
+        if req.prefix_len:
+            raise RuntimeError(f"request {name}: a cached prefix without a layer set")
+        # Its prompt tells, whatever it has said since (it may have been retracted).
+        prompt, had = req.origin_input_ids, remembered(req)
+        if len(prompt) <= self.block_tokens:
+            self.sets.use_default(name, counted=counted and had is None)
+            return
+        self.sets.create(name, self.beginnings(prompt, req.extra_key, req.cache_salt))
+
+    def _plan(self, name: str, req: Req) -> Prefill:
+        entry = self.sets.of(name)
+        assert entry is not None
+        prefix, end = req.prefix_len, req.extend_end
+        kind, queries, had = Kind.DECIDED, 0, None
+        if not entry.decided:
+            had = remembered(req)
+            total = len(req.origin_input_ids) + len(req.output_ids) if had is None else had.full_rows
+            first_chunk = self._config.decide == "first-chunk"
+            if end >= total:
+                kind, queries = Kind.DECIDE, LAST_QUERIES
+            elif end > self._stage_limit:
+                kind, queries = Kind.DECIDE, LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES
+            else:
+                kind = Kind.STAGE
+        if kind == Kind.DECIDE:
+            self._decide(name, req, end, resumed=had is not None)
+        self._stage(name, kind)
+        return Prefill(
+            kind,
+            req.kv.req_pool_idx,
+            entry.index,
+            prefix,
+            end - prefix,
+            min(queries, end),
+            None if had is None else had.laziness,
+        )
+
+    def _decide(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
+        self._full_rows[name] = end
+        mine = digest(req.origin_input_ids)
+        stored = determined_by_key(req) and not self._is_one_copy_more(name, req, mine)
+        self.sets.decide(name, stored=stored, decided_for=mine, resumed=resumed)
+
+    def _is_one_copy_more(self, name: str, req: Req, mine: bytes) -> bool:
+        """Whether a copy of this prompt has its set stored; thousands would push out everybody's."""
+        prompt = getattr(self.sets.of(name), "prompt", None)
+        if prompt is None or (getattr(getattr(req, "sampling_params", None), "n", 1) or 1) == 1:
+            return False
+        return any(entry.decided_for == mine for entry in islice(self.sets.find(prompt), MOST_COPIES_SEEN))
+
+    def _stage(self, name: str, kind: Kind) -> None:
+        if self.staged == name and kind != Kind.STAGE:
+            self.staged = None  # read before another request of this batch writes its own
+        elif kind == Kind.STAGE:
+            if self.staged not in (None, name):
+                raise RuntimeError(f"requests {self.staged} and {name} are both undecided between chunks")
+            self.staged = name

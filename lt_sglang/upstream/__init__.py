@@ -1,0 +1,1 @@
+"""What lt_sglang relies on in SGLang and FlashInfer, and the checks that it still holds."""

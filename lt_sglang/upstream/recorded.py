@@ -1,0 +1,467 @@
+"""Recorded from SGLang 0.5.23. Change an entry only after reading what changed upstream."""
+
+from __future__ import annotations
+
+# The release everything below was read and recorded in.
+SGLANG_VERSION = "0.5.23"
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+
+# Functions we call, and methods we override: their parameters (upstream/check.py, signature_text).
+SIGNATURES: dict[str, str] = {
+    "sglang.launch_server.run_server": "server_args",
+    "sglang.srt.arg_groups.choices.add_attention_backend_choices": "iterable",
+    "sglang.srt.arg_groups.overrides.declare_resolution": "server_args, source, **fields",
+    "sglang.srt.arg_groups.overrides.resolving_view": "server_args",
+    "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": "name",
+    "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
+    "sglang.srt.configs.model_config.is_generation_model": "model_architectures, is_embedding=",
+    "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
+    "sglang.srt.entrypoints.http_server.launch_server": (
+        "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, "
+        "run_detokenizer_process_func=, execute_warmup_func=, launch_callback="
+    ),
+    "sglang.srt.entrypoints.http_server._execute_server_warmup": "server_args",
+    "sglang.srt.entrypoints.warmup.warmup": "name",
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend": "name",
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.__init__": (
+        "self, model_runner, skip_prefill=, kv_indptr_buf=, kv_last_page_len_buf=, init_new_workspace="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._create_decode_wrappers": (
+        "self, bs, num_tokens"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._get_wrapper_idx": "self, layer",
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_decode": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.forward_extend": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_cuda_graph_state": (
+        "self, max_bs, max_num_tokens, kv_indices_buf="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata": (
+        "self, forward_batch"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend.init_forward_metadata_out_graph": (
+        "self, forward_batch, in_capture="
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.__init__": (
+        "self, model_runner, attn_backend"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.update_sliding_window": (
+        "self, seq_lens, seq_lens_cpu, seq_lens_sum, decode_wrappers, encoder_lens, spec_info, "
+        "fixed_split_size=, disable_split_kv=, *, plan, req_pool_indices"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterPrefill.__init__": (
+        "self, model_runner, attn_backend"
+    ),
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterPrefill.update_sliding_window": (
+        "self, req_pool_indices, seq_lens, seq_lens_cpu, seq_lens_sum, prefix_lens, prefill_wrappers, "
+        "use_ragged, encoder_lens, spec_info, fixed_split_size=, multi_item_params=, "
+        "cross_attention_custom_mask=, extend_prefix_lens_cpu=, custom_kv_indices=, *, plan"
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__": "self, model_runner",
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": (
+        "self, q, k, v, layer, forward_batch, save_kv_cache="
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": (
+        "self, forward_batch"
+    ),
+    "sglang.srt.managers.io_struct.msgpack_decode": "data",
+    "sglang.srt.managers.io_struct.msgpack_encode": "obj",
+    "sglang.srt.managers.schedule_batch.FINISH_ABORT.__init__": "self, message=, status_code=, err_type=",
+    "sglang.srt.managers.schedule_batch.ReqKvInfo.get_evicted_seqlen": "self, component_type",
+    "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache": "self, timeout_s=",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request=",
+    "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
+        "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.free_swa_segment": (
+        "self, free_index, *, start_pos"
+    ),
+    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evict_sliding_windows": (
+        "self, req, pre_len, *, eviction_interval="
+    ),
+    "sglang.srt.mem_cache.base_prefix_cache.zero_match_result": "tree_cache, match_result, extra_key=",
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": (
+        "self, *, full_max_total_num_tokens, swa_max_total_num_tokens, mha_pool_class"
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator": (
+        "self, *, sizes, token_to_kv_pool, is_dsv4_model, req_to_token_pool, token_to_kv_pool_allocator"
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget": (
+        "self, budget_bytes, *, cap_tokens="
+    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal": "self",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes": "self",
+    "sglang.srt.mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend": "name, factory",
+    "sglang.srt.mem_cache.registry.registered_radix_cache_backends": "",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.__init__": "self, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": "self, req, *, up_to, **kwargs",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": "self, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": "self, req, *, checkpointed",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": "self, req",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.release_swa_prefix_lock": "self, req",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.reset": "self",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.sanity_check": "self",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.touch_prefix": "self, key",
+    "sglang.srt.model_executor.cuda_graph_config.with_phase": "config, phase, **changes",
+    "sglang.srt.model_executor.model_runner.ModelRunner.__init__": (
+        "self, model_config, mem_fraction_static, gpu_id, nccl_port, server_args, is_draft_worker=, "
+        "req_to_token_pool=, token_to_kv_pool_allocator=, memory_pool_config=, draft_model_idx=, "
+        "draft_attention_backend=, load_group="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool": (
+        "self, memory_pool_config=, *, draft_parallel_layout="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward": (
+        "self, forward_batch, skip_attn_backend_init=, pp_proxy_tensors=, reinit_attn_backend=, "
+        "split_forward_count="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends": "self",
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_kv_cache_configurator": (
+        "self, draft_parallel_layout="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_weight_updater": "self",
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_lora_adapter": "self, lora_ref",
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_lora_adapter_from_tensors": (
+        "self, lora_ref, tensors, config_dict, added_tokens_config="
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": "self",
+    "sglang.srt.model_executor.model_runner.ModelRunner.unload_lora_adapter": "self, lora_ref",
+    "sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks": "",
+    f"{_UPDATER}.begin_weight_update": "self",
+    f"{_UPDATER}.end_weight_update": "self, *, run_post_load",
+    f"{_UPDATER}.load_weights_from_distributed": "self, named_tensors",
+    f"{_UPDATER}.update_weights_from_disk": (
+        "self, model_path, load_format, weight_name_filter=, recapture_cuda_graph="
+    ),
+    f"{_UPDATER}.update_weights_from_ipc": "self, recv_req",
+    f"{_UPDATER}.update_weights_from_tensor": "self, named_tensors, load_format=",
+    "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
+    "sglang.srt.plugins.load_plugins": "",
+    "sglang.srt.runtime_context.get_disagg": "",
+    "sglang.srt.runtime_context.get_exec": "",
+    "sglang.srt.runtime_context.get_memory": "",
+    "sglang.srt.runtime_context.get_observability": "",
+    "sglang.srt.runtime_context.get_parallel": "",
+    "sglang.srt.runtime_context.get_schedule": "",
+    "sglang.srt.server_args.ServerArgs.url": "self, port=",
+    "sglang.srt.server_args.prepare_server_args": "argv",
+    "sglang.srt.utils.hf_transformers_utils.get_config": (
+        "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
+    ),
+    "sglang.srt.utils.msgpack_utils.enc_hook": "obj",
+    "sglang.srt.utils.kill_process_tree": "parent_pid, include_parent=, skip_pid=, wait_timeout=",
+}
+
+# Read line by line: fingerprint, and what to look for when it changes. The first four are the only ways
+# stock SGLang frees a streaming slot of a running request (lt_sglang/cache/radix_static.py).
+FINGERPRINTS: dict[str, tuple[str, str]] = {
+    "sglang.srt.mem_cache.common.free_swa_out_of_window_slots": (
+        "a919c6279eaa",
+        "it frees a request's own streaming slots; evict_sliding_windows must see every call first.",
+    ),
+    "sglang.srt.mem_cache.common.checkpoint_kv_cache": (
+        "f1c3aa916cab",
+        "it runs after every chunk of a prefill; slide_window must, too, with extend_end at the chunk's end.",
+    ),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo.swa_dead_lo": (
+        "0f212ea6457b",
+        "a request without a sink set keeps the slots below swa_evict_floor, and whoever frees asks here.",
+    ),
+    "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent._maybe_split_leaf_for_swa_lock": (
+        "f20e7a495178",
+        "no node in the streaming pool is longer than a window; memory/split.py counts on it.",
+    ),
+    "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent.acquire_component_lock": (
+        "928265957ca4",
+        "a lock ends with the first node that covers the window; memory/split.py counts on it.",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.ingest_requests": (
+        "ebd93fa1e567",
+        "what _poll_timeout_aborts ends on one rank must reach all ranks in the same round.",
+    ),
+    "sglang.srt.managers.scheduler.Scheduler.process_pending_chunked_abort": (
+        "038f8c1009f8",
+        "it tells the client discard_output_reason; hooks/queue_watch.py sets it.",
+    ),
+    "sglang.srt.entrypoints.http_server._execute_server_warmup": (
+        "100abf96f0a7",
+        "its paths, and ServerArgs.url in front of them, are what lt_sglang/launch/gate.py lets through.",
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree": (
+        "7aa223fdc9dd",
+        "it frees slots behind the window and moves the tree lock; only checkpoint may call it.",
+    ),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.maybe_evict_swa": (
+        "c4109be13929",
+        "it slides windows in decode and releases prefix locks early; both must go through the tree cache.",
+    ),
+    "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept": (
+        "36902b9dc543",
+        "a request-level key of customized_info goes out at the end, or with a stream's first chunk.",
+    ),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request": (
+        "a9202493777b",
+        "n > 1 is one request ahead with no new tokens, then n copies whose sampling_params.n is n.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission": (
+        "3b487d815952",
+        "a request longer than rem_chunk_tokens is cut there and becomes the chunked one.",
+    ),
+    "sglang.srt.mem_cache.common.release_kv_cache": (
+        "7e5e27eeb8a5",
+        "it ends a request; on_release must come before its row is given to another.",
+    ),
+    "sglang.srt.mem_cache.allocation._prefix_kv_indices": (
+        "d8b0338c9256",
+        "a request takes over the layer set of its cached prefix in prefix_device_indices, so it must be "
+        "called once, as the request is admitted.",
+    ),
+    "sglang.srt.managers.schedule_batch.Req.init_next_round_input": (
+        "7be9a8b0ab22",
+        "dynamic mode finds a layer set by the first tokens of the key it matches, so the key must hold the "
+        "whole prompt, and only its limit be shorter.",
+    ),
+    "sglang.cli.serve._run_llm": (
+        "88dfe52fc8a9",
+        "lt_sglang/cli/server.py starts a server as it does.",
+    ),
+}
+
+# Attributes we read, by class.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.schedule_batch.Req": (
+        "rid",
+        "kv",
+        "prefix_len",
+        "origin_input_ids",
+        "output_ids",
+        "extra_key",
+        "cache_salt",
+        "decode_batch_idx",
+        "finished",
+        "extend_end",
+        "sampling_params",
+        "customized_info",
+        "discard_output_reason",
+    ),
+    "sglang.srt.sampling.sampling_params.SamplingParams": ("custom_params", "max_new_tokens"),
+    "sglang.srt.environ.Envs": (
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        "SGLANG_USE_HND_KVCACHE",
+        "SGLANG_RUST_SERVER",
+    ),
+    "sglang.srt.server_args.ServerArgs": (
+        "api_key",
+        "admin_api_key",
+        "ssl_keyfile_password",
+        "tokenizer_worker_num",
+        "is_embedding",
+        "launch_command",
+    ),
+    "sglang.srt.managers.io_struct.AbortReq": ("rid", "abort_message", "finished_reason"),
+    "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager": (
+        "server_args",
+        "context_len",
+        "max_req_input_len",
+        "rid_to_state",
+        "model_config",
+        "enable_metrics",
+        "is_pause",
+        "server_status",
+    ),
+    "sglang.srt.managers.schedule_batch.ReqKvInfo": (
+        "req_pool_idx",
+        "cache_protected_len",
+        "swa_evict_floor",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": (
+        "full_to_swa_index_mapping",
+        "full_available_size",
+        "swa_available_size",
+        "size_full",
+        "size_swa",
+    ),
+    "sglang.srt.mem_cache.swa_memory_pool.SWAKVPool": (
+        "swa_kv_pool",
+        "size_swa",
+        "set_kv_buffer",
+        "get_kv_buffer",
+    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool": (
+        "k_buffer",
+        "v_buffer",
+        "kv_cache_layout",
+        "store_dtype",
+        "layer_num",
+        "device",
+    ),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams": ("key", "req"),
+    "sglang.srt.mem_cache.base_prefix_cache.MatchResult": ("device_prefix_len",),
+    "sglang.srt.mem_cache.radix_cache.RadixKey": (
+        "token_ids",
+        "extra_key",
+        "cache_salt",
+    ),
+    "sglang.srt.mem_cache.registry.TreeCacheBuildContext": ("tp_worker",),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache": (
+        "sliding_window_size",
+        "disable",
+        "req_to_token_pool",
+        "token_to_kv_pool_allocator",
+        "full_evictable_size",
+        "swa_evictable_size",
+    ),
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
+        "model_config",
+        "kv_cache_dtype",
+        "layer_info",
+        "device",
+    ),
+    "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig": (
+        "max_total_num_tokens",
+        "full_max_total_num_tokens",
+        "swa_max_total_num_tokens",
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunner": (
+        "model",
+        "model_config",
+        "device",
+        "page_size",
+        "attn_backend",
+        "layer_info",
+        "is_hybrid_swa",
+        "sliding_window_size",
+        "kv_cache_configurator",
+        "req_to_token_pool",
+        "token_to_kv_pool",
+        "token_to_kv_pool_allocator",
+        "kv_index_translator",
+        "kv_cache_dtype",
+        "full_max_total_num_tokens",
+        "swa_max_total_num_tokens",
+    ),
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
+        "forward_mode",
+        "req_pool_indices",
+        "seq_lens",
+        "extend_prefix_lens",
+        "extend_seq_lens",
+        "out_cache_loc",
+        "extend_prefix_lens_cpu",
+        "extend_seq_lens_cpu",
+        "residual_stream",
+        "rids",
+    ),
+    "sglang.srt.layers.layer_boundary.residual.stream.ResidualStream": ("residual",),
+    "sglang.srt.runtime_context.ParallelContext": ("attn_tp_group", "attn_tp_size", "attn_tp_rank"),
+    "sglang.srt.distributed.parallel_state.GroupCoordinator": ("all_reduce", "device_group"),
+    "sglang.srt.layers.linear.LinearBase": ("quant_method",),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend": (
+        "token_to_kv_pool",
+        "swa_out_cache_loc",
+    ),
+    "sglang.srt.layers.radix_attention.RadixAttention": (
+        "layer_id",
+        "sliding_window_size",
+        "is_cross_attention",
+        "logit_cap",
+        "attn_type",
+        "qk_head_dim",
+        "v_head_dim",
+        "tp_q_head_num",
+        "tp_k_head_num",
+        "scaling",
+    ),
+    "sglang.srt.layers.radix_attention.AttentionType": ("DECODER",),
+    "sglang.srt.configs.model_config.ModelConfig": (
+        "hf_config",
+        "hf_text_config",
+        "num_attention_heads",
+        "head_dim",
+        "v_head_dim",
+        "context_len",
+        "num_hidden_layers",
+        "is_generation",
+        "vocab_size",
+        "hidden_size",
+        "dtype",
+    ),
+    "sglang.srt.managers.tp_worker.TpModelWorker": (
+        "server_args",
+        "model_config",
+        "model_runner",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder": (
+        "rem_chunk_tokens",
+        "new_chunked_req",
+        "can_run_list",
+        "tree_cache",
+    ),
+    "sglang.srt.managers.schedule_policy.AddReqResult": ("OTHER",),
+    "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer": (
+        "tree_cache",
+        "stream_output",
+        "is_request_level_customized_info_key",
+    ),
+    "sglang.srt.entrypoints.openai.protocol.CompletionResponse": ("metadata",),
+    "sglang.srt.entrypoints.openai.protocol.ChatCompletionResponse": ("metadata",),
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase": ("tokenizer_manager",),
+    "sglang.srt.managers.scheduler.Scheduler": (
+        "tp_worker",
+        "tree_cache",
+        "pool_stats_observer",
+        "waiting_queue",
+        "chunked_req",
+        "grammar_manager",
+        "collect_inflight_reqs",
+        "running_batch",
+        "last_batch",
+        "result_queue",
+        "_engine_paused",
+        "token_to_kv_pool_allocator",
+    ),
+    "sglang.srt.constrained.grammar_manager.GrammarManager": ("grammar_queue",),
+    "sglang.srt.managers.tokenizer_manager.ReqState": ("obj", "dispatched"),
+    "sglang.srt.managers.io_struct.TokenizedGenerateReqInput": (
+        *("input_ids", "input_embeds", "mm_inputs", "sampling_params", "session_params", "time_stats"),
+        *("return_logprob", "logprob_start_len", "top_logprobs_num", "bootstrap_host"),
+        *("positional_embed_overrides", "multi_item_delimiter_indices", "token_indices_to_pool"),
+    ),
+    "sglang.srt.managers.embed_types.PositionalEmbeds": ("embeds", "positions"),
+    "sglang.srt.utils.auth.AuthLevel": ("NORMAL",),
+    "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter": (
+        "scheduler",
+        "enable_metrics",
+        "is_stats_logging_rank",
+        "metrics_collector",
+    ),
+    "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver": (
+        "get_pool_stats",
+    ),
+    "sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats": (
+        "full_capacity",
+        "full_num_used",
+        "full_evictable_size",
+        "swa_capacity",
+        "swa_num_used",
+        "swa_evictable_size",
+    ),
+    "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector": ("labels",),
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController": (
+        "scheduler",
+    ),
+    "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker": ("tree_cache",),
+}
