@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lt_sglang.cli.options import OPTIONS_HELP, take_options
 from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.preflight import check_engines
 from lt_sglang.cli.run_options import add_run_options, check_side
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.options import OPTIONS_HELP, take_options
 from lt_sglang.loadtest import check_installed
 
 BACKENDS = ("flashinfer", "fa3", "triton", "torch_native")
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
         notes=tuple(args.note),
     )
     bench = Bench(settings)
-    bench.check(groups)
+    check_engines(bench.commands(groups))
     return bench.run(groups)
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, take_options
 from lt_sglang.cli.parser import Parser, positive, seed
 from lt_sglang.config import (
     CONFIG_KEY,
@@ -24,6 +23,7 @@ from lt_sglang.config import (
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.options import OPTIONS_HELP, LtOptions, take_options
 from lt_sglang.quality.calibrate import (
     Choice,
     Journal,

@@ -6,11 +6,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lt_sglang.cli.options import OPTIONS_HELP, take_options
 from lt_sglang.cli.parser import Parser, positive_float
 from lt_sglang.cli.run_options import add_run_options, check_side
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.options import OPTIONS_HELP, take_options
 from lt_sglang.loadtest import check_installed
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import requests
 
-from lt_sglang.cli.model_config import read_model_config
-from lt_sglang.cli.options import resolve_config, take_options
-from lt_sglang.cli.preflight import check_engines
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.model_config import read_model_config
+from lt_sglang.launch.options import resolve_config, take_options
 from lt_sglang.launch.processes import free_port
 from lt_sglang.loadtest.bounds import Bounds, bounds
 from lt_sglang.loadtest.capacity import check_fits, kv_tokens
@@ -123,15 +122,16 @@ class Bench:
         self._problems: dict[Key, list[str]] = {}
         settings.work.mkdir(parents=True, exist_ok=True)
 
-    def check(self, groups: Sequence[Sequence[Scenario]]) -> None:
-        """Raise LightTransferError, naming the server, if one that the scenarios need would not start."""
-        commands, seen = {}, set()
+    def commands(self, groups: Sequence[Sequence[Scenario]]) -> dict[str, list[str]]:
+        """By name, the command line of each server that the scenarios need."""
+        commands: dict[str, list[str]] = {}
+        seen = set()
         for scenario in (scenario for group in groups for scenario in group):
             for spec in self._cell(scenario).specs.values():
                 if spec.key not in seen:
                     seen.add(spec.key)
                     commands[f"{scenario.name}: {spec.name}"], _ = spec.command(free_port())
-        check_engines(commands)
+        return commands
 
     def run(self, groups: Sequence[Sequence[Scenario]]) -> int:
         """Measure the scenarios, one group after the other, and write the result files.

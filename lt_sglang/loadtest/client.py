@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from lt_sglang.cli.admin import KEY_VARIABLE, admin_headers
+from lt_sglang.launch.admin import KEY_VARIABLE, admin_headers
 from lt_sglang.loadtest.samples import ABORTED, ERROR, OK, Sample
 from lt_sglang.loadtest.scenario import Scenario
 from lt_sglang.loadtest.traffic import Conversation, Turn

@@ -14,13 +14,13 @@ from typing import Any
 
 import requests
 
-from lt_sglang.cli.admin import KEY_VARIABLE, admin_headers
-from lt_sglang.cli.serve import plan_launch
-from lt_sglang.cli.server import is_ready
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.admin import KEY_VARIABLE, admin_headers
 from lt_sglang.launch.cpu import cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.launch.plan import plan_launch
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.launch.ready import is_ready
 from lt_sglang.loadtest.capacity import server_info
 from lt_sglang.loadtest.decode_log import Steady, steady_of
 from lt_sglang.loadtest.held_server import HOLD_VARIABLE
@@ -73,7 +73,7 @@ class EngineSpec:
         if self.lighttransfer:
             flags += ["--json-model-override-args", json.dumps({CONFIG_KEY: dict(self.lighttransfer)})]
         launch = plan_launch(["--model-path", self.model, *flags, *self.options], os.environ)
-        return [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv], launch.env
+        return launch.command, launch.env
 
     def _stock(self, flags: list[str]) -> tuple[list[str], dict[str, str]]:
         # The plug-in does nothing unless its backend is asked for; stock is to be stock all the same.

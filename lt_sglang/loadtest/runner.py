@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from lt_sglang.cli.admin import KEY_VARIABLE
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.admin import KEY_VARIABLE
 from lt_sglang.loadtest import locustfile_path
 from lt_sglang.loadtest.outcome import SUMMARY, read_summary
 from lt_sglang.loadtest.scenario import Scenario

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_sglang.cli.serve import plan_launch
-from lt_sglang.cli.server import is_ready
-from lt_sglang.cli.sglang_args import TP_SIZE, SglangArgs
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.launch.plan import plan_launch
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.launch.ready import is_ready
+from lt_sglang.launch.sglang_args import TP_SIZE, SglangArgs
 from lt_sglang.quality.endpoint import Endpoint
 
 START_SECONDS = 3600.0
@@ -40,7 +40,7 @@ class EngineSpec:
         flags = ("--model-path", self.model, *self.flags, "--host", "127.0.0.1", "--port", str(port))
         if self.lt is not None:
             launch = plan_launch([*self.lt, *flags], env)
-            return [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv], launch.env
+            return launch.command, launch.env
         on_cpu = not has_gpu()
         argv = [*flags]
         if on_cpu:

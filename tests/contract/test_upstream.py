@@ -16,11 +16,11 @@ import pytest
 import sglang
 
 import lt_sglang
-from lt_sglang.cli.model_config import _IGNORE_WINDOW
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.contract import check
 from lt_sglang.contract.check import Override, has_attribute, signature_text
 from lt_sglang.contract.table import ATTRIBUTES, FINGERPRINTS, SIGNATURES
+from lt_sglang.launch.model_config import _IGNORE_WINDOW
 from lt_sglang.resolve import model_overrides
 
 OURS = Path(lt_sglang.__file__).parent

@@ -28,8 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lt_sglang.cli.serve import DEMO_LAZY_LAYERS
 from lt_sglang.demo.smollm2 import ensure_model
+from lt_sglang.launch.plan import DEMO_LAZY_LAYERS
 from lt_sglang.quality.divergence import Divergence, divergence
 from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
 from lt_sglang.quality.items import HfTokenizer

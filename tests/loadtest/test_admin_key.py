@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from lt_sglang.cli.admin import KEY_VARIABLE
+from lt_sglang.launch.admin import KEY_VARIABLE
 from lt_sglang.loadtest.engines import LIGHTTRANSFER, STOCK, Engine, EngineSpec
 from lt_sglang.loadtest.runner import run_scenario
 from lt_sglang.loadtest.scenario_file import load_scenarios

@@ -14,9 +14,9 @@ import requests
 import lt_sglang.cli.bench
 import lt_sglang.loadtest
 from lt_sglang.cli import main
-from lt_sglang.cli.options import take_options
 from lt_sglang.cli.run_options import check_side
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.options import take_options
 from lt_sglang.launch.processes import free_port
 from lt_sglang.loadtest.outcome import read_summary
 from lt_sglang.loadtest.scenario_file import load_scenarios

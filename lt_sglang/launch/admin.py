@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lt_sglang.cli import sglang_args as flags
-from lt_sglang.cli.sglang_args import SglangArgs
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import sglang_args as flags
+from lt_sglang.launch.sglang_args import SglangArgs
 
 KEY_VARIABLE = "LT_SGLANG_ADMIN_API_KEY"
 OPTION = "--lt-admin-routes"

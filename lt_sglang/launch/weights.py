@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli import sglang_args as flags
-from lt_sglang.cli.model_config import names_folder
-from lt_sglang.cli.sglang_args import SglangArgs
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import sglang_args as flags
+from lt_sglang.launch.model_config import names_folder
+from lt_sglang.launch.sglang_args import SglangArgs
 
 INDEX = "model.safetensors.index.json"
 # Others read files of their own kinds.
