@@ -32,10 +32,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from deploy.tools.fetch import FetchFailed, folder  # noqa: E402 - a script, not a package
-from lt_sglang.cli.model_config import names_folder, read_model_config, unsupported_features  # noqa: E402
-from lt_sglang.cli.options import resolve_config, take_options  # noqa: E402
 from lt_sglang.config import MODES, format_layers  # noqa: E402
 from lt_sglang.errors import LightTransferError  # noqa: E402
+from lt_sglang.launch.model_config import names_folder, read_model_config, unsupported_features  # noqa: E402
+from lt_sglang.launch.options import resolve_config, take_options  # noqa: E402
 from lt_sglang.planner.shapes import GIB, shape_from_config  # noqa: E402
 
 CHART = HERE / "charts" / "lt-sglang"

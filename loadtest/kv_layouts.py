@@ -34,7 +34,7 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lt_sglang.loadtest.machine import this_machine, versions
+from lt_sglang.bench.machine import this_machine, versions
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROW = KV_HEADS * DIM  # elements of one token's K in one layer

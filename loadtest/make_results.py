@@ -25,9 +25,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lt_sglang.bench.file_bounds import MODEL, roofline
+from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.config import parse_layers
-from lt_sglang.loadtest.file_bounds import MODEL, roofline
-from lt_sglang.loadtest.shapes import SHAPES
 
 STOCK = "stock_flashinfer"
 RESULTS = Path(__file__).parent / "results"

@@ -31,8 +31,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lt_sglang.loadtest.machine import this_machine, versions
-from lt_sglang.loadtest.result_file import write
+from lt_sglang.bench.machine import this_machine, versions
+from lt_sglang.bench.result_file import write
 from lt_sglang.planner.shapes import SHAPES
 
 WARMUP, STEPS = 3, 20

@@ -22,19 +22,19 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lt_sglang.bench.bounds import Bounds
+from lt_sglang.bench.decode_log import together
+from lt_sglang.bench.engines import LIGHTTRANSFER, Engine, EngineSpec
+from lt_sglang.bench.fill import filled
+from lt_sglang.bench.machine import gpu_memory_mib, this_machine, wait_for_gpu_memory
+from lt_sglang.bench.rehearsal import rehearsal
+from lt_sglang.bench.result_file import Measured, build, measured, write
+from lt_sglang.bench.runner import run_scenario
+from lt_sglang.bench.scenario import Scenario
+from lt_sglang.bench.scenario_file import load_scenarios, pick
+from lt_sglang.bench.servers import specs_of
 from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
-from lt_sglang.loadtest.bounds import Bounds
-from lt_sglang.loadtest.decode_log import together
-from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine, EngineSpec
-from lt_sglang.loadtest.fill import filled
-from lt_sglang.loadtest.machine import gpu_memory_mib, this_machine, wait_for_gpu_memory
-from lt_sglang.loadtest.rehearsal import rehearsal
-from lt_sglang.loadtest.result_file import Measured, build, measured, write
-from lt_sglang.loadtest.runner import run_scenario
-from lt_sglang.loadtest.scenario import Scenario
-from lt_sglang.loadtest.scenario_file import load_scenarios, pick
-from lt_sglang.loadtest.servers import specs_of
 
 READY_SECONDS = 120.0
 

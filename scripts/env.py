@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lt_sglang.launch import cache_home  # noqa: E402 - the clone is not installed in this interpreter
+from lt_sglang.files import cache_home  # noqa: E402 - the clone is not installed in this interpreter
 
 LOCK = ROOT / "requirements.lock"
 NODEPS_LOCK = ROOT / "requirements-nodeps.lock"

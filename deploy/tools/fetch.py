@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lt_sglang.launch import cache_home  # noqa: E402 - the clone may not be installed in this interpreter
+from lt_sglang.files import cache_home  # noqa: E402 - the clone may not be installed in this interpreter
 
 # Helm 4.3.1 with kubectl 1.37.1, Helm 3.17.2 with kubectl 1.32.
 HELM_PACKAGES = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lt_sglang.cli.options import OPTIONS_HELP, take_options
+from lt_sglang.bench import check_installed
 from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.preflight import check_engines
 from lt_sglang.cli.run_options import add_run_options, check_side
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
-from lt_sglang.loadtest import check_installed
+from lt_sglang.launch.options import OPTIONS_HELP, take_options
 
 BACKENDS = ("flashinfer", "fa3", "triton", "torch_native")
 
@@ -20,10 +21,10 @@ def run(argv: list[str]) -> int:
     options, rest = take_options(argv)
     args, flags = _parser().parse_known_args(rest)
     check_installed()
-    from lt_sglang.loadtest.bench import Bench, Settings
-    from lt_sglang.loadtest.machine import this_machine
-    from lt_sglang.loadtest.rehearsal import RANKS, rehearsal
-    from lt_sglang.loadtest.scenario_file import load_scenarios, pick_cases
+    from lt_sglang.bench.compare import Bench, Settings
+    from lt_sglang.bench.machine import this_machine
+    from lt_sglang.bench.rehearsal import RANKS, rehearsal
+    from lt_sglang.bench.scenario_file import load_scenarios, pick_cases
 
     files = [file for path in args.scenarios for file in scenario_files(path)]
     groups = [list(found) for found in pick_cases([load_scenarios(file) for file in files], args.case)]
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
         notes=tuple(args.note),
     )
     bench = Bench(settings)
-    bench.check(groups)
+    check_engines(bench.commands(groups))
     return bench.run(groups)
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.options import OPTIONS_HELP, LtOptions, take_options
 from lt_sglang.cli.parser import Parser, positive, seed
 from lt_sglang.config import (
     CONFIG_KEY,
@@ -23,8 +22,7 @@ from lt_sglang.config import (
     format_layers,
 )
 from lt_sglang.errors import LightTransferError
-from lt_sglang.launch.cpu import has_gpu
-from lt_sglang.quality.calibrate import (
+from lt_sglang.eval.calibrate import (
     Choice,
     Journal,
     Setting,
@@ -33,10 +31,12 @@ from lt_sglang.quality.calibrate import (
     read_samples,
     sha256_of,
 )
-from lt_sglang.quality.endpoint import Endpoint
-from lt_sglang.quality.engines import EngineSpec, running
-from lt_sglang.quality.items import HfTokenizer
-from lt_sglang.quality.plots import frequency_bars, require_matplotlib, score_heatmap
+from lt_sglang.eval.endpoint import Endpoint
+from lt_sglang.eval.engines import EngineSpec, running
+from lt_sglang.eval.items import HfTokenizer
+from lt_sglang.eval.plots import frequency_bars, require_matplotlib, score_heatmap
+from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.options import OPTIONS_HELP, LtOptions, take_options
 
 DESCRIPTION = """\
 Prefill samples in dynamic mode, count how often each layer is among the laziest, and write the most frequent
@@ -157,7 +157,7 @@ def _run_greedy(options: LtOptions, args: argparse.Namespace, engine: Sequence[s
         raise LightTransferError("--greedy: uses no score; leave out --lt-score")
     if engine:
         raise LightTransferError(f"--greedy: starts no engine; nothing reads {engine[0]}")
-    from lt_sglang.quality.greedy import Costs, Windowed, greedy_order, load
+    from lt_sglang.eval.greedy import Costs, Windowed, greedy_order, load
 
     data, out = Path(args.data).expanduser(), Path(args.out)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
-from lt_sglang.cli.model_config import read_model_config, unsupported_features
-from lt_sglang.cli.options import OPTIONS_HELP, describe
-from lt_sglang.cli.serve import Launch, check_ports, plan_launch
-from lt_sglang.cli.sglang_args import REVISION
-from lt_sglang.cli.weights import check_weights
 from lt_sglang.doctor import Check, DoctorError, check_arguments, check_machine, run_check
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.model_config import read_model_config, unsupported_features
+from lt_sglang.launch.options import OPTIONS_HELP, describe
+from lt_sglang.launch.plan import Launch, check_ports, plan_launch
+from lt_sglang.launch.sglang_args import REVISION
+from lt_sglang.launch.weights import check_weights
 
 HELP = f"""\
 usage: lt-sglang doctor [--json] [--model-path MODEL [--lt-...] [any SGLang flag]]

@@ -14,18 +14,18 @@ from typing import Any
 from lt_sglang.cli.parser import Parser, positive, seed, share
 from lt_sglang.cli.preflight import check_engines
 from lt_sglang.errors import LightTransferError
+from lt_sglang.eval.endpoint import Endpoint
+from lt_sglang.eval.engines import EngineSpec, running
+from lt_sglang.eval.evaluate import Outcome, Questions, Row, ask, compare
+from lt_sglang.eval.intervals import DEFAULT_MARGIN
+from lt_sglang.eval.items import HfTokenizer, Item, rng_of
+from lt_sglang.eval.plots import depth_heatmaps, require_matplotlib
+from lt_sglang.eval.report import as_dict, table
+from lt_sglang.eval.tasks.files import LONGBENCH, MATH_METRICS, longbench, mathematics
+from lt_sglang.eval.tasks.haystack import Prose
+from lt_sglang.eval.tasks.passkey import PasskeyTask
+from lt_sglang.eval.tasks.ruler import SHAPES, NiahTask
 from lt_sglang.launch.processes import free_port
-from lt_sglang.quality.endpoint import Endpoint
-from lt_sglang.quality.engines import EngineSpec, running
-from lt_sglang.quality.evaluate import Outcome, Questions, Row, ask, compare
-from lt_sglang.quality.intervals import DEFAULT_MARGIN
-from lt_sglang.quality.items import HfTokenizer, Item, rng_of
-from lt_sglang.quality.plots import depth_heatmaps, require_matplotlib
-from lt_sglang.quality.report import as_dict, table
-from lt_sglang.quality.tasks.files import LONGBENCH, MATH_METRICS, longbench, mathematics
-from lt_sglang.quality.tasks.haystack import Prose
-from lt_sglang.quality.tasks.passkey import PasskeyTask
-from lt_sglang.quality.tasks.ruler import SHAPES, NiahTask
 
 KEY_TASKS = {"passkey": 1, "3-key": 3}
 TEXT = "text"

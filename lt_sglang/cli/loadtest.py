@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lt_sglang.bench import check_installed
 from lt_sglang.cli.parser import Parser, port, url
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest import check_installed
 
 CONNECT_SECONDS = 10.0
 
@@ -19,8 +19,8 @@ def run(argv: list[str]) -> int:
     """Become locust; its exit code is 1 if a gate was broken, 2 if nothing could be measured."""
     args = _parser().parse_args(argv)
     check_installed()
-    from lt_sglang.loadtest.runner import locust_command, locust_environment
-    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
+    from lt_sglang.bench.runner import locust_command, locust_environment
+    from lt_sglang.bench.scenario_file import load_scenarios, pick
 
     scenario = pick(load_scenarios(args.scenario), args.case)
     _check_reachable(args.url)

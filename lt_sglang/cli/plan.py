@@ -6,11 +6,11 @@ import argparse
 import json
 from dataclasses import replace
 
-from lt_sglang.cli.model_config import check_tp, read_model_config, unsupported_features
-from lt_sglang.cli.options import HALF, OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
 from lt_sglang.cli.parser import Parser, positive, positive_float, share
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.model_config import check_tp, read_model_config, unsupported_features
+from lt_sglang.launch.options import HALF, OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
 from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, LengthPlan, plan_length
 from lt_sglang.planner.report import as_dict, as_text
 from lt_sglang.planner.roofline import Hardware

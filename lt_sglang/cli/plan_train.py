@@ -7,11 +7,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from lt_sglang.cli.model_config import read_model_config
-from lt_sglang.cli.options import HALF, LtOptions, describe, resolve_config, take_options
 from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.model_config import read_model_config
+from lt_sglang.launch.options import HALF, LtOptions, describe, resolve_config, take_options
 from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_config
 from lt_sglang.train.options import read_recipe
 from lt_sglang.train.plan import TrainJob, TrainPlan, as_dict, plan_training

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lt_sglang.cli import sglang_args as flags
-from lt_sglang.cli.model_config import check_tp, read_model_config
-from lt_sglang.cli.sglang_args import SglangArgs
-from lt_sglang.cli.weights import check_weights
 from lt_sglang.doctor import check_starts
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import sglang_args as flags
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.model_config import check_tp, read_model_config
+from lt_sglang.launch.sglang_args import SglangArgs
+from lt_sglang.launch.weights import check_weights
 
 
 def check_engines(commands: Mapping[str, Sequence[str]]) -> None:

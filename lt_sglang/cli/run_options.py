@@ -6,15 +6,15 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lt_sglang.cli.model_config import names_folder, read_model_config
-from lt_sglang.cli.options import LtOptions, resolve_config
+from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.cli.parser import Parser, iso_date, positive
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest.shapes import SHAPES
+from lt_sglang.launch.model_config import names_folder, read_model_config
+from lt_sglang.launch.options import LtOptions, resolve_config
 
 if TYPE_CHECKING:
-    from lt_sglang.loadtest.scenario import Scenario
+    from lt_sglang.bench.scenario import Scenario
 
 
 def add_run_options(parser: Parser) -> None:

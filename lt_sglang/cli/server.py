@@ -8,36 +8,21 @@ module first, and end with it (launch/lifeline.py).
 from __future__ import annotations
 
 import os
-import ssl
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from urllib.parse import urlsplit
 
-from lt_sglang.cli.admin import KEY_VARIABLE
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.admin import KEY_VARIABLE
 from lt_sglang.launch.lifeline import tie
-from lt_sglang.launch.ports import listens
-
-URL_VARIABLE = "LT_SGLANG_URL"
-TRY_VARIABLE = "LT_SGLANG_TRY"
+from lt_sglang.launch.ready import TRY_VARIABLE, URL_VARIABLE, is_ready, say
 
 POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 15.0
 # A 70B model from a network disk takes long; a server that is not ready by then has other problems.
 GIVE_UP_SECONDS = 3600.0
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 
 tie(__name__)
-
-
-def base_url(argv: list[str], host: str | None, port: int) -> str:
-    """Where this machine reaches the server SGLang starts with ``argv``."""
-    secure = any(arg.partition("=")[0] == "--ssl-certfile" for arg in argv)
-    name = "127.0.0.1" if host is None else ANY_ADDRESS.get(host, host)
-    return f"{'https' if secure else 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def main(argv: list[str]) -> int:
@@ -75,25 +60,6 @@ def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS)
         time.sleep(poll_seconds)
 
 
-def is_ready(url: str, pid: int, timeout_seconds: float = 5.0) -> bool:
-    """Whether ``/ready`` answers 200, and it is process ``pid`` or one below it that listens there.
-
-    Certificates are not verified: this asks our own server.
-    """
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    # No proxy: http_proxy in the environment must not catch a request to this machine.
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
-    try:
-        with opener.open(f"{url}/ready", timeout=timeout_seconds) as answer:
-            return bool(answer.status == 200) and listens(pid, urlsplit(url).port or 0)
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
-
-
 def _serve(argv: list[str], admin_key: str | None) -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
@@ -109,11 +75,6 @@ def _serve(argv: list[str], admin_key: str | None) -> None:
         run_server(args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-
-
-def say(text: str) -> None:
-    """Tell who started the server; its own log goes to the same place."""
-    print(f"lt-sglang: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

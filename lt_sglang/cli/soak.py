@@ -6,12 +6,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lt_sglang.cli.options import OPTIONS_HELP, take_options
+from lt_sglang.bench import check_installed
 from lt_sglang.cli.parser import Parser, positive_float
 from lt_sglang.cli.run_options import add_run_options, check_side
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
-from lt_sglang.loadtest import check_installed
+from lt_sglang.launch.options import OPTIONS_HELP, take_options
 
 
 def run(argv: list[str]) -> int:
@@ -19,12 +19,12 @@ def run(argv: list[str]) -> int:
     options, rest = take_options(argv)
     args, flags = _parser().parse_known_args(rest)
     check_installed()
-    from lt_sglang.loadtest.engines import LIGHTTRANSFER, Engine
-    from lt_sglang.loadtest.machine import this_machine
-    from lt_sglang.loadtest.result_file import header, write
-    from lt_sglang.loadtest.scenario_file import load_scenarios, pick
-    from lt_sglang.loadtest.servers import specs_of
-    from lt_sglang.loadtest.soak import STRICT, soak
+    from lt_sglang.bench.engines import LIGHTTRANSFER, Engine
+    from lt_sglang.bench.machine import this_machine
+    from lt_sglang.bench.result_file import header, write
+    from lt_sglang.bench.scenario_file import load_scenarios, pick
+    from lt_sglang.bench.servers import specs_of
+    from lt_sglang.bench.soak import STRICT, soak
 
     scenario = pick(load_scenarios(args.scenario), args.case)
     if args.seconds is not None:

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.model_config import read_model_config, unsupported_features
-from lt_sglang.cli.options import LtOptions, describe, layer_count, resolve_config, take_options
 from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.config import CONFIG_KEY, DEFAULT_KEEP, LightTransferConfig, format_layers
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.model_config import read_model_config, unsupported_features
+from lt_sglang.launch.options import LtOptions, describe, layer_count, resolve_config, take_options
 from lt_sglang.static_choices import choose
 
 LAYERS = ("given", "frequency", "ends")

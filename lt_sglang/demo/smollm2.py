@@ -13,15 +13,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.launch import cache_home
+from lt_sglang.files import cache_home, ensure_folder
 
 __all__ = ["DemoModelMissing", "ensure_model"]
 
@@ -73,8 +71,6 @@ def find_gguf() -> Path:
 def ensure_model(cache: Path | None = None) -> Path:
     """Return the demo model's folder, converting it first if this machine does not have it yet.
 
-    The folder appears by a rename once it is complete, so concurrent callers and interrupted runs are safe.
-
     Args:
         cache: where model folders are kept; ``$LT_SGLANG_HOME/models`` by default.
 
@@ -84,26 +80,14 @@ def ensure_model(cache: Path | None = None) -> Path:
     gguf = find_gguf()
     models = cache if cache is not None else cache_home() / "models"
     target = models / f"smollm2-135m-instruct-{_content_key(gguf)}"
-    if target.is_dir():
-        return target
 
-    models.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=models))
-    started = time.monotonic()
-    try:
-        scratch.chmod(0o755)
+    def fill(folder: Path) -> None:
+        started = time.monotonic()
         _say(f"converting {gguf.name} once, into {target}")
-        convert(gguf, scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            # Another process finished first; anything else is a real failure.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    _say(f"done in {time.monotonic() - started:.0f} s")
-    return target
+        convert(gguf, folder)
+        _say(f"done in {time.monotonic() - started:.0f} s")
+
+    return ensure_folder(target, fill)
 
 
 def convert(gguf: Path, out: Path) -> None:

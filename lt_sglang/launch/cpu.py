@@ -10,18 +10,16 @@ HTTP and metrics; it has no CUDA graphs, no FlashInfer and no NCCL.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from lt_sglang.launch import cache_home
+from lt_sglang.files import cache_home, ensure_folder
 
 __all__ = ["CompilerMissing", "build_libcuda_stub", "cpu_environment", "cpu_server_args", "has_gpu"]
 
@@ -92,22 +90,14 @@ def build_libcuda_stub(cache_dir: Path) -> Path:
             "SGLang needs a C compiler to start on a machine without a GPU, and no cc, gcc or clang is on "
             "the PATH. On Debian or Ubuntu: apt-get install gcc libc6-dev"
         )
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".libcuda-stub-", dir=cache_dir))
-    try:
-        scratch.chmod(0o755)
-        command = [compiler, *_STUB_FLAGS, "-x", "c", "-", "-o", str(scratch / DRIVER_LIBRARY)]
+
+    def compile_into(folder: Path) -> None:
+        command = [compiler, *_STUB_FLAGS, "-x", "c", "-", "-o", str(folder / DRIVER_LIBRARY)]
         done = subprocess.run(command, input=_STUB_SOURCE, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise CompilerMissing(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-        # A rename onto a folder that another process has just finished fails; theirs is as good as ours.
-        with contextlib.suppress(OSError):
-            scratch.rename(library.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if not library.is_file():
-        raise CompilerMissing(f"{library} could not be put in place")
-    return library
+
+    return ensure_folder(library.parent, compile_into) / DRIVER_LIBRARY
 
 
 def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-from lt_sglang.cli import sglang_args as flags
-from lt_sglang.cli.serve import DEMO_ARGS, NO_HTTP, Machine, plan_launch
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import sglang_args as flags
 from lt_sglang.launch.cpu import cpu_server_args
+from lt_sglang.launch.plan import DEMO_ARGS, NO_HTTP, Machine, plan_launch
 from lt_sglang.names import BACKEND
 from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
 from tests.engine.models import ensure_model

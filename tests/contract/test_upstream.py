@@ -16,8 +16,8 @@ import pytest
 import sglang
 
 import lt_sglang
-from lt_sglang.cli.model_config import _IGNORE_WINDOW
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.launch.model_config import _IGNORE_WINDOW
 from lt_sglang.resolve import model_overrides
 from lt_sglang.upstream import check
 from lt_sglang.upstream.check import Override, has_attribute, signature_text

@@ -66,7 +66,7 @@ def test_refusals_and_verdicts_agree(everything: dict[str, set[str]], groups: li
 
 def test_what_works_is_given_in_a_test(everything: dict[str, set[str]], groups: list[Group]) -> None:
     """A server argument that an engine's test shows stands on some command line."""
-    folders = ("tests/engine", "tests/deploy", "tests/gpu", "lt_sglang/launch", "lt_sglang/loadtest")
+    folders = ("tests/engine", "tests/deploy", "tests/gpu", "lt_sglang/launch", "lt_sglang/bench")
     text = "".join(
         file.read_text(encoding="utf-8") for name in folders for file in (REPOSITORY / name).rglob("*.py")
     )

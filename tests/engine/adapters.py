@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from functools import partial
 from pathlib import Path
+
+from lt_sglang.files import ensure_folder
 
 from .models import ensure_model
 
@@ -22,20 +23,7 @@ def ensure_adapted_model(family: str) -> Path:
     """The folder of the tiny model of ``family``; its adapters, beside it, are made on the first call."""
     model = ensure_model(family)
     for number, (name, rank) in enumerate(ADAPTERS.items()):
-        target = adapter_folder(model, name)
-        if target.is_dir():
-            continue
-        scratch = Path(tempfile.mkdtemp(prefix=".lora-", dir=model.parent))
-        try:
-            _make(model, rank, seed=number, out=scratch)
-            scratch.chmod(0o755)
-            try:
-                scratch.rename(target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        ensure_folder(adapter_folder(model, name), partial(_make, model, rank, number))
     return model
 
 

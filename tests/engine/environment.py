@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from lt_sglang.launch import cache_home
+from lt_sglang.files import cache_home
 from lt_sglang.launch.cpu import cpu_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]

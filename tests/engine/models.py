@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.launch import cache_home
+from lt_sglang.files import cache_home, ensure_folder
 
 NUM_LAYERS = 6
 VOCAB_SIZE = 512
@@ -72,22 +70,7 @@ def ensure_model(family: str, seed: int = SEED) -> Path:
     The folder appears by a rename once it is complete, so concurrent callers are safe.
     """
     target = model_folder(family, seed)
-    models = target.parent
-    if target.is_dir():
-        return target
-    models.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".tiny-{family}-", dir=models))
-    try:
-        scratch.chmod(0o755)
-        _make(family, scratch, seed)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return ensure_folder(target, lambda out: _make(family, out, seed))
 
 
 def model_folder(family: str, seed: int = SEED) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model, find_gguf
-from lt_sglang.quality.tasks.haystack import SENTENCES
+from lt_sglang.eval.tasks.haystack import SENTENCES
 
 DIGITS = 5
 

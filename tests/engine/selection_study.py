@@ -26,10 +26,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lt_sglang.demo.smollm2 import ensure_model
-from lt_sglang.quality.calibrate import choose_layers, laziest
-from lt_sglang.quality.items import HfTokenizer
-from lt_sglang.quality.plots import require_matplotlib
-from lt_sglang.quality.tasks.passkey import PasskeyTask
+from lt_sglang.eval.calibrate import choose_layers, laziest
+from lt_sglang.eval.items import HfTokenizer
+from lt_sglang.eval.plots import require_matplotlib
+from lt_sglang.eval.tasks.passkey import PasskeyTask
 
 from .dynamic_reference import streaming_rows
 

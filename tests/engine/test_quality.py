@@ -17,11 +17,11 @@ import torch
 from lt_sglang.cli import main
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.demo.smollm2 import ensure_model
-from lt_sglang.quality.divergence import divergence
-from lt_sglang.quality.endpoint import Endpoint
-from lt_sglang.quality.items import HfTokenizer
-from lt_sglang.quality.tasks.haystack import Prose, documentation
-from lt_sglang.quality.tasks.passkey import PasskeyTask
+from lt_sglang.eval.divergence import divergence
+from lt_sglang.eval.endpoint import Endpoint
+from lt_sglang.eval.items import HfTokenizer
+from lt_sglang.eval.tasks.haystack import Prose, documentation
+from lt_sglang.eval.tasks.passkey import PasskeyTask
 
 from .dynamic_reference import DynamicReference
 from .passages import demo_missing

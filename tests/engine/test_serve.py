@@ -17,9 +17,9 @@ import psutil
 import pytest
 import requests
 
-from lt_sglang.cli.admin import KEY_VARIABLE
-from lt_sglang.cli.server import is_ready
+from lt_sglang.launch.admin import KEY_VARIABLE
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.launch.ready import is_ready
 
 from .environment import server_environment
 from .models import ensure_model

@@ -12,7 +12,7 @@ from collections.abc import Collection
 import pytest
 from transformers import AutoTokenizer
 
-from lt_sglang.quality.tasks.haystack import SENTENCES
+from lt_sglang.eval.tasks.haystack import SENTENCES
 
 from .passages import demo_missing
 from .reference import Reference

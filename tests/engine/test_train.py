@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 from lt_sglang.cli import main
-from lt_sglang.cli.serve import plan_launch
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.launch.plan import plan_launch
 from lt_sglang.train.attention import attach
 
 from .models import FIRST_TOKEN, VOCAB_SIZE, ensure_model
@@ -36,7 +35,7 @@ class Served(ServerSpec):
     def command(self, port: int) -> list[str]:
         words = [str(self.model()), "--host", "127.0.0.1", "--port", str(port), *self.flags]
         launch = plan_launch([*words, "--dtype", "float32", "--skip-server-warmup"], os.environ)
-        return [sys.executable, "-m", "lt_sglang.cli.server", *launch.argv]
+        return launch.command
 
 
 @pytest.fixture(scope="module")

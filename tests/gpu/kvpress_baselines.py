@@ -39,7 +39,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
+from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
 from tests.gpu import minicache
 from tests.gpu.quality import SINKS, found
 

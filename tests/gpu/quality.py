@@ -28,13 +28,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lt_sglang.cli.serve import DEMO_LAZY_LAYERS
 from lt_sglang.demo.smollm2 import ensure_model
-from lt_sglang.quality.divergence import Divergence, divergence
-from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
-from lt_sglang.quality.items import HfTokenizer
-from lt_sglang.quality.tasks.haystack import Prose
-from lt_sglang.quality.tasks.passkey import PasskeyTask
+from lt_sglang.eval.divergence import Divergence, divergence
+from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
+from lt_sglang.eval.items import HfTokenizer
+from lt_sglang.eval.tasks.haystack import Prose
+from lt_sglang.eval.tasks.passkey import PasskeyTask
+from lt_sglang.launch.plan import DEMO_LAZY_LAYERS
 from tests.gpu.run import Run, Step, engine_args, hybrid
 
 SINKS = 4

@@ -20,7 +20,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from lt_sglang.config import parse_layers
-from lt_sglang.quality.plots import require_matplotlib
+from lt_sglang.eval.plots import require_matplotlib
 
 RATIOS = "lighttransfer-50"
 

@@ -20,7 +20,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.quality.intervals import paired_rates, sign_test
+from lt_sglang.eval.intervals import paired_rates, sign_test
 from tests.gpu.quality import FULL
 from tests.gpu.quality_figure import dots, draw, spearman
 

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lt_sglang.loadtest.decode_log import steady_of
+from lt_sglang.bench.decode_log import steady_of
 from tests.gpu import parity, trace
 from tests.gpu.jobs import Job, available_gb, gpu_used_mib, task_logs
 from tests.gpu.shapes import LLAMA_70B, MISTRAL_7B, QWQ_32B, Shape

@@ -43,8 +43,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lt_sglang.config import format_layers
 from lt_sglang.demo.smollm2 import ensure_model
-from lt_sglang.quality.calibrate import choose_layers, laziest
-from lt_sglang.quality.items import HfTokenizer
+from lt_sglang.eval.calibrate import choose_layers, laziest
+from lt_sglang.eval.items import HfTokenizer
 from tests.gpu.quality import SINKS
 
 QUERIES, STRIDED = 32, 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_sglang.loadtest.shapes import SHAPES as CONFIGS
-from lt_sglang.loadtest.shapes import write_shape
+from lt_sglang.bench.shapes import SHAPES as CONFIGS
+from lt_sglang.bench.shapes import write_shape
 
 
 @dataclass(frozen=True)

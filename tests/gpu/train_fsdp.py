@@ -28,7 +28,7 @@ LIMIT_S = 240.0
 
 def write_data(path: Path, rows: int, tokens: int) -> None:
     """Samples of more than ``tokens`` tokens with a short prompt, no two alike: all rows have one length."""
-    from lt_sglang.quality.tasks.haystack import SENTENCES
+    from lt_sglang.eval.tasks.haystack import SENTENCES
 
     rng = random.Random(4)
     with path.open("w", encoding="utf-8") as file:

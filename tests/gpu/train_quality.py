@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lt_sglang.config import LightTransferConfig, format_layers, parse_layers
-from lt_sglang.quality.intervals import paired_rates, sign_test, wilson
+from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
 from lt_sglang.static_choices import choose
 from lt_sglang.train.attention import attach
 from lt_sglang.train.options import TrainOptions

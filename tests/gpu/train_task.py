@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.quality.tasks.haystack import SENTENCES as TEST_SENTENCES
-from lt_sglang.quality.tasks.haystack import documentation
+from lt_sglang.eval.tasks.haystack import SENTENCES as TEST_SENTENCES
+from lt_sglang.eval.tasks.haystack import documentation
 
 DIGITS = 5
 WINDOW_MARGIN = 100

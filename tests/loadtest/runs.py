@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from lt_sglang.loadtest import locustfile_path
-from lt_sglang.loadtest.outcome import read_samples, read_summary
+from lt_sglang.bench import locustfile_path
+from lt_sglang.bench.outcome import read_samples, read_summary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

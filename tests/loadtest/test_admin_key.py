@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from lt_sglang.cli.admin import KEY_VARIABLE
-from lt_sglang.loadtest.engines import LIGHTTRANSFER, STOCK, Engine, EngineSpec
-from lt_sglang.loadtest.runner import run_scenario
-from lt_sglang.loadtest.scenario_file import load_scenarios
+from lt_sglang.bench.engines import LIGHTTRANSFER, STOCK, Engine, EngineSpec
+from lt_sglang.bench.runner import run_scenario
+from lt_sglang.bench.scenario_file import load_scenarios
+from lt_sglang.launch.admin import KEY_VARIABLE
 
 from .runs import scenario, write
 from .slow_server import Delays, serve
@@ -50,7 +50,7 @@ def test_an_engine_is_flushed_with_its_own_key(
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     made = engine(tmp_path, side)
     command, env = made.spec.command(made.port)
-    monkeypatch.setattr("lt_sglang.loadtest.engines.spawn", lambda *_, **__: None)
+    monkeypatch.setattr("lt_sglang.bench.engines.spawn", lambda *_, **__: None)
     made._spawn(command, env)
     assert (made.admin_key is not None) == has_key
     assert made.admin_key is None or not any(made.admin_key in word for word in command)

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
+from lt_sglang.bench import compare
+from lt_sglang.bench.capacity import check_fits, held, longest_request
+from lt_sglang.bench.compare import Cell, plan
+from lt_sglang.bench.engines import LIGHTTRANSFER, EngineSpec
+from lt_sglang.bench.fill import filled
+from lt_sglang.bench.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
+from lt_sglang.bench.runner import run_scenario
+from lt_sglang.bench.scenario_file import load_scenarios
+from lt_sglang.bench.servers import specs_of
+from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest import bench
-from lt_sglang.loadtest.bench import Cell, plan
-from lt_sglang.loadtest.capacity import check_fits, held, longest_request
-from lt_sglang.loadtest.engines import LIGHTTRANSFER, EngineSpec
-from lt_sglang.loadtest.fill import filled
-from lt_sglang.loadtest.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
-from lt_sglang.loadtest.runner import run_scenario
-from lt_sglang.loadtest.scenario_file import load_scenarios
-from lt_sglang.loadtest.servers import specs_of
-from lt_sglang.loadtest.shapes import SHAPES
 from lt_sglang.planner.capacity import RESERVE_BYTES
 from lt_sglang.planner.roofline import LazyShare, kv_bytes
 from lt_sglang.planner.shapes import GPUS, shape_from_config
@@ -210,11 +210,11 @@ def test_a_bench_says_that_a_prompt_does_not_fit_and_sends_nothing(
     def send(*_: Any) -> None:
         raise AssertionError("something was sent")
 
-    monkeypatch.setattr(bench, "Engine", ServerWithLittleMemory)
-    monkeypatch.setattr(bench, "run_scenario", send)
+    monkeypatch.setattr(compare, "Engine", ServerWithLittleMemory)
+    monkeypatch.setattr(compare, "run_scenario", send)
     one = load_scenarios(TP8 / "2-dp-attention.yaml")[0]
-    settings = bench.Settings(tmp_path, tmp_path / "out", "2026-01-02", this_machine(), rounds=1)
-    assert bench.Bench(settings).run([[one]]) == 1
+    settings = compare.Settings(tmp_path, tmp_path / "out", "2026-01-02", this_machine(), rounds=1)
+    assert compare.Bench(settings).run([[one]]) == 1
     said = capsys.readouterr().out
     for name in ("stock_flashinfer", LIGHTTRANSFER):
         assert (

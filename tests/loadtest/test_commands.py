@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import requests
 
+import lt_sglang.bench
 import lt_sglang.cli.bench
-import lt_sglang.loadtest
+from lt_sglang.bench.outcome import read_summary
+from lt_sglang.bench.scenario_file import load_scenarios
 from lt_sglang.cli import main
-from lt_sglang.cli.options import take_options
 from lt_sglang.cli.run_options import check_side
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.options import take_options
 from lt_sglang.launch.processes import free_port
-from lt_sglang.loadtest.outcome import read_summary
-from lt_sglang.loadtest.scenario_file import load_scenarios
 
 from ..http_server import serving
 from .runs import REPOSITORY, run, scenario, write
@@ -139,7 +139,7 @@ def test_a_hub_name_is_not_judged_by_the_scenarios_shape(tmp_path: Path) -> None
 def test_without_the_extra_it_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lt_sglang.loadtest, "EXTRA", ("locust", "no_such_package"))
+    monkeypatch.setattr(lt_sglang.bench, "EXTRA", ("locust", "no_such_package"))
     file = str(write(tmp_path, scenario()))
     for argv in (["loadtest", file, "--url", "http://x"], ["bench", file], ["soak", file]):
         assert main(argv) == 2

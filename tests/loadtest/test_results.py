@@ -13,22 +13,22 @@ from unittest.mock import ANY
 
 import pytest
 
+from lt_sglang.bench import metrics_page, outcome
+from lt_sglang.bench.bounds import bounds
+from lt_sglang.bench.decode_log import Steady, steady_of
+from lt_sglang.bench.engines import EngineSpec
+from lt_sglang.bench.file_bounds import roofline
+from lt_sglang.bench.machine import Machine
+from lt_sglang.bench.result_file import Measured, build, ratios, write
+from lt_sglang.bench.samples import Sample, summarize
+from lt_sglang.bench.scenario import Scenario, Slo
+from lt_sglang.bench.scenario_file import load_scenarios
+from lt_sglang.bench.servers import specs_of
+from lt_sglang.bench.session import Session
+from lt_sglang.bench.soak import Look, Part, judge, parts
+from lt_sglang.bench.wire import Answer, StreamError, read_event
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest import metrics_page, outcome
-from lt_sglang.loadtest.bounds import bounds
-from lt_sglang.loadtest.decode_log import Steady, steady_of
-from lt_sglang.loadtest.engines import EngineSpec
-from lt_sglang.loadtest.file_bounds import roofline
-from lt_sglang.loadtest.machine import Machine
-from lt_sglang.loadtest.result_file import Measured, build, ratios, write
-from lt_sglang.loadtest.samples import Sample, summarize
-from lt_sglang.loadtest.scenario import Scenario, Slo
-from lt_sglang.loadtest.scenario_file import load_scenarios
-from lt_sglang.loadtest.servers import specs_of
-from lt_sglang.loadtest.session import Session
-from lt_sglang.loadtest.soak import Look, Part, judge, parts
-from lt_sglang.loadtest.wire import Answer, StreamError, read_event
 from lt_sglang.planner.shapes import GPUS, SHAPES
 
 from .runs import REPOSITORY

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lt_sglang.loadtest.gates import judge
-from lt_sglang.loadtest.samples import METRICS, Sample, by_kind, summarize
-from lt_sglang.loadtest.scenario import Gate, Slo
+from lt_sglang.bench.gates import judge
+from lt_sglang.bench.samples import METRICS, Sample, by_kind, summarize
+from lt_sglang.bench.scenario import Gate, Slo
 
 NO_SLO = Slo()
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.cli.options import resolve_config, take_options
+from lt_sglang.bench.rehearsal import rehearsal
+from lt_sglang.bench.scenario import Scenario
+from lt_sglang.bench.scenario_file import as_mapping, load_scenarios, pick, pick_cases
+from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest.rehearsal import rehearsal
-from lt_sglang.loadtest.scenario import Scenario
-from lt_sglang.loadtest.scenario_file import as_mapping, load_scenarios, pick, pick_cases
-from lt_sglang.loadtest.shapes import SHAPES
+from lt_sglang.launch.options import resolve_config, take_options
 
 from .runs import REPOSITORY, scenario, write
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lt_sglang.bench import traces
+from lt_sglang.bench.scenario import Scenario
+from lt_sglang.bench.scenario_file import load_scenarios
+from lt_sglang.bench.traffic import TOKEN_IDS, conversations
 from lt_sglang.errors import LightTransferError
-from lt_sglang.loadtest import traces
-from lt_sglang.loadtest.scenario import Scenario
-from lt_sglang.loadtest.scenario_file import load_scenarios
-from lt_sglang.loadtest.traffic import TOKEN_IDS, conversations
 
 from .runs import REPOSITORY, scenario, write
 

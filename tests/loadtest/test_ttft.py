@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from gevent import GreenletExit
 
-from lt_sglang.loadtest.scenario_file import load_scenarios
-from lt_sglang.loadtest.session import WARMUP_TOKENS, Session
+from lt_sglang.bench.scenario_file import load_scenarios
+from lt_sglang.bench.session import WARMUP_TOKENS, Session
 
 from .runs import dump, run, scenario, write
 from .slow_server import Delays, serve

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from lt_sglang.cli import main, serve, server
-from lt_sglang.cli.admin import KEY_VARIABLE, Admin, admin_headers, choose_key, take_option
-from lt_sglang.cli.serve import NO_HTTP
-from lt_sglang.cli.sglang_args import SglangArgs
 from lt_sglang.errors import LightTransferError
 from lt_sglang.hooks.wrappers import hide_keys
+from lt_sglang.launch.admin import KEY_VARIABLE, Admin, admin_headers, choose_key, take_option
+from lt_sglang.launch.plan import NO_HTTP
+from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.names import HIDDEN, KEYS
 
 from .test_cli_serve import Fake

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.cli.model_config import read_model_config, unsupported_features
-from lt_sglang.cli.options import (
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.model_config import read_model_config, unsupported_features
+from lt_sglang.launch.options import (
     HALF,
     LtOptions,
     describe,
@@ -18,9 +20,7 @@ from lt_sglang.cli.options import (
     short_layers,
     take_options,
 )
-from lt_sglang.cli.sglang_args import ATTENTION_BACKEND, MODEL_OVERRIDES, MODEL_PATH, TP_SIZE, SglangArgs
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
-from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.sglang_args import ATTENTION_BACKEND, MODEL_OVERRIDES, MODEL_PATH, TP_SIZE, SglangArgs
 from lt_sglang.resolve import load_config
 
 QWQ = "cxdu/QwQ-32B-LightTransfer"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lt_sglang.bench import compare
 from lt_sglang.cli import eval as eval_command
 from lt_sglang.cli import main, preflight
 from lt_sglang.doctor import Check
-from lt_sglang.loadtest import bench
 
 from ..loadtest.runs import scenario, write
 
@@ -43,11 +43,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     monkeypatch.setattr(preflight, "check_starts", check_starts)
     monkeypatch.setattr(preflight, "has_gpu", lambda: True)
-    for module in ("lt_sglang.quality.engines", "lt_sglang.loadtest.engines", "lt_sglang.cli.serve"):
+    for module in ("lt_sglang.eval.engines", "lt_sglang.bench.engines", "lt_sglang.launch.plan"):
         monkeypatch.setattr(f"{module}.has_gpu", lambda: True)
     monkeypatch.setattr(eval_command, "running", lambda *_: pytest.fail("an engine was started"))
     monkeypatch.setattr(eval_command, "HfTokenizer", lambda *_: pytest.fail("all engines were accepted"))
-    monkeypatch.setattr(bench.Bench, "run", lambda *_: pytest.fail("all engines were accepted"))
+    monkeypatch.setattr(compare.Bench, "run", lambda *_: pytest.fail("all engines were accepted"))
     return asked
 
 

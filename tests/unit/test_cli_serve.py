@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from lt_sglang.cli import server
-from lt_sglang.cli.serve import DEMO_ARGS, Launch, Machine, plan_launch
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch import ready
 from lt_sglang.launch.cpu import CompilerMissing, cpu_server_args
+from lt_sglang.launch.plan import DEMO_ARGS, Launch, Machine, plan_launch
 from lt_sglang.names import BACKEND
 
 from ..http_server import serving
@@ -221,7 +222,7 @@ def test_the_try_line_is_valid() -> None:
     ],
 )
 def test_base_url(argv: list[str], host: str | None, url: str) -> None:
-    assert server.base_url(argv, host, 30000) == url
+    assert ready.base_url(argv, host, 30000) == url
 
 
 def test_only_the_first_node_serves_http() -> None:
@@ -265,7 +266,7 @@ def test_announce(
 
 
 def test_not_ready_when_nobody_listens() -> None:
-    assert not server.is_ready("http://127.0.0.1:9", os.getpid(), timeout_seconds=0.5)
+    assert not ready.is_ready("http://127.0.0.1:9", os.getpid(), timeout_seconds=0.5)
 
 
 def test_another_process_s_server_is_not_announced(
@@ -275,7 +276,7 @@ def test_another_process_s_server_is_not_announced(
     url, answers = ready_server
     answers += [200] * 1000
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as started:
-        assert not server.is_ready(url, started.pid)
+        assert not ready.is_ready(url, started.pid)
         monkeypatch.setattr(os, "getpid", lambda: started.pid)
         monkeypatch.setattr(server, "GIVE_UP_SECONDS", 0.3)
         server.announce(url, "curl this", poll_seconds=0.01)

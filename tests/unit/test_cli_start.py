@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lt_sglang.cli import main
-from lt_sglang.cli.serve import check_ports
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.plan import check_ports
 
 from .test_cli_serve import CONFIG, Fake
 

@@ -1,4 +1,4 @@
-"""lt_sglang.cli.weights, on files that the safetensors library wrote."""
+"""lt_sglang.launch.weights, on files that the safetensors library wrote."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lt_sglang.cli.sglang_args import SglangArgs
-from lt_sglang.cli.weights import INDEX, check_folder, check_weights
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.sglang_args import SglangArgs
+from lt_sglang.launch.weights import INDEX, check_folder, check_weights
 
 SHARDS = {
     "model-00001-of-00002.safetensors": ("a", "b"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lt_sglang.launch import cache_home, cpu
+from lt_sglang.files import cache_home
+from lt_sglang.launch import cpu
 
 
 @pytest.fixture

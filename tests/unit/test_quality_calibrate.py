@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from lt_sglang.cli import main
 from lt_sglang.errors import LightTransferError
-from lt_sglang.quality.calibrate import (
+from lt_sglang.eval.calibrate import (
     Journal,
     Sample,
     Setting,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lt_sglang.quality.divergence import divergence, kl_of_tops
+from lt_sglang.eval.divergence import divergence, kl_of_tops
 
 
 def _logprobs(seed: int, vocabulary: int = 200, spread: float = 2.0) -> torch.Tensor:

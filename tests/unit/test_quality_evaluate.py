@@ -12,11 +12,11 @@ import pytest
 
 from lt_sglang.cli import main
 from lt_sglang.errors import LightTransferError
-from lt_sglang.quality.endpoint import Continued
-from lt_sglang.quality.evaluate import Outcome, Questions, compare, divergences
-from lt_sglang.quality.items import Item
-from lt_sglang.quality.plots import depth_heatmaps
-from lt_sglang.quality.report import as_dict, table
+from lt_sglang.eval.endpoint import Continued
+from lt_sglang.eval.evaluate import Outcome, Questions, compare, divergences
+from lt_sglang.eval.items import Item
+from lt_sglang.eval.plots import depth_heatmaps
+from lt_sglang.eval.report import as_dict, table
 
 TRIALS = 40
 TEXTS = 20

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 from lt_sglang.cli import calibrate
 from lt_sglang.config import format_layers
 from lt_sglang.errors import LightTransferError
-from lt_sglang.quality.greedy import Costs, Windowed, greedy_order
+from lt_sglang.eval.greedy import Costs, Windowed, greedy_order
 
 from .words import Words
 
@@ -114,7 +114,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch, in_prefill: bool
     costs = Costs(Windowed(_llama(), SINK, RECENT), samples, 4, SINK + RECENT, in_prefill=in_prefill)
     choices = [(layer,) for layer in range(LAYERS)]
     together = costs(choices)
-    monkeypatch.setattr("lt_sglang.quality.greedy.COPIES_BYTES", 1)
+    monkeypatch.setattr("lt_sglang.eval.greedy.COPIES_BYTES", 1)
     assert costs(choices) == pytest.approx(together, rel=1e-3)
     assert costs(choices[1:2]) == pytest.approx(together[1:2], rel=1e-3)
 

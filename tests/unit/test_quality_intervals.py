@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy import stats
 
-from lt_sglang.quality.intervals import (
+from lt_sglang.eval.intervals import (
     Interval,
     paired_means,
     paired_rates,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.quality.metrics import METRICS
-from lt_sglang.quality.metrics.mathematics import last_boxed, normalise
+from lt_sglang.eval.metrics import METRICS
+from lt_sglang.eval.metrics.mathematics import last_boxed, normalise
 
 Words = tuple[str, ...]
 CASES: list[tuple[str, str, list[str], dict[str, Any], float]] = [

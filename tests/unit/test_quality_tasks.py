@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.quality.tasks.files import longbench, mathematics
-from lt_sglang.quality.tasks.haystack import NOISE, Prose, documentation, split_sentences
-from lt_sglang.quality.tasks.passkey import MARGIN_TOKENS, PasskeyTask
-from lt_sglang.quality.tasks.ruler import DEPTHS, SHAPES, NiahTask
+from lt_sglang.eval.tasks.files import longbench, mathematics
+from lt_sglang.eval.tasks.haystack import NOISE, Prose, documentation, split_sentences
+from lt_sglang.eval.tasks.passkey import MARGIN_TOKENS, PasskeyTask
+from lt_sglang.eval.tasks.ruler import DEPTHS, SHAPES, NiahTask
 
 from .words import Words
 

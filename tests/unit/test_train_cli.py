@@ -56,7 +56,7 @@ def test_bad_requests(
 
 
 def config_of(data: Path, tmp_path: Path, *more: str) -> tuple[LightTransferConfig, Any]:
-    from lt_sglang.cli.options import take_options
+    from lt_sglang.launch.options import take_options
 
     options, rest = take_options(words(data, tmp_path / "run", *more))
     args = _arguments(rest)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from lt_sglang.cli import main
-from lt_sglang.cli.model_config import read_model_config
-from lt_sglang.cli.options import LtOptions, resolve_config
+from lt_sglang.launch.model_config import read_model_config
+from lt_sglang.launch.options import LtOptions, resolve_config
 from tests.engine.models import ensure_model
 
 from .train_runs import LAYERS, SAMPLES, SAVE, SEED, STEPS, listed, words, write_data

@@ -6,7 +6,7 @@ import re
 
 
 class Words:
-    """Implements lt_sglang.quality.items.Tokenizer; begins every text with one token of its own."""
+    """Implements lt_sglang.eval.items.Tokenizer; begins every text with one token of its own."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {"<s>": 0}

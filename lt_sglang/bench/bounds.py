@@ -1,0 +1,104 @@
+"""The roofline beside a measured ratio: what lazy layers could gain at most on this traffic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lt_sglang.bench.scenario import Length, Scenario
+from lt_sglang.config import LightTransferConfig
+from lt_sglang.errors import LightTransferError
+from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, plan_length
+from lt_sglang.planner.roofline import Hardware
+from lt_sglang.planner.shapes import GPUS, ModelShape
+
+# A plan needs some GPU; of a CPU's run only figures are used that no speed enters.
+ANY_GPU = "h100-80"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Ratios by the name of the measured figure, and a remark on what they are, or why there are none."""
+
+    ratios: dict[str, float]
+    remark: str
+
+
+def bounds(
+    scenario: Scenario,
+    shape: ModelShape,
+    config: LightTransferConfig,
+    tp: int,
+    gpu: str | None,
+    stock_tokens: int,
+    server: dict[str, Any],
+) -> Bounds:
+    """The bounds of ``scenario`` on one model and machine.
+
+    Args:
+        config: settled, as the server uses it.
+        gpu: the planner's name; None on a CPU, whose speed it does not know.
+        stock_tokens: what the stock server's KV memory holds: both servers have the same bytes.
+        server: the stock server's /server_info.
+    """
+    lengths = mean_lengths(scenario)
+    if lengths is None:
+        return Bounds({}, "No bound: prompts share prefixes or follow a trace.")
+    if "--enable-dp-attention" in scenario.engine.baseline_flags:
+        return Bounds({}, "No bound: the two sides divide the model differently.")
+    inputs, outputs = lengths
+    dtype = server.get("kv_cache_dtype") or "auto"
+    element = KV_ELEMENT_BYTES.get(dtype, 2)
+    deployment = Deployment(
+        shape=shape,
+        hardware=Hardware(GPUS[gpu or ANY_GPU], tp),
+        config=config,
+        mem_fraction=1.0,
+        weights_bytes=shape.total_weight_bytes,
+        kv_cache_dtype=dtype if dtype in KV_ELEMENT_BYTES else "auto",
+        chunk_tokens=server.get("chunked_prefill_size") or 8192,
+        kv_bytes=stock_tokens * shape.layers * shape.kv_token_layer(element, tp),
+    )
+    users = scenario.load.users if scenario.load.kind == "closed" else None
+    try:
+        plan = plan_length(deployment, inputs, outputs, users)
+    except LightTransferError as error:
+        return Bounds({}, f"No bound: {error}.")
+    if not plan.full_requests:
+        return Bounds({}, "No bound: not one request fits into stock's memory.")
+    found = {"requests_running": plan.hybrid_requests / plan.full_requests}
+    if gpu is None:
+        return Bounds(found, "Bound: whole requests in the same KV memory. A CPU's speed is not modelled.")
+    assert plan.decode_ratio is not None and plan.total_ratio is not None
+    found |= {"decode_tokens_per_second": plan.decode_ratio, "output_throughput": plan.total_ratio}
+    if outputs == 1:
+        found["prefill_speed"] = plan.full_prefill / plan.hybrid_prefill
+    mean = "" if _fixed(scenario) else " of the mean lengths"
+    return Bounds(found, f"Bound: lt-sglang plan's roofline{mean}, with stock's measured KV memory.")
+
+
+def mean_lengths(scenario: Scenario) -> tuple[int, int] | None:
+    """Mean tokens of prompts and outputs; None where prompts share tokens or follow a trace."""
+    total = sum(kind.weight for kind in scenario.traffic)
+    inputs = outputs = 0.0
+    for kind in scenario.traffic:
+        if kind.input is None or kind.output is None or kind.shared is not None or kind.turns > 1:
+            return None
+        inputs += kind.weight / total * _mean(kind.input)
+        outputs += kind.weight / total * _mean(kind.output)
+    return round(inputs), max(1, round(outputs))
+
+
+def _mean(length: Length) -> float:
+    if length.kind == "lognormal":
+        # Clipped at both ends, so the median is nearer to the truth than the unclipped mean.
+        return length.median
+    return (length.low + length.high) / 2
+
+
+def _fixed(scenario: Scenario) -> bool:
+    return len(scenario.traffic) == 1 and all(
+        length is not None and length.kind == "fixed"
+        for kind in scenario.traffic
+        for length in (kind.input, kind.output)
+    )

@@ -1,0 +1,81 @@
+"""What a server's KV memory holds, as its /server_info says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+
+from lt_sglang.bench.scenario import Scenario, Traffic
+from lt_sglang.errors import LightTransferError
+
+
+def server_info(url: str) -> dict[str, Any]:
+    """/server_info of the server at ``url``; raises requests.RequestException."""
+    answer = requests.get(f"{url}/server_info", timeout=60)
+    answer.raise_for_status()
+    data: dict[str, Any] = answer.json()
+    return data
+
+
+def kv_tokens(state: Mapping[str, Any]) -> int | None:
+    """Tokens that one of the ``internal_states`` of /server_info holds in its full layers, if it says so."""
+    pools = (state.get("lighttransfer") or {}).get("pools")
+    if pools:
+        return int(pools["full_tokens"])
+    capacity = (state.get("memory_usage") or {}).get("token_capacity")
+    return int(capacity) if capacity else None
+
+
+def held(server: Mapping[str, Any], tokens: int) -> int:
+    """Requests of ``tokens`` that the KV memory holds; under DP attention those of all ranks.
+
+    server: /server_info. Raises LightTransferError if that does not say how much it holds.
+    """
+    return sum(_held(state, tokens) for state in server["internal_states"])
+
+
+def check_fits(scenario: Scenario, server: Mapping[str, Any], name: str) -> None:
+    """Raise LightTransferError if the longest request of ``scenario`` does not fit into a server's KV memory.
+
+    Under DP attention a request lies on one rank, so the smallest counts. Lengths of traces, and of servers
+    that do not say what they hold, are not checked.
+
+    Args:
+        server: /server_info.
+        name: what to call the server.
+    """
+    states = server["internal_states"]
+    known = [tokens for tokens in map(kv_tokens, states) if tokens is not None]
+    if not known:
+        return
+    room = min(known)
+    for kind in scenario.traffic:
+        prompt, output = longest_request(kind)
+        if prompt + output > room:
+            where = f" on each of {len(states)} ranks" if len(states) > 1 else ""
+            raise LightTransferError(
+                f"does not fit: the KV memory of {name} holds {room} tokens{where}, and a request needs "
+                f"{prompt + output} (prompt {prompt}, output {output}); "
+                "raise --mem-fraction-static, or use more GPUs or shorter prompts"
+            )
+
+
+def longest_request(kind: Traffic) -> tuple[int, int]:
+    """Most tokens of a prompt, with what its conversation said before, and of its output; 0 of a trace."""
+    if kind.input is None or kind.output is None:
+        return 0, 0
+    before = (kind.turns - 1) * (kind.input.high + kind.output.high)
+    shared = kind.shared.tokens if kind.shared else 0
+    return shared + before + kind.input.high, kind.output.high
+
+
+def _held(state: Mapping[str, Any], tokens: int) -> int:
+    room = kv_tokens(state)
+    if room is None:
+        raise LightTransferError("load.fill: the server's /server_info does not say how many tokens it holds")
+    pools = (state.get("lighttransfer") or {}).get("pools")
+    # A lazy layer keeps the same of a request of any length, so the streaming pool is as many requests as the
+    # split was made for.
+    return int(min(room // tokens, pools["expected_requests"])) if pools else room // tokens

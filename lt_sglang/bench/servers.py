@@ -1,0 +1,59 @@
+"""Which servers a scenario runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lt_sglang.bench.engines import LIGHTTRANSFER, STOCK, EngineSpec
+from lt_sglang.bench.scenario import Scenario
+from lt_sglang.bench.shapes import SHAPE_FLAGS, write_shape
+from lt_sglang.errors import LightTransferError
+
+
+def specs_of(
+    scenario: Scenario,
+    work: Path,
+    baselines: Sequence[str],
+    model: str | None = None,
+    most_tp: int | None = None,
+    flags: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+) -> dict[str, EngineSpec]:
+    """Stock servers by attention backend, and ours under ``lighttransfer``.
+
+    Args:
+        work: folder for the configuration of a shape.
+        baselines: attention backends of stock SGLang; not used if the scenario wants ours alone.
+        model: a folder or hub name, in place of the scenario's shape.
+        most_tp: GPUs, where the scenario asks for more.
+        flags: SGLang's, for both sides. options: ``--lt-*``.
+
+    Raises LightTransferError if there is no model.
+    """
+    engine = scenario.engine
+    common = (*engine.flags, *flags)
+    stock_model = model
+    if model is None and engine.shape is not None:
+        model, stock_model = (
+            str(write_shape(shape, work.absolute() / "models" / shape))
+            for shape in (engine.shape, engine.baseline_shape or engine.shape)
+        )
+        common = (*SHAPE_FLAGS, *common)
+    if model is None or stock_model is None:
+        raise LightTransferError(f"{scenario.name}: has no engine.shape; give --model-path")
+    tp = min(engine.tp, most_tp or engine.tp)
+    alone = tuple(flag.replace("{tp}", str(tp)) for flag in engine.baseline_flags)
+    stock = {
+        backend: EngineSpec(STOCK, stock_model, tp, (*common, *alone), backend)
+        for backend in (baselines if engine.sides == "both" else ())
+    }
+    ours = EngineSpec(
+        LIGHTTRANSFER,
+        model,
+        tp,
+        (*common, *engine.lighttransfer_flags),
+        lighttransfer=engine.lighttransfer,
+        options=options,
+    )
+    return {**stock, LIGHTTRANSFER: ours}

@@ -1,0 +1,38 @@
+"""Published metrics: an answer's score between 0 and 1.
+
+A metric takes the model's answer, the accepted answers and the item's details.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lt_sglang.eval.metrics import longbench, mathematics
+
+Metric = Callable[[str, Sequence[str], Mapping[str, Any]], float]
+
+
+def begins(answer: str, accepted: Sequence[str], details: Mapping[str, Any]) -> float:
+    """Whether the answer begins with an accepted one."""
+    return float(any(answer.strip().startswith(text) for text in accepted))
+
+
+def contains_all(answer: str, accepted: Sequence[str], details: Mapping[str, Any]) -> float:
+    """Share of the references found in the answer, whatever the case (RULER's string_match_all)."""
+    return sum(text.lower() in answer.lower() for text in accepted) / len(accepted)
+
+
+METRICS: dict[str, Metric] = {
+    "begins": begins,
+    "contains-all": contains_all,
+    "qa-f1": longbench.best(longbench.qa_f1),
+    "rouge-l": longbench.best(longbench.rouge_l),
+    "classification": longbench.best(longbench.classification),
+    "retrieval": longbench.best(longbench.retrieval),
+    "count": longbench.best(longbench.count),
+    "code-similarity": longbench.best(longbench.code_similarity),
+    "gsm8k": mathematics.gsm8k,
+    "math": mathematics.boxed,
+    "aime": mathematics.aime,
+}
