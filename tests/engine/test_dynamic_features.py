@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -14,7 +13,7 @@ from .prompts import random_prompt
 from .reference import Comparison
 from .server import Server
 from .specs import DYNAMIC_LIST, DYNAMIC_SERVERS
-from .together import Running, send
+from .together import Running, pause_again_and_again, send
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(DYNAMIC_LIST)]
 
@@ -48,14 +47,10 @@ def test_paused_in_place(server: Server, reference: DynamicReference) -> None:
     """A prompt that waits staged between two chunks waits on, and its answer is the same."""
     rng = random.Random(1)
     server.flush_cache()
-    jobs = [(random_prompt(length, rng), 60, {}) for length in (5, 70, 300, 900, 1500)]
+    jobs = [(random_prompt(length, rng), 200, {}) for length in (5, 70, 300, 900, 1500)]
     with Running(server, jobs) as running:
         running.wait_for_tokens()
-        for _ in range(4):
-            server.post("/pause_generation", {"mode": "in_place"}).raise_for_status()
-            assert not running.finished
-            server.post("/continue_generation", {}).raise_for_status()
-            time.sleep(0.05)
+        assert pause_again_and_again(server, running, "in_place", 4) > 0, "nothing was left to be paused"
         outputs = running.outputs()
     check(reference, [job[0] for job in jobs], outputs)
     assert_returned(server)

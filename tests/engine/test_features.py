@@ -21,7 +21,7 @@ from .prompts import random_prompt
 from .reference import Reference
 from .server import Server
 from .specs import FEATURES, LAZY_SERVERS
-from .together import Running, greedy, send
+from .together import Running, greedy, pause_again_and_again, send
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(FEATURES)]
 
@@ -94,14 +94,10 @@ def test_priorities_preempt(server: Server, reference: Reference) -> None:
 def test_paused_and_continued(mode: str, server: Server, reference: Reference) -> None:
     """A pause keeps what runs, or throws it out; it goes on as if nothing had been."""
     rng = random.Random(4)
-    jobs = [(random_prompt(length, rng), 100, {}) for length in (5, 70, 300, 900, 1500)]
+    jobs = [(random_prompt(length, rng), 200, {}) for length in (5, 70, 300, 900, 1500)]
     with Running(server, jobs) as running:
         running.wait_for_tokens()
-        for _ in range(3):
-            server.post("/pause_generation", {"mode": mode}).raise_for_status()
-            assert not running.finished, "nothing was left to be paused"
-            server.post("/continue_generation", {}).raise_for_status()
-            time.sleep(0.1)
+        assert pause_again_and_again(server, running, mode, 3) > 0, "nothing was left to be paused"
         outputs = running.outputs()
     reference.compare([job[0] for job in jobs], outputs).assert_equal()
     storm.assert_all_returned(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -61,6 +62,17 @@ class Running:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
+
+
+def pause_again_and_again(server: Server, running: Running, mode: str, times: int) -> int:
+    """Pause and go on, with some steps in between; how many pauses found every request running."""
+    found = 0
+    for _ in range(times):
+        server.post("/pause_generation", {"mode": mode}).raise_for_status()
+        found += not running.finished
+        server.post("/continue_generation", {}).raise_for_status()
+        time.sleep(0.05)
+    return found
 
 
 def greedy(new_tokens: int) -> dict[str, Any]:
