@@ -11,7 +11,7 @@ PYTEST_FLAGS ?=
 WORKERS ?= -n auto --dist loadgroup
 
 ROOT := $(CURDIR)
-# This clone's code, and the metadata that announces its plug-in (scripts/announce.py).
+# This clone's code, and the metadata that announces its plug-in (see .lt below).
 export PYTHONPATH := $(ROOT):$(ROOT)/.lt
 
 # The environment is installed without bytecode. Unless Python may keep what it compiles, every process of
@@ -22,10 +22,11 @@ export PYTHONWARNINGS := ignore:builtin type swigvarlink has no __module__ attri
 
 # Recursive, so that only targets that use them pay for them.
 ENV_PATH = $(shell $(PYTHON) scripts/env.py path)
-PY = $(ENV_PATH)/bin/python
+BIN = $(ENV_PATH)/bin
+PY = $(BIN)/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env model serve run test test-unit test-property fuzz-long mutation touch-prefix test-contract test-engine test-slow test-gpu manifest manifests lint typecheck lock clean
+.PHONY: help env packages model serve run test test-unit test-property fuzz-long mutation touch-prefix test-contract test-engine test-slow test-gpu manifest manifests ruff lint typecheck lock hooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,9 +34,18 @@ help: ## list the targets
 	@echo 'make serve [MODEL=folder-or-name] [TP=2] [ARGS="--port 30001 ..."]'
 	@echo 'make test [PYTEST_FLAGS="-v -k name"] [WORKERS=]     make env [PYTHON=python3.12]'
 
-env: ## build the Python environment, once, outside the clone
+env: .lt/made ## build the Python environment, once, outside the clone
+
+packages:
 	@$(PYTHON) scripts/env.py build
-	@$(PYTHON) scripts/announce.py
+
+# SGLang finds plug-ins through installed packages' entry points. The environment is shared between clones, so an
+# editable install into it would point at whichever clone was installed last. Instead each clone has a folder .lt
+# with the metadata that pip would have written; with both on PYTHONPATH, Python sees lt-sglang as installed.
+.lt/made: pyproject.toml lt_sglang/__init__.py | packages
+	@rm -rf .lt && mkdir .lt
+	@$(PY) -c 'from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel(".lt")' > /dev/null
+	@rm -r .lt/*.egg-info && touch $@
 
 model: env ## convert the demo model, once, and print its folder
 	@$(PY) -m lt_sglang.demo.smollm2
@@ -85,14 +95,26 @@ manifest: ## print a Kubernetes manifest: make manifest MODEL=me/my-model TP=4 A
 manifests: ## write k8s/manifests again, after a change of the chart
 	@$(PYTHON) k8s/render.py --all
 
-lint: env ## ruff
+ruff: env ## ruff's rules and format; changes nothing
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
-typecheck: env ## mypy --strict
+lint: ruff ## ruff, the layers of imports (import-linter), declared packages (deptry)
+	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(BIN)/deptry --no-ansi lt_sglang deploy k8s loadtest scripts
+	@$(BIN)/deptry --no-ansi tests --exclude '^$$' --ignore DEP002,DEP004
+
+typecheck: env ## mypy --strict, with torch's types
 	@$(PY) -m mypy
 
-lock: ## resolve the dependencies again; UPGRADE=1 takes newer versions
-	@$(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
+lock: ## resolve the dependencies again, in seconds; UPGRADE=1 takes newer versions
+	@$(PYTHON) scripts/env.py lock $(if $(UPGRADE),--upgrade)
+
+hooks: env ## check format, rules and subject at each commit of this clone, lint and types before a push
+	@$(PY) -m pre_commit install
+
+wheel: env ## write the wheel to dist/
+	@$(PY) -m build --no-isolation --wheel
 
 clean: ## delete what make left in the clone (the environment is kept)
 	@rm -rf .lt .mypy_cache .pytest_cache .ruff_cache build dist ./*.egg-info

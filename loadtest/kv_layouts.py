@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -201,8 +202,8 @@ def tasks(found: Views, layout: str, decodes: dict[str, tuple[Decode, Decode]]) 
     work: Tasks = {}
     full, lazy = len(found.full), len(found.lazy)
     for order, (whole, windows) in decodes.items():
-        work[f"decode full, {order}"] = full, lambda whole=whole: whole.run(found.full)
-        work[f"decode lazy, {order}"] = lazy, lambda windows=windows: windows.run(found.lazy)
+        work[f"decode full, {order}"] = full, partial(whole.run, found.full)
+        work[f"decode lazy, {order}"] = lazy, partial(windows.run, found.lazy)
     spread = rows_in_order(32768, found.slots[0], "pages").long()
     parts = [part for layer in found.full for part in layer]
     work["gather 32K"] = full, lambda: [part.index_select(0, spread) for part in parts]

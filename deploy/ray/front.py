@@ -55,8 +55,8 @@ class Front:
                 await asyncio.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
                 continue
             return StreamingResponse(rest(pieces), status_code=status, headers=answered)
-        error = {"message": "no engine takes requests now", "type": "service_unavailable", "code": 503}
-        return JSONResponse({"error": error}, status_code=503, headers=RETRY_AFTER)
+        refusal = {"message": "no engine takes requests now", "type": "service_unavailable", "code": 503}
+        return JSONResponse({"error": refusal}, status_code=503, headers=RETRY_AFTER)
 
 
 async def rest(pieces: AsyncIterator[Any]) -> AsyncIterator[bytes]:

@@ -31,12 +31,14 @@ class LastQueries:
 
     def then(self, later: LastQueries) -> LastQueries:
         """These, followed by ``later`` ones."""
-        both = self.hidden is not None and later.hidden is not None
+        hidden = None
+        if self.hidden is not None and later.hidden is not None:
+            hidden = torch.cat([self.hidden, later.hidden])
         return LastQueries(
             torch.cat([self.query, later.query]),
             torch.cat([self.attention, later.attention]),
             torch.cat([self.lse, later.lse]),
-            torch.cat([self.hidden, later.hidden]) if both else None,
+            hidden,
         )
 
     def last(self, count: int) -> LastQueries:

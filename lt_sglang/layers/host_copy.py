@@ -17,7 +17,7 @@ class HostMirror:
     def read(self) -> list[float]:
         """What the copy that the last call began has brought; begins the next one."""
         if not self._tensor.is_cuda:
-            return self._tensor.tolist()  # type: ignore[no-any-return]
+            return self._tensor.tolist()
         if self._event is not None and not self._event.query():
             return self._values
         if self._event is not None:
