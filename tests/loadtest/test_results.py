@@ -16,19 +16,19 @@ import pytest
 from lt_sglang.bench import metrics_page, outcome
 from lt_sglang.bench.bounds import bounds
 from lt_sglang.bench.decode_log import Steady, steady_of
-from lt_sglang.bench.engines import EngineSpec
 from lt_sglang.bench.file_bounds import roofline
 from lt_sglang.bench.machine import Machine
 from lt_sglang.bench.result_file import Measured, build, ratios, write
 from lt_sglang.bench.samples import Sample, summarize
 from lt_sglang.bench.scenario import Scenario, Slo
 from lt_sglang.bench.scenario_file import load_scenarios
-from lt_sglang.bench.servers import specs_of
+from lt_sglang.bench.servers import COMMON_FLAGS, specs_of
 from lt_sglang.bench.session import Session
 from lt_sglang.bench.soak import Look, Part, judge, parts
 from lt_sglang.bench.wire import Answer, StreamError, read_event
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.engine import EngineSpec
 from lt_sglang.planner.shapes import GPUS, SHAPES
 
 from .runs import REPOSITORY
@@ -189,9 +189,8 @@ def test_a_scenario_without_a_shape_needs_a_model(tmp_path: Path) -> None:
     (one,) = load_scenarios(write_file(tmp_path, mapping()))
     with pytest.raises(LightTransferError, match="--model-path"):
         specs_of(one, tmp_path, [])
-    assert specs_of(one, tmp_path, [], "m")["lighttransfer"] == EngineSpec(
-        "lighttransfer", "m", 1, (), lighttransfer={}
-    )
+    flags = (*COMMON_FLAGS, "--tp-size", "1")
+    assert specs_of(one, tmp_path, [], "m")["lighttransfer"] == EngineSpec("lighttransfer", "m", flags)
     # A model takes a shape's place, and has weights and a tokenizer.
     real = specs_of(table5("16k"), tmp_path, ["triton"], "m")
     assert {spec.model for spec in real.values()} == {"m"}

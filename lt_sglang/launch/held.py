@@ -1,6 +1,6 @@
 """A server that imports and then waits: most of a start is importing, and that needs no GPU.
 
-    python -m lt_sglang.bench.held_server MODULE ARGUMENT...
+    python -m lt_sglang.launch.held MODULE ARGUMENT...
 
 Runs ``python -m MODULE`` with SGLang's HTTP server in it; its scheduler processes go on to take the GPUs once
 the file named by LT_SGLANG_HOLD is there.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HOLD_VARIABLE = "LT_SGLANG_HOLD"
+MODULE = "lt_sglang.launch.held"
 
 
 def scheduler(*args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,6 @@ def main(module: str, argv: list[str]) -> None:
 
 if __name__ == "__main__":
     # By its own name: child processes look the function up there.
-    from lt_sglang.bench.held_server import main as run
+    from lt_sglang.launch.held import main as run
 
     run(sys.argv[1], sys.argv[2:])
