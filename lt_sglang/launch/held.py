@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ HOLD_VARIABLE = "LT_SGLANG_HOLD"
 MODULE = "lt_sglang.launch.held"
 
 
-def scheduler(*args: Any, **kwargs: Any) -> Any:
-    """SGLang's scheduler process, once it may go on."""
+def scheduler(*args: Any, before: Callable[[], None] | None = None, **kwargs: Any) -> Any:
+    """SGLang's scheduler process, once it may go on; ``before`` is called just before."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    hold = Path(os.environ[HOLD_VARIABLE])
-    while not hold.exists():
+    hold = os.environ.get(HOLD_VARIABLE)
+    while hold and not Path(hold).exists():
         time.sleep(0.05)
+    if before is not None:
+        before()
     return run_scheduler_process(*args, **kwargs)
 
 

@@ -28,7 +28,7 @@ from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.names import BACKEND
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
-# docs/quality.md (static-greedy-50 of tests/gpu/quality.py).
+# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml).
 DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
 # Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
 DEMO_ARGS = (
