@@ -17,7 +17,7 @@ from lt_sglang.bench.decode_log import Steady
 from lt_sglang.bench.machine import Machine, gpu_memory_mib, stamp
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import as_mapping
-from lt_sglang.bench.shapes import SHAPE_FLAGS
+from lt_sglang.bench.servers import SHAPE_FLAGS
 from lt_sglang.launch.engine import EngineSpec
 
 # Figures of the client a comparison shows; rates and times are left out on a CPU.

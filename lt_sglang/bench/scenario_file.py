@@ -34,8 +34,8 @@ from lt_sglang.bench.scenario import (
     Trace,
     Traffic,
 )
-from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.errors import LightTransferError
+from lt_sglang.planner.shapes import CONFIGS
 
 
 def load_scenarios(path: Path) -> tuple[Scenario, ...]:
@@ -265,7 +265,7 @@ def _gate(name: str, limits: Any) -> Gate:
 
 def _engine(fields: Fields) -> Engine:
     shape, baseline = (
-        None if fields.raw(key) is None else fields.text(key, None, tuple(SHAPES))
+        None if fields.raw(key) is None else fields.text(key, None, tuple(CONFIGS))
         for key in ("shape", "baseline_shape")
     )
     return Engine(

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lt_sglang.bench.scenario import Scenario
-from lt_sglang.bench.shapes import SHAPE_FLAGS, write_shape
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.engine import EngineSpec
+from lt_sglang.planner.shapes import CONFIGS
 
 LIGHTTRANSFER = "lighttransfer"
+# What serving a shape takes besides its folder: there are no weights and there is no tokenizer.
+SHAPE_FLAGS = ("--load-format", "dummy", "--skip-tokenizer-init")
 # Steady decode is read from the log, the metrics from /metrics; without incremental output each event
 # repeats everything before it, and 8K tokens of output would be gigabytes for the client to read.
 COMMON_FLAGS = (
@@ -64,3 +66,10 @@ def specs_of(
         options = ("--json-model-override-args", given, *options)
     ours = (*common, *engine.lighttransfer_flags)
     return {**found, LIGHTTRANSFER: EngineSpec(LIGHTTRANSFER, model, ours, options)}
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """Write config.json of shape ``name`` into ``folder`` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=1), encoding="utf-8")
+    return folder
