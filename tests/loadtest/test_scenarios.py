@@ -112,7 +112,7 @@ def test_cases_are_picked_over_files(tmp_path: Path) -> None:
             {"load": {"kind": "closed", "users": 2, "requests": 2, "fill": True}, "traffic": SHARED},
             "load.fill: needs prompts of known lengths",
         ),
-        ({"load": [1]}, "load: must be a mapping with kind, users"),
+        ({"load": [1]}, "load: [1] is not a mapping with kind, users"),
         ({"traffic": []}, "traffic: must be a mapping, or a list"),
         ({"traffic": {"input": 0, "output": 1}}, "traffic[0].input: 0 is not a number of tokens from 1"),
         (
@@ -136,7 +136,7 @@ def test_cases_are_picked_over_files(tmp_path: Path) -> None:
         ({"engine": {"shape": "gpt"}}, "engine.shape: 'gpt' is not one of mistral-7b"),
         ({"engine": {"shape": "tiny"}, "api": "chat"}, "api: 'chat' needs a tokenizer"),
         ({"seed": 1.5}, "seed: 1.5 is not an integer from 0"),
-        ({"about": None}, "about: must be a text"),
+        ({"about": None}, "about: None is not a text"),
         ({"cases": [1]}, "cases: must be a list of mappings"),
     ],
 )
