@@ -101,8 +101,8 @@ ruff: env ## ruff's rules and format; changes nothing
 
 lint: ruff ## ruff, the layers of imports (import-linter), declared packages (deptry)
 	@$(BIN)/lint-imports --no-logo --no-cache
-	@$(BIN)/deptry --no-ansi lt_sglang deploy k8s loadtest scripts
-	@$(BIN)/deptry --no-ansi tests --exclude '^$$' --ignore DEP002,DEP004
+	@$(BIN)/deptry --no-ansi lt_sglang deploy k8s scripts
+	@$(BIN)/deptry --no-ansi loadtest tests --exclude '^$$' --ignore DEP002,DEP004
 
 typecheck: env ## mypy --strict, with torch's types
 	@$(PY) -m mypy

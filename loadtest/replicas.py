@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,8 +22,7 @@ import requests
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lt_sglang.bench.bounds import Bounds
-from lt_sglang.bench.decode_log import together
-from lt_sglang.bench.engines import LIGHTTRANSFER, Engine, EngineSpec
+from lt_sglang.bench.decode_log import steady_of, together
 from lt_sglang.bench.fill import filled
 from lt_sglang.bench.machine import gpu_memory_mib, this_machine, wait_for_gpu_memory
 from lt_sglang.bench.rehearsal import rehearsal
@@ -32,37 +30,40 @@ from lt_sglang.bench.result_file import Measured, build, measured, write
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import load_scenarios, pick
-from lt_sglang.bench.servers import specs_of
+from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
 from lt_sglang.launch.cpu import has_gpu
-from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.launch.engine import Engine, EngineSpec
+from lt_sglang.launch.processes import free_port
+from lt_sglang.launch.server_process import ServerProcess
 
 READY_SECONDS = 120.0
+
+
+class Gateway(ServerProcess):
+    """SGLang's model gateway."""
+
+    def ready(self) -> bool:
+        """Whether it has workers."""
+        try:
+            return requests.get(f"{self.url}/readiness", timeout=2).status_code == 200
+        except requests.RequestException:
+            return False
 
 
 @contextmanager
 def gateway(urls: Sequence[str], log: Path, folder: Path | None) -> Iterator[str]:
     """SGLang's gateway in front of ``urls``, with the chart's arguments; its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--host=127.0.0.1", f"--port={port}"]
+    server = Gateway("the gateway", log)
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--host=127.0.0.1"]
+    command += [f"--port={server.port}"]
     command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", "--policy=cache_aware"]
     command += ["--health-check-endpoint=/ready", "--worker-urls", *urls]
-    process = spawn(command, {**os.environ, **({"PYTHONPATH": str(folder)} if folder else {})}, log)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_SECONDS
+    server.start(command, {**os.environ, **({"PYTHONPATH": str(folder)} if folder else {})})
     try:
-        while not _ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the gateway did not start; see {log}")
-            time.sleep(0.3)
-        yield url
+        server.wait_until_ready(READY_SECONDS)
+        yield server.url
     finally:
-        kill_tree(process)
-
-
-def _ready(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/readiness", timeout=2).status_code == 200
-    except requests.RequestException:
-        return False
+        server.stop()
 
 
 def replicas(spec: EngineSpec, count: int, work: Path, limit_s: float) -> list[Engine]:
@@ -96,7 +97,7 @@ def measure(
         )
         positions = [engine.log_position() for engine in engines]
         data = run_scenario(scenario, url, work / "runs" / name, limit_s)
-        steady = [one.steady_since(at) for one, at in zip(engines, positions, strict=True)]
+        steady = [steady_of(one.log_since(at)) for one, at in zip(engines, positions, strict=True)]
         # Of the first replica: all are alike.
         return measured(data, engines[0].info()["internal_states"][0], together(steady))
 

@@ -8,7 +8,7 @@ pyproject.toml's dependencies again. The environment is kept outside the clone, 
 content of the lock files, so that a changed lock never meets an old environment.
 
 uv does the work. pip fetches it, and it is told where pip looks for packages on this machine
-(docs/decisions/uv.md). Needs nothing but Python with pip.
+(docs/decisions/environment.md). Needs nothing but Python with pip.
 """
 
 from __future__ import annotations

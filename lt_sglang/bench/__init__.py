@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lt_sglang.errors import LightTransferError
 
-EXTRA = ("locust", "matplotlib", "yaml")
+EXTRA = ("locust", "matplotlib", "pydantic", "yaml")
 
 
 def check_installed() -> None:

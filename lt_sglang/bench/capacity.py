@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import requests
-
 from lt_sglang.bench.scenario import Scenario, Traffic
 from lt_sglang.errors import LightTransferError
-
-
-def server_info(url: str) -> dict[str, Any]:
-    """/server_info of the server at ``url``; raises requests.RequestException."""
-    answer = requests.get(f"{url}/server_info", timeout=60)
-    answer.raise_for_status()
-    data: dict[str, Any] = answer.json()
-    return data
 
 
 def kv_tokens(state: Mapping[str, Any]) -> int | None:

@@ -14,17 +14,16 @@ import requests
 
 from lt_sglang.bench.bounds import Bounds, bounds
 from lt_sglang.bench.capacity import check_fits, kv_tokens
-from lt_sglang.bench.engines import LIGHTTRANSFER, Engine, EngineSpec
+from lt_sglang.bench.decode_log import steady_of
 from lt_sglang.bench.machine import Machine, gpu_memory_mib, wait_for_gpu_memory
 from lt_sglang.bench.result_file import Measured, build, measured, write
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import as_mapping
-from lt_sglang.bench.servers import specs_of
-from lt_sglang.config import CONFIG_KEY
+from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.model_config import read_model_config
-from lt_sglang.launch.options import resolve_config, take_options
 from lt_sglang.launch.processes import free_port
 from lt_sglang.planner.shapes import shape_from_config
 
@@ -88,23 +87,23 @@ class Start:
 
 
 # A server and a work: what is measured once, for every cell that wants it.
-Key = tuple[str, str]
+Key = tuple[EngineSpec, str]
 
 
 def plan(groups: Sequence[Sequence[Cell]], rounds: int) -> list[Start]:
     """Starts in order. In a group each server is started once a round; a group reuses what others measure."""
     starts, planned = [], set()
     for cells in groups:
-        specs = {spec.key: spec for cell in cells for spec in cell.specs.values()}
+        specs = {spec: spec for cell in cells for spec in cell.specs.values()}
         for number in range(rounds):
             order = list(specs.values())
             for spec in order if number % 2 == 0 else reversed(order):
                 wanted = {
                     cell.work: cell
                     for cell in reversed(cells)
-                    if _wants(cell, spec) and (spec.key, cell.work, number) not in planned
+                    if _wants(cell, spec) and (spec, cell.work, number) not in planned
                 }
-                planned |= {(spec.key, work, number) for work in wanted}
+                planned |= {(spec, work, number) for work in wanted}
                 if wanted:
                     starts.append(Start(spec, number, tuple(reversed(wanted.values()))))
     return starts
@@ -117,7 +116,7 @@ class Bench:
         self._settings = settings
         self._end = time.monotonic() + (settings.budget_s or float("inf"))
         self._engines = 0
-        self._info: dict[str, dict[str, Any]] = {}
+        self._info: dict[EngineSpec, dict[str, Any]] = {}
         self._runs: dict[Key, list[Measured]] = {}
         self._problems: dict[Key, list[str]] = {}
         settings.work.mkdir(parents=True, exist_ok=True)
@@ -128,8 +127,8 @@ class Bench:
         seen = set()
         for scenario in (scenario for group in groups for scenario in group):
             for spec in self._cell(scenario).specs.values():
-                if spec.key not in seen:
-                    seen.add(spec.key)
+                if spec not in seen:
+                    seen.add(spec)
                     commands[f"{scenario.name}: {spec.name}"], _ = spec.command(free_port())
         return commands
 
@@ -191,12 +190,9 @@ class Bench:
 
     def _run_engine(self, engine: Engine, start: Start, cells: Sequence[Cell]) -> None:
         spec, unfinished = start.spec, list(start.cells)
-        print(f"{spec.name}: starting, log {engine.log}", flush=True)
-        began = time.monotonic()
         try:
             with engine:
-                print(f"{spec.name}: ready after {time.monotonic() - began:.0f} s", flush=True)
-                self._info[spec.key] = engine.info()
+                self._info[spec] = engine.info()
                 for cell in start.cells:
                     for repeat in range(self._settings.repeats):
                         self._run_cell(engine, cell, f"{start.number + 1}-{repeat + 1}")
@@ -216,7 +212,7 @@ class Bench:
         except LightTransferError as error:
             self._problem(engine.spec, cell, str(error))
             return
-        self._runs.setdefault((engine.spec.key, cell.work), []).append(run)
+        self._runs.setdefault((engine.spec, cell.work), []).append(run)
         print(f"{cell.scenario.name} on {engine.spec.name}: {_shown(run)}", flush=True)
 
     def _measure(self, engine: Engine, scenario: Scenario, number: str) -> Measured:
@@ -224,12 +220,12 @@ class Bench:
         if limit_s <= 0:
             raise LightTransferError(f"run {number} was skipped: the time was up")
         name = engine.spec.name
-        check_fits(scenario, self._info[engine.spec.key], name)
+        check_fits(scenario, self._info[engine.spec], name)
         engine.flush()
         position = engine.log_position()
         out = self._settings.work / "runs" / f"{scenario.name}-{name}-{number}"
         data = run_scenario(scenario, engine.url, out, limit_s, engine.admin_key)
-        return measured(data, engine.info()["internal_states"][0], engine.steady_since(position))
+        return measured(data, engine.info()["internal_states"][0], steady_of(engine.log_since(position)))
 
     def _write(self, cell: Cell) -> list[Path]:
         sides = [side for side in cell.specs if self._runs.get(_key(cell, side))]
@@ -261,14 +257,12 @@ class Bench:
 
     def _bounds(self, cell: Cell, backend: str) -> Bounds:
         spec, ours = cell.specs[backend], cell.specs[LIGHTTRANSFER]
-        server = self._info[spec.key]
+        server = self._info[spec]
         capacity = kv_tokens(server["internal_states"][0])
         model_config = read_model_config(spec.model)
         if not capacity or model_config is None:
             return Bounds({}, "No bound: the model's shape or the server's KV memory is not known.")
-        overrides = {CONFIG_KEY: dict(ours.lighttransfer)} if ours.lighttransfer else {}
-        options, _ = take_options(list(ours.options))
-        config = resolve_config(options, spec.model, model_config, overrides)
+        config = ours.config()
         assert config is not None
         shape = shape_from_config(model_config, Path(spec.model).name)
         gpu = self._settings.machine.planned_gpu
@@ -277,7 +271,7 @@ class Bench:
     def _problem(self, spec: EngineSpec, cell: Cell, text: str) -> None:
         # Ends of logs are long.
         line = f"{spec.name}: {' '.join(text.split())[:400]}"
-        self._problems.setdefault((spec.key, cell.work), []).append(line)
+        self._problems.setdefault((spec, cell.work), []).append(line)
         print(f"{cell.scenario.name}: {line}", flush=True)
 
     def _left(self) -> float:
@@ -294,8 +288,8 @@ def _shown(run: Measured) -> str:
 
 
 def _wants(cell: Cell, spec: EngineSpec) -> bool:
-    return any(one.key == spec.key for one in cell.specs.values())
+    return any(one == spec for one in cell.specs.values())
 
 
 def _key(cell: Cell, side: str) -> Key:
-    return cell.specs[side].key, cell.work
+    return cell.specs[side], cell.work

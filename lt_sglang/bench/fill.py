@@ -9,9 +9,10 @@ from typing import Any
 import requests
 
 from lt_sglang.bench.bounds import mean_lengths
-from lt_sglang.bench.capacity import check_fits, held, server_info
+from lt_sglang.bench.capacity import check_fits, held
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.engine import server_info
 
 
 def fitted(scenario: Scenario, url: str) -> Scenario:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from lt_sglang import __version__
 
@@ -19,6 +20,8 @@ PACKAGES = {
     "flashinfer": "flashinfer-python",
     "triton": "triton",
     "locust": "locust",
+    "transformers": "transformers",
+    "kvpress": "kvpress",
 }
 COMMIT_VARIABLE = "LT_SGLANG_COMMIT"
 # What contexts of processes that wait may hold on a GPU.
@@ -77,6 +80,18 @@ def this_machine() -> Machine:
     )
     names = tuple(name.strip() for name, _ in rows)
     return Machine(names, rows[0][1].strip() if rows else "", os.cpu_count() or 1, processor, _commit())
+
+
+def stamp(scenario: str, machine: Machine | None = None, seed: int = 0) -> dict[str, Any]:
+    """What every result file begins with."""
+    machine = machine or this_machine()
+    return {
+        "scenario": scenario,
+        "hardware": str(machine),
+        "versions": versions(),
+        "commit": machine.commit,
+        "seed": seed,
+    }
 
 
 def versions() -> dict[str, str]:

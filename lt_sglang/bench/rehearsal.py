@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lt_sglang.bench.scenario import Engine, Length, Load, Scenario, Traffic
-from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.config import format_layers
+from lt_sglang.planner.shapes import CONFIGS
 from lt_sglang.static_choices import LIST
 
 SHAPE = "tiny"
@@ -93,7 +93,7 @@ def _engine(engine: Engine, most_tp: int) -> Engine:
 
 def _layers(given: Mapping[str, Any]) -> dict[str, Any]:
     """Half of the tiny model's layers lazy, or as many found in dynamic mode."""
-    layers = SHAPES[SHAPE]["num_hidden_layers"]
+    layers = CONFIGS[SHAPE]["num_hidden_layers"]
     if given.get("mode") == "dynamic" and given.get("score") != LIST:
         return {"keep": layers // 2}
     return {"lazy_layers": format_layers(range(layers // 4, 3 * layers // 4))}

@@ -14,11 +14,11 @@ from typing import Any
 
 from lt_sglang.bench.bounds import Bounds
 from lt_sglang.bench.decode_log import Steady
-from lt_sglang.bench.engines import EngineSpec
-from lt_sglang.bench.machine import Machine, gpu_memory_mib, versions
+from lt_sglang.bench.machine import Machine, gpu_memory_mib, stamp
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import as_mapping
-from lt_sglang.bench.shapes import SHAPE_FLAGS
+from lt_sglang.bench.servers import SHAPE_FLAGS
+from lt_sglang.launch.engine import EngineSpec
 
 # Figures of the client a comparison shows; rates and times are left out on a CPU.
 COUNTS = ("completed", "errors", "aborted", "total_input_tokens", "total_output_tokens", "cached_tokens")
@@ -108,11 +108,7 @@ def build(
 def header(scenario: Scenario, machine: Machine, spec: EngineSpec) -> dict[str, Any]:
     """What every result file begins with: what was sent to what, on what."""
     return {
-        "scenario": scenario.name,
-        "hardware": str(machine),
-        "versions": versions(),
-        "commit": machine.commit,
-        "seed": scenario.seed,
+        **stamp(scenario.name, machine, scenario.seed),
         "workload": {"model": _model(spec), **_workload(scenario)},
     }
 

@@ -4,40 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-APIS = ("generate", "completions", "chat")
-LOADS = ("closed", "poisson", "trace")
-LENGTHS = ("fixed", "uniform", "lognormal")
-TRACES = ("mooncake", "azure")
-ABORTS = ("disconnect", "abort_request")
-SIDES = ("both", "lighttransfer")
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from lt_sglang.planner.shapes import CONFIGS
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# What is divided by.
+Positive = Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0.1, allow_inf_nan=False)]
+# Command lines; numbers in them may be written as numbers.
+Flags = tuple[Annotated[str, BeforeValidator(str)], ...]
+if TYPE_CHECKING:
+    Shape = str
+else:
+    Shape = Literal[tuple(CONFIGS)]
+
+
+class Checked:
+    """Of what scenario_file.py reads with pydantic: unknown keys are refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+def read_length(data: Any) -> Any:
+    """A number, or ``{uniform: {low, high}}``, or ``{lognormal: {median, sigma, low, high}}``, as fields."""
+    if type(data) is int and data >= 1:
+        return {"kind": "fixed", "low": data, "high": data}
+    if isinstance(data, Mapping) and len(data) == 1:
+        ((kind, values),) = data.items()
+        if kind in ("uniform", "lognormal") and isinstance(values, Mapping):
+            return {**values, "kind": kind}
+    raise ValueError(
+        f"{data!r} is not a number of tokens from 1, {{uniform: {{low, high}}}} or "
+        "{lognormal: {median, sigma, low, high}}"
+    )
 
 
 @dataclass(frozen=True)
-class Length:
+class Length(Checked):
     """A distribution of lengths: every value lies in ``low`` to ``high``.
 
     kind: fixed (low = high), uniform, or lognormal with ``median`` and ``sigma`` of the logarithm, clipped.
     """
 
-    kind: str
-    low: int
-    high: int
-    median: float = 0.0
-    sigma: float = 0.0
+    kind: Literal["fixed", "uniform", "lognormal"]
+    low: Count
+    high: Count
+    median: Number = 0.0
+    sigma: Number = 0.0
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Checked):
     """Prompts begin with one of ``prefixes`` texts of ``tokens`` each, chosen at random."""
 
-    prefixes: int
-    tokens: int
+    prefixes: Count
+    tokens: Count
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Checked):
     """Lengths, shared prefixes and arrival times of a public trace.
 
     path: the trace's file, in a scenario file relative to it; where there is none, a generator fitted to the
@@ -46,34 +77,34 @@ class Trace:
     cut to so many tokens, after the factor. speed: factor on the rate of arrivals.
     """
 
-    source: str
-    path: str
-    length_scale: float = 1.0
-    longest: int = 131072
-    longest_output: int = 4096
-    speed: float = 1.0
+    source: Literal["mooncake", "azure"]
+    path: Text
+    length_scale: Positive = 1.0
+    longest: Count = 131072
+    longest_output: Count = 4096
+    speed: Positive = 1.0
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(Checked):
     """One kind of request.
 
     weight: its share among the kinds of a scenario. turns: requests of one conversation, each of which
     repeats what came before and adds ``input`` tokens. think_seconds: between two turns.
     """
 
-    name: str
-    weight: float = 1.0
-    input: Length | None = None
-    output: Length | None = None
+    name: Text
+    weight: Number = 1.0
+    input: Annotated[Length, BeforeValidator(read_length)] | None = None
+    output: Annotated[Length, BeforeValidator(read_length)] | None = None
     shared: Shared | None = None
-    turns: int = 1
-    think_seconds: float = 0.0
+    turns: Count = 1
+    think_seconds: Number = 0.0
     trace: Trace | None = None
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Checked):
     """How requests arrive.
 
     kind: closed (``users`` that each send the next request when the last is answered), poisson (``rate``
@@ -86,49 +117,49 @@ class Load:
     measures nothing.
     """
 
-    kind: str
-    users: int = 1
-    rate: float = 0.0
-    requests: int | None = None
-    seconds: float | None = None
-    warmup: int = 2
-    period: int | None = None
-    timeout_seconds: float = 600.0
+    kind: Literal["closed", "poisson", "trace"]
+    users: Count = 1
+    rate: Number = 0.0
+    requests: Count | None = None
+    seconds: Seconds | None = None
+    warmup: Annotated[int, Field(ge=0)] = 2
+    period: Count | None = None
+    timeout_seconds: Seconds = 600.0
     fill: bool = False
 
 
 @dataclass(frozen=True)
-class Aborts:
+class Aborts(Checked):
     """A ``share`` of the requests is given up after ``after_tokens`` streamed tokens.
 
     how: the connection is closed (disconnect), or /abort_request is called for it as well (abort_request).
     """
 
-    share: float = 0.0
-    after_tokens: int = 8
-    how: str = "disconnect"
+    share: Share = 0.0
+    after_tokens: Count = 8
+    how: Literal["disconnect", "abort_request"] = "disconnect"
 
 
 @dataclass(frozen=True)
-class Slo:
+class Slo(Checked):
     """Limits in milliseconds a request must meet to count as good; None: no limit."""
 
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    e2e_ms: float | None = None
+    ttft_ms: Number | None = None
+    tpot_ms: Number | None = None
+    e2e_ms: Number | None = None
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(Checked):
     """A figure of the summary must lie in ``min`` to ``max``; None: no limit."""
 
-    metric: str
-    min: float | None = None
-    max: float | None = None
+    metric: Text
+    min: Number | None = None
+    max: Number | None = None
 
 
 @dataclass(frozen=True)
-class Engine:
+class Engine(Checked):
     """What ``lt-sglang bench`` starts.
 
     shape: a known shape with dummy weights; None needs --model-path. baseline_shape: stock's, where it needs
@@ -138,29 +169,29 @@ class Engine:
     former is the number of GPUs.
     """
 
-    shape: str | None = None
-    baseline_shape: str | None = None
-    tp: int = 1
-    sides: str = "both"
+    shape: Shape | None = None
+    baseline_shape: Shape | None = None
+    tp: Count = 1
+    sides: Literal["both", "lighttransfer"] = "both"
     lighttransfer: Mapping[str, Any] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    baseline_flags: tuple[str, ...] = ()
-    lighttransfer_flags: tuple[str, ...] = ()
+    flags: Flags = ()
+    baseline_flags: Flags = ()
+    lighttransfer_flags: Flags = ()
 
 
 @dataclass(frozen=True)
-class Scenario:
+class Scenario(Checked):
     """One load test.
 
     api: generate (SGLang's own, token ids), completions or chat (OpenAI). about: one line for reports.
     """
 
-    name: str
-    about: str
-    api: str
+    name: Text
+    about: Text
     load: Load
-    traffic: tuple[Traffic, ...]
-    seed: int = 0
+    traffic: Annotated[tuple[Traffic, ...], Field(min_length=1)]
+    api: Literal["generate", "completions", "chat"] = "generate"
+    seed: Annotated[int, Field(ge=0)] = 0
     aborts: Aborts = Aborts()
     slo: Slo = Slo()
     gates: tuple[Gate, ...] = ()

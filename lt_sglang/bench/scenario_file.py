@@ -7,35 +7,29 @@ that is laid over the file's own, and its ``name`` is appended.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from lt_sglang.bench.fields import Fields
 from lt_sglang.bench.samples import METRICS
-from lt_sglang.bench.scenario import (
-    ABORTS,
-    APIS,
-    LENGTHS,
-    LOADS,
-    SIDES,
-    TRACES,
-    Aborts,
-    Engine,
-    Gate,
-    Length,
-    Load,
-    Scenario,
-    Shared,
-    Slo,
-    Trace,
-    Traffic,
-)
-from lt_sglang.bench.shapes import SHAPES
+from lt_sglang.bench.scenario import Length, Scenario, Traffic
 from lt_sglang.errors import LightTransferError
+
+READER = TypeAdapter(Scenario)
+SCHEMA = READER.json_schema()
+KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "array": "a list",
+    "object": "a mapping",
+}
 
 
 def load_scenarios(path: Path) -> tuple[Scenario, ...]:
@@ -131,150 +125,114 @@ def _laid_over(base: Any, top: Any) -> Any:
 
 
 def _scenario(data: dict[str, Any], folder: Path) -> Scenario:
-    fields = Fields(data, "", Scenario)
-    api = fields.text("api", "generate", APIS)
-    engine = _engine(Fields(fields.mapping("engine"), "engine", Engine))
-    if engine.shape is not None and api != "generate":
-        raise LightTransferError(f"api: {api!r} needs a tokenizer, which engine.shape has not; use generate")
-    load = _load(Fields(fields.raw("load"), "load", Load))
-    traffic = fields.raw("traffic")
+    """Check one scenario's values; raises LightTransferError that names the field and what it allows."""
+    traffic, gates = data.get("traffic"), data.get("gates") or {}
     if isinstance(traffic, dict):
-        traffic = [{"name": "all", **traffic}]
-    if not isinstance(traffic, list) or not traffic:
+        data = {**data, "traffic": [{"name": "all", **traffic}]}
+    elif not isinstance(traffic, list) or not traffic:
         raise LightTransferError("traffic: must be a mapping, or a list of them")
-    kinds = tuple(_traffic(one, f"traffic[{index}]", api, folder) for index, one in enumerate(traffic))
-    if load.kind == "trace" and (len(kinds) != 1 or kinds[0].trace is None):
-        raise LightTransferError("load.kind: trace needs traffic of one kind with a trace")
-    if load.fill and any(kind.input is None or kind.shared is not None or kind.turns > 1 for kind in kinds):
-        raise LightTransferError("load.fill: needs prompts of known lengths that share nothing")
-    return Scenario(
-        name=fields.text("name"),
-        about=fields.text("about"),
-        api=api,
-        load=load,
-        traffic=kinds,
-        seed=fields.integer("seed", 0, 0),
-        aborts=_aborts(Fields(fields.mapping("aborts"), "aborts", Aborts)),
-        slo=_slo(Fields(fields.mapping("slo"), "slo", Slo)),
-        gates=tuple(_gate(name, limits) for name, limits in fields.mapping("gates").items()),
-        engine=engine,
-    )
+    if isinstance(gates, dict):
+        data = {**data, "gates": [_gate(name, limits) for name, limits in gates.items()]}
+    try:
+        # As JSON, in which a list may become a tuple though nothing else is converted.
+        scenario = READER.validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise LightTransferError(_told(error.errors()[0])) from None
+    _check(scenario, data["load"])
+    return replace(scenario, traffic=tuple(_located(kind, folder) for kind in scenario.traffic))
 
 
-def _load(fields: Fields) -> Load:
-    kind = fields.text("kind", None, LOADS)
-    load = Load(
-        kind=kind,
-        users=fields.integer("users", 1) if kind == "closed" else 1,
-        rate=fields.number("rate", 1e-6) if kind == "poisson" else 0.0,
-        requests=fields.maybe_integer("requests", 1),
-        seconds=fields.maybe_number("seconds", 0.1),
-        warmup=fields.integer("warmup", 0, 2),
-        period=fields.maybe_integer("period", 1),
-        timeout_seconds=fields.number("timeout_seconds", 0.1, default=600.0),
-        fill=fields.boolean("fill", False),
-    )
-    if load.fill and kind != "closed":
-        raise LightTransferError("load.fill: only with kind closed, where users wait for their answers")
-    if load.requests is None and load.seconds is None:
-        raise LightTransferError("load: one of requests and seconds must be given")
-    return load
-
-
-def _traffic(data: Any, where: str, api: str, folder: Path) -> Traffic:
-    fields = Fields(data, where, Traffic)
-    trace = fields.raw("trace")
-    name, weight = fields.text("name"), fields.number("weight", 0.0, default=1.0)
-    if trace is not None:
-        if fields.raw("input") is not None or fields.raw("output") is not None:
-            raise LightTransferError(
-                f"{fields.name('trace')}: has its own lengths; leave input and output out"
-            )
-        return Traffic(name, weight, trace=_trace(Fields(trace, fields.name("trace"), Trace), folder))
-    shared = fields.raw("shared")
-    turns = fields.integer("turns", 1, 1)
-    if turns > 1 and api == "completions":
-        raise LightTransferError(f"{fields.name('turns')}: only 1 with api completions; use generate or chat")
-    return Traffic(
-        name,
-        weight,
-        input=_length(fields.raw("input"), fields.name("input")),
-        output=_length(fields.raw("output"), fields.name("output")),
-        shared=None if shared is None else _shared(Fields(shared, fields.name("shared"), Shared)),
-        turns=turns,
-        think_seconds=fields.number("think_seconds", 0.0, default=0.0),
-    )
-
-
-def _length(data: Any, where: str) -> Length:
-    """A number, or ``{uniform: {low, high}}``, or ``{lognormal: {median, sigma, low, high}}``."""
-    if type(data) is int and data >= 1:
-        return Length("fixed", data, data)
-    kind, values = next(iter(data.items())) if isinstance(data, Mapping) and len(data) == 1 else (None, None)
-    if kind not in LENGTHS[1:]:
-        raise LightTransferError(
-            f"{where}: {data!r} is not a number of tokens from 1, {{uniform: {{low, high}}}} "
-            "or {lognormal: {median, sigma, low, high}}"
-        )
-    fields = Fields(values, f"{where}.{kind}", Length)
-    low = fields.integer("low", 1)
-    high = fields.integer("high", low)
-    if kind == "uniform":
-        return Length(kind, low, high)
-    return Length(kind, low, high, fields.number("median", low, high), fields.number("sigma", 0.0))
-
-
-def _shared(fields: Fields) -> Shared:
-    return Shared(prefixes=fields.integer("prefixes", 1), tokens=fields.integer("tokens", 1))
-
-
-def _trace(fields: Fields, folder: Path) -> Trace:
-    return Trace(
-        source=fields.text("source", None, TRACES),
-        path=str((folder / fields.text("path")).resolve()),
-        length_scale=fields.number("length_scale", 1e-4, default=1.0),
-        longest=fields.integer("longest", 1, 131072),
-        longest_output=fields.integer("longest_output", 1, 4096),
-        speed=fields.number("speed", 1e-4, default=1.0),
-    )
-
-
-def _aborts(fields: Fields) -> Aborts:
-    return Aborts(
-        share=fields.number("share", 0.0, 1.0, 0.0),
-        after_tokens=fields.integer("after_tokens", 1, 8),
-        how=fields.text("how", "disconnect", ABORTS),
-    )
-
-
-def _slo(fields: Fields) -> Slo:
-    return Slo(*(fields.maybe_number(name, 0.0) for name in ("ttft_ms", "tpot_ms", "e2e_ms")))
-
-
-def _gate(name: str, limits: Any) -> Gate:
+def _gate(name: str, limits: Any) -> dict[str, Any]:
     if name not in METRICS:
         raise LightTransferError(f"gates.{name}: unknown, allowed are {', '.join(METRICS)}")
-    fields = Fields(
-        {"metric": name, **(limits if isinstance(limits, Mapping) else {})}, f"gates.{name}", Gate
-    )
-    gate = Gate(name, fields.maybe_number("min", 0.0), fields.maybe_number("max", 0.0))
-    if gate.min is None and gate.max is None:
+    limits = limits if isinstance(limits, dict) else {}
+    if all(limits.get(end) is None for end in ("min", "max")):
         raise LightTransferError(f"gates.{name}: min, max or both must be given")
-    return gate
+    return {**limits, "metric": name}
 
 
-def _engine(fields: Fields) -> Engine:
-    shape, baseline = (
-        None if fields.raw(key) is None else fields.text(key, None, tuple(SHAPES))
-        for key in ("shape", "baseline_shape")
-    )
-    return Engine(
-        shape=shape,
-        baseline_shape=baseline,
-        tp=fields.integer("tp", 1, 1),
-        sides=fields.text("sides", "both", SIDES),
-        lighttransfer=fields.mapping("lighttransfer"),
-        flags=fields.texts("flags"),
-        baseline_flags=fields.texts("baseline_flags"),
-        lighttransfer_flags=fields.texts("lighttransfer_flags"),
-    )
+def _told(error: Any) -> str:
+    """One error of pydantic's: the field, the value, and what the schema allows there."""
+    place = [part for part in error["loc"] if not isinstance(part, str) or not part.startswith("function-")]
+    given, unknown = error["input"], error["type"] == "unexpected_keyword_argument"
+    if error["type"] == "missing":
+        given = None
+    schema = SCHEMA
+    name = ""
+    for part in place[:-1] if unknown else place:
+        schema = _resolved(schema.get("properties", {}).get(part) or schema.get("items", {}))
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    if unknown:
+        name = f"{name}.{place[-1]}" if name else str(place[-1])
+        return f"{name}: unknown, allowed are {', '.join(schema['properties'])}"
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}"
+    return f"{name}: {given!r} is not {_allowed(schema)}"
+
+
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without a reference, and without the other choice of a value that may be left out."""
+    for choice in schema.get("anyOf", ()):
+        if choice.get("type") != "null":
+            schema = choice
+    reference = schema.get("$ref")
+    return SCHEMA["$defs"][reference.rpartition("/")[2]] if reference else schema
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What values a schema allows, in words."""
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "properties" in schema:
+        return f"a mapping with {', '.join(schema['properties'])}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    span = (f" from {low:g}" if low is not None else "") + (f" to {high:g}" if high is not None else "")
+    return KINDS[schema["type"]] + span
+
+
+def _check(scenario: Scenario, load: dict[str, Any]) -> None:
+    """Raise LightTransferError for values that do not go together; ``load``: as given."""
+    kinds = scenario.traffic
+    if scenario.engine.shape is not None and scenario.api != "generate":
+        raise LightTransferError(
+            f"api: {scenario.api!r} needs a tokenizer, which engine.shape has not; use generate"
+        )
+    if scenario.load.kind == "closed" and "users" not in load:
+        raise LightTransferError("load.users: None is not an integer from 1")
+    if scenario.load.kind == "poisson" and not scenario.load.rate:
+        raise LightTransferError(f"load.rate: {scenario.load.rate} is not a number above 0")
+    if scenario.load.requests is None and scenario.load.seconds is None:
+        raise LightTransferError("load: one of requests and seconds must be given")
+    if scenario.load.kind == "trace" and (len(kinds) != 1 or kinds[0].trace is None):
+        raise LightTransferError("load.kind: trace needs traffic of one kind with a trace")
+    if scenario.load.fill and scenario.load.kind != "closed":
+        raise LightTransferError("load.fill: only with kind closed, where users wait for their answers")
+    if scenario.load.fill and any(one.input is None or one.shared or one.turns > 1 for one in kinds):
+        raise LightTransferError("load.fill: needs prompts of known lengths that share nothing")
+    for number, kind in enumerate(kinds):
+        _check_traffic(kind, f"traffic[{number}]", scenario.api)
+
+
+def _check_traffic(kind: Traffic, where: str, api: str) -> None:
+    if kind.trace is not None:
+        if kind.input is not None or kind.output is not None:
+            raise LightTransferError(f"{where}.trace: has its own lengths; leave input and output out")
+        return
+    if kind.turns > 1 and api == "completions":
+        raise LightTransferError(f"{where}.turns: only 1 with api completions; use generate or chat")
+    for name, length in (("input", kind.input), ("output", kind.output)):
+        if length is None:
+            raise LightTransferError(f"{where}.{name}: missing; a number of tokens from 1")
+        name = f"{where}.{name}.{length.kind}"
+        if length.high < length.low:
+            raise LightTransferError(f"{name}.high: {length.high} is not an integer from {length.low}")
+        if length.kind == "lognormal" and not length.low <= length.median <= length.high:
+            span = f"from {length.low} to {length.high}"
+            raise LightTransferError(f"{name}.median: {length.median} is not a number {span}")
+
+
+def _located(kind: Traffic, folder: Path) -> Traffic:
+    """With the trace's path relative to the scenario's folder."""
+    if kind.trace is None:
+        return kind
+    return replace(kind, trace=replace(kind.trace, path=str((folder / kind.trace.path).resolve())))

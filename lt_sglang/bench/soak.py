@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from lt_sglang.bench.engines import Engine
 from lt_sglang.bench.machine import gpu_memory_mib
 from lt_sglang.bench.outcome import read_samples
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario import Scenario
+from lt_sglang.launch.engine import Engine
 
 # Of half an hour, five minutes.
 PARTS = 6

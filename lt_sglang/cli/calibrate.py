@@ -32,10 +32,10 @@ from lt_sglang.eval.calibrate import (
     sha256_of,
 )
 from lt_sglang.eval.endpoint import Endpoint
-from lt_sglang.eval.engines import EngineSpec, running
 from lt_sglang.eval.items import HfTokenizer
 from lt_sglang.eval.plots import frequency_bars, require_matplotlib, score_heatmap
 from lt_sglang.launch.cpu import has_gpu
+from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.options import OPTIONS_HELP, LtOptions, take_options
 
 DESCRIPTION = """\
@@ -87,8 +87,9 @@ def run(argv: list[str]) -> int:
     journal = Journal(measured, setting)
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
         words = _engine_options(options, score, args.max_tokens)
-        spec = EngineSpec(out.stem, args.model_path, words, tuple(argv[place + 1 :]))
-        with running(spec, out.parent, args.clients) as endpoint:
+        spec = EngineSpec(out.stem, args.model_path, tuple(argv[place + 1 :]), words)
+        with Engine(spec, out.with_suffix(".log")) as engine:
+            endpoint = Endpoint(spec.name, engine.url, args.clients)
             laziness = measure(endpoint, samples, journal, _progress)
     else:
         endpoint = Endpoint("endpoint", args.endpoint or "", args.clients)
@@ -225,12 +226,7 @@ def _engine_options(options: LtOptions, score: str, max_tokens: int) -> tuple[st
     set_here = replace(options, mode="dynamic", score=score, lazy_layers=None)
     if options.staging_tokens is None and options.expected_tokens is None:
         set_here = replace(set_here, expected_tokens=max_tokens)
-    words: list[str] = []
-    for name, value in vars(set_here).items():
-        if value is not None:
-            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-            words += [f"--lt-{name.replace('_', '-')}", text]
-    return tuple(words)
+    return tuple(set_here.as_flags())
 
 
 def _progress(results: Iterable[Any], count: int, unit: str = "batch") -> Iterable[Any]:

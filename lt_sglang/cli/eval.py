@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -15,7 +14,6 @@ from lt_sglang.cli.parser import Parser, positive, seed, share
 from lt_sglang.cli.preflight import check_engines
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.endpoint import Endpoint
-from lt_sglang.eval.engines import EngineSpec, running
 from lt_sglang.eval.evaluate import Outcome, Questions, Row, ask, compare
 from lt_sglang.eval.intervals import DEFAULT_MARGIN
 from lt_sglang.eval.items import HfTokenizer, Item, rng_of
@@ -25,6 +23,7 @@ from lt_sglang.eval.tasks.files import LONGBENCH, MATH_METRICS, longbench, mathe
 from lt_sglang.eval.tasks.haystack import Prose
 from lt_sglang.eval.tasks.passkey import PasskeyTask
 from lt_sglang.eval.tasks.ruler import SHAPES, NiahTask
+from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.processes import free_port
 
 KEY_TASKS = {"passkey": 1, "3-key": 3}
@@ -85,12 +84,11 @@ def engine_specs(args: argparse.Namespace, shared: list[str]) -> list[EngineSpec
         except ValueError as error:
             raise LightTransferError(f"--engine {name}: {options!r}: {error}") from None
         stock = number == 0 and not any(word.startswith("--lt-") for word in words)
-        lt, given = (None, (*shared, *words)) if stock else (tuple(words), tuple(shared))
-        specs.append(EngineSpec(name, args.model_path, lt, given))
+        specs.append(EngineSpec(name, args.model_path, tuple(shared), tuple(words), stock))
     commands = {}
     for spec in specs:
         try:
-            commands[f"--engine {spec.name}"], _ = spec.command(free_port(), os.environ)
+            commands[f"--engine {spec.name}"], _ = spec.command(free_port())
         except LightTransferError as error:
             raise LightTransferError(f"--engine {spec.name}: {error}") from None
     check_engines(commands)
@@ -141,7 +139,8 @@ def measure(
         return [ask(endpoint, questions, tokenizer, _progress(endpoint.name)) for endpoint in endpoints]
     outcomes = []
     for spec in specs:
-        with running(spec, folder, args.clients) as endpoint:
+        with Engine(spec, folder / f"{spec.name}.log") as engine:
+            endpoint = Endpoint(spec.name, engine.url, args.clients)
             outcomes.append(ask(endpoint, questions, tokenizer, _progress(spec.name)))
     return outcomes
 

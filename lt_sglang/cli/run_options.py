@@ -6,12 +6,12 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.cli.parser import Parser, iso_date, positive
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import names_folder, read_model_config
 from lt_sglang.launch.options import LtOptions, resolve_config
+from lt_sglang.planner.shapes import CONFIGS
 
 if TYPE_CHECKING:
     from lt_sglang.bench.scenario import Scenario
@@ -47,7 +47,7 @@ def check_side(scenario: Scenario, model: str | None, options: LtOptions, gpu: b
             f"{scenario.name}: the shape {engine.shape} needs a GPU; --rehearse tries the file without one"
         )
     if model is None:
-        found = SHAPES[engine.shape] if engine.shape is not None else None
+        found = CONFIGS[engine.shape] if engine.shape is not None else None
     else:
         # Of a hub name, not known without asking the hub: SGLang does.
         found = read_model_config(model) if names_folder(model) else None

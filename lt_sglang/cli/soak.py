@@ -19,12 +19,12 @@ def run(argv: list[str]) -> int:
     options, rest = take_options(argv)
     args, flags = _parser().parse_known_args(rest)
     check_installed()
-    from lt_sglang.bench.engines import LIGHTTRANSFER, Engine
     from lt_sglang.bench.machine import this_machine
     from lt_sglang.bench.result_file import header, write
     from lt_sglang.bench.scenario_file import load_scenarios, pick
-    from lt_sglang.bench.servers import specs_of
+    from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
     from lt_sglang.bench.soak import STRICT, soak
+    from lt_sglang.launch.engine import Engine
 
     scenario = pick(load_scenarios(args.scenario), args.case)
     if args.seconds is not None:

@@ -28,7 +28,7 @@ from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.names import BACKEND
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
-# docs/quality.md (static-greedy-50 of tests/gpu/quality.py).
+# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml).
 DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
 # Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
 DEMO_ARGS = (
@@ -118,10 +118,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     changes: dict[str, str] = {}
     if on_cpu:
         final += _missing_cpu_args(args)
-        try:
-            changes = machine.cpu_environment(tp, env)
-        except CompilerMissing as error:
-            raise LightTransferError(str(error)) from None
+        changes = _cpu_environment(machine, tp, env)
     try_line = _try_line(url, demo)
     # Other nodes, and servers that speak gRPC only, never answer /ready.
     silent = args.get(flags.NODE_RANK) not in (None, "0") or any(map(args.has, NO_HTTP))
@@ -137,6 +134,23 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         on_cpu=on_cpu,
         admin=chosen,
     )
+
+
+def stock_command(argv: list[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of SGLang with full attention; raises LightTransferError.
+
+    argv: SGLang's arguments; without an attention backend among them, a CPU has torch_native.
+    """
+    machine, args = Machine(), SglangArgs(argv)
+    # The plug-in does nothing unless its backend is asked for; stock is to be stock all the same.
+    changes, missing = {"SGLANG_PLUGINS": "none"}, []
+    if args.get(flags.DEVICE) in ("cpu", None if has_gpu() else "cpu"):
+        missing = _missing_cpu_args(args)
+        if args.get(flags.ATTENTION_BACKEND) is None:
+            missing += [flags.ATTENTION_BACKEND[0], "torch_native"]
+        changes |= _cpu_environment(machine, args.get_int(flags.TP_SIZE, 1), env)
+    command = [sys.executable, "-m", "lt_sglang.launch.tied", "sglang.launch_server", *argv, *missing]
+    return command, {**env, **changes}
 
 
 def check_ports(launch: Launch) -> None:
@@ -180,6 +194,13 @@ def _demo_model(machine: Machine) -> str:
     try:
         return str(machine.demo_model())
     except DemoModelMissing as error:
+        raise LightTransferError(str(error)) from None
+
+
+def _cpu_environment(machine: Machine, tp: int, env: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return machine.cpu_environment(tp, env)
+    except CompilerMissing as error:
         raise LightTransferError(str(error)) from None
 
 

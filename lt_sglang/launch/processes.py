@@ -20,9 +20,11 @@ PORTS = (20000, 32000)
 
 
 def spawn(
-    command: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path | None = None
+    command: Sequence[str], env: Mapping[str, str], log: Path | None, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, its output in ``log``; it dies with the thread that starts it.
+
+    log: None leaves its output where this process' goes.
 
     So do the processes that it spawns, from their first line on, if its main module ties them
     (lt_sglang.cli.server does; lt_sglang.launch.tied runs any other so).
@@ -30,13 +32,13 @@ def spawn(
     Without ``cwd`` it runs in the log's folder, not in the checkout, where ``python -m`` would find the
     plug-in's code.
     """
-    with log.open("wb") as out:
+    with contextlib.nullcontext() if log is None else log.open("wb") as out:
         return subprocess.Popen(
             command,
-            cwd=cwd or log.parent,
+            cwd=cwd or (None if log is None else log.parent),
             env=env,
             stdout=out,
-            stderr=subprocess.STDOUT,
+            stderr=None if log is None else subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=partial(die_with, os.getpid()),
         )

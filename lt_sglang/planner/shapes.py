@@ -1,9 +1,15 @@
-"""Model shapes and GPUs: the numbers a plan starts from."""
+"""Model shapes and GPUs: the numbers a plan starts from.
+
+shapes.json has the known shapes: what of config.json tells a shape, and the context it is served with under
+dummy weights, where that is longer than the model's. ``like``: another shape whose configuration is changed.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
@@ -55,12 +61,6 @@ class Gpu:
     bandwidth: float
     flops: float
 
-
-SHAPES = {
-    "mistral-7b": ModelShape("Mistral-7B", 7.24e9, 32, 32, 8, 128, max_tokens=32768),
-    "qwen2.5-32b": ModelShape("Qwen2.5-32B", 32.8e9, 64, 40, 8, 128, max_tokens=131072),
-    "llama-3-70b": ModelShape("Llama-3-70B", 70.6e9, 80, 64, 8, 128, max_tokens=131072),
-}
 
 GPUS = {
     "a100-80": Gpu("A100 80 GB", 79.2 * GIB, 2.039e12, 312e12),
@@ -163,3 +163,27 @@ def _weight_bytes(config: Mapping[str, Any], text: Mapping[str, Any]) -> float:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
     # SGLang's --dtype auto serves float32 checkpoints in half precision.
     return 1.0 if "float8" in dtype else 2.0
+
+
+_KNOWN: dict[str, dict[str, Any]] = json.loads(
+    (resources.files(__package__) / "shapes.json").read_text(encoding="utf-8")
+)
+
+
+def _config(name: str) -> dict[str, Any]:
+    known = _KNOWN[name]
+    return {**(_config(known["like"]) if "like" in known else {}), **known["config"]}
+
+
+# What lt-sglang plan knows by name.
+SHAPES = {
+    name: shape_from_config(_config(name), known["label"])
+    for name, known in _KNOWN.items()
+    if "label" in known
+}
+# config.json of what is served with dummy weights.
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: {**_config(name), "max_position_embeddings": known["served_context"]}
+    for name, known in _KNOWN.items()
+    if "served_context" in known
+}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import requests
 
 from lt_sglang.launch.cpu import cpu_server_args
-from lt_sglang.launch.processes import free_port, kill_tree, spawn
+from lt_sglang.launch.engine import generates, server_info
+from lt_sglang.launch.server_process import ServerProcess
 
 from .environment import server_environment, write_plugin
 
 START_TIMEOUT = 600.0  # the first start on a new machine also writes all bytecode
 REQUEST_TIMEOUT = 600.0  # two servers and their references may share two cores
-LOG_TAIL_LINES = 60
 
 
 class ServerFailed(AssertionError):
@@ -98,19 +95,15 @@ def running(spec: ServerSpec, folder: Path) -> Iterator[Server]:
         server.stop()
 
 
-class Server:
+class Server(ServerProcess):
     """One server: ``launch`` it, ``wait_until_ready``, use it; ``stop`` ends the whole process tree."""
 
-    def __init__(self, spec: ServerSpec, log: Path) -> None:
-        self.spec = spec
-        self.log = log
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
+    failed = ServerFailed
+    log: Path
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+    def __init__(self, spec: ServerSpec, log: Path) -> None:
+        super().__init__("the server", log)
+        self.spec = spec
 
     def command(self) -> list[str]:
         """The command line that starts it."""
@@ -122,45 +115,19 @@ class Server:
         if self.spec.beside is not None:
             folder = write_plugin(self.log.with_suffix(".plugin"), "beside", self.spec.beside)
             env["PYTHONPATH"] = os.pathsep.join([str(folder), env["PYTHONPATH"]])
-        self._process = spawn(self.command(), env, self.log)
+        self.start(self.command(), env)
 
-    def wait_until_ready(self) -> None:
+    def ready(self) -> bool:
+        """Whether it generates; some are started without the prompt that SGLang sends itself."""
+        return generates(self.url, 5.0)
+
+    def wait_until_ready(self, seconds: float = START_TIMEOUT, tell: bool = False) -> None:
         """Wait for the first generated token; raises ServerFailed."""
-        deadline = time.monotonic() + START_TIMEOUT
-        while not self._answers():
-            if not self.alive:
-                raise ServerFailed(f"the server ended before it was ready\n{self.log_tail()}")
-            if time.monotonic() > deadline:
-                tail = self.log_tail()
-                self.stop()
-                raise ServerFailed(f"the server was not ready after {START_TIMEOUT:.0f} s\n{tail}")
-            time.sleep(0.25)
-
-    def stop(self) -> None:
-        """Kill the process tree; does nothing if it is gone."""
-        if self._process is not None:
-            kill_tree(self._process)
-            self._process = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs. A scheduler that fails takes the process with it."""
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
-        return None if self._process is None else self._process.poll()
-
-    def processes(self) -> list[psutil.Process]:
-        """Itself and all that it started, as they are now."""
-        assert self._process is not None
-        main = psutil.Process(self._process.pid)
-        return [main, *main.children(recursive=True)]
+        super().wait_until_ready(seconds, tell)
 
     def assert_healthy(self) -> None:
         """Raise ServerFailed unless it still generates a token."""
-        if not self._answers(timeout=30.0):
+        if not generates(self.url):
             raise ServerFailed(f"the server no longer answers\n{self.log_tail()}")
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
@@ -192,9 +159,7 @@ class Server:
 
     def info(self) -> dict[str, Any]:
         """/server_info."""
-        answer = requests.get(f"{self.url}/server_info", timeout=60)
-        answer.raise_for_status()
-        return answer.json()
+        return server_info(self.url)
 
     def lighttransfer(self) -> dict[str, Any]:
         """What /server_info says of lazy layers."""
@@ -217,26 +182,11 @@ class Server:
         answer = self.post("/flush_cache", params={"timeout": 30})
         assert answer.status_code == 200, answer.text
 
-    def log_text(self) -> str:
-        """Everything it has printed."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def log_tail(self) -> str:
-        """The end of its log."""
-        lines = self.log_text().splitlines()[-LOG_TAIL_LINES:]
-        return f"--- end of {self.log} ---\n" + "\n".join(lines)
-
     def _generated(self, body: dict[str, Any]) -> Any:
         answer = self.post("/generate", body)
         if answer.status_code != 200:
             raise ServerFailed(f"/generate: {answer.status_code} {answer.text}\n{self.log_tail()}")
         return answer.json()
-
-    def _answers(self, timeout: float = 5.0) -> bool:
-        try:
-            return requests.get(f"{self.url}/health_generate", timeout=timeout).status_code == 200
-        except requests.RequestException:
-            return False
 
 
 def _greedy(new_tokens: int, ask: bool = False) -> dict[str, Any]:

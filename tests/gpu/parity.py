@@ -1,143 +1,236 @@
 """Parity on a GPU: SGLang in bfloat16 with lazy layers against transformers in float32.
 
-The bound is not chosen but measured in the same run: the same engine without lazy layers (stock SGLang,
-its flashinfer backend) against the same float32 model with full attention gives the noise of bfloat16.
-The error with lazy layers may be 1.25 times that (mean) and 1.5 times (largest of all tokens).
+    python -m tests.gpu.parity OUT_FOLDER [--only static,fa2,fp8,dynamic] [--tp 2] [--budget-s 3600]
+
+The bound is not chosen but measured in the same run: the same engine without lazy layers (stock SGLang, its
+flashinfer backend) against the same float32 model with full attention gives the noise of bfloat16. The error
+with lazy layers may be 1.25 times that (mean) and 1.5 times (largest of all tokens).
+
+static: a list of layers. fa2: FlashInfer's FA2 kernels for everything, as on an A100. fp8: an fp8 KV cache
+(FlashInfer compiles two kernels for it, minutes on a new machine). dynamic: every request has layers of its
+own; outputs are held to the reference of the layers that the engine chose, and the choices to float32's.
+
+OUT_FOLDER/report.json is a result file; each engine's log lies beside it. Exits with 1 if a bound is broken.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+import argparse
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SINK, RECENT = 4, 252
+from loadtest.experiments.offline import Run, Step, engine_args, hybrid
+from tests.gpu import reference as ref
+from tests.gpu.reference import Reference
+
 LAZY = (1, 2, 4)
-LENGTHS = (1, 17, 252, 256, 257, 300, 900, 1500, 2048, 3000, 5000)
-NEW_TOKENS = 64
+MEAN_BOUND, MAX_BOUND = 1.25, 1.5
+# A wrong mask must be off by more than so many times the noise; dynamic mode's is right in prompts.
+CONTROL, DYNAMIC_CONTROL = 4, 3
+COMMON: dict[str, Any] = {"chunked_prefill_size": 1024, "mem_fraction_static": 0.25}
+QUICK: dict[str, Any] = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 2, 4, 8, 12]}
+FP8 = {**QUICK, "kv_cache_dtype": "fp8_e4m3"}
+FORCE_FA2 = {"LT_FORCE_FA2": "1"}
+STATIC: dict[str, Any] = {"lazy_layers": ",".join(map(str, LAZY))}
+DYNAMIC = {
+    "mode": "dynamic",
+    "keep": ref.KEEP,
+    "score": "lighttransfer",
+    "staging_tokens": 5200,
+    "check_tables": True,
+}
+SCORE = {"kind": "score", "prompts": ref.prompts(), "new_tokens": ref.NEW_TOKENS}
+HITS = {"kind": "continuations", "prompts": ref.prompts(), "continuations": ref.continuations(), "top": 0}
+COPIES = {**SCORE, "kind": "copies", "copies": 4}
 
 
-def make_model(folder: Path) -> Path:
-    """A seeded Llama with head_dim 128, 8 query and 2 kv heads, 6 layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Kind:
+    """One engine of a part.
 
-    if not (folder / "config.json").exists():
-        torch.manual_seed(7)
-        config = LlamaConfig(
-            vocab_size=2048,
-            hidden_size=1024,
-            intermediate_size=2048,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=128,
-            max_position_embeddings=16384,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.06,
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def prompts() -> list[list[int]]:
-    """Seeded prompts of LENGTHS tokens."""
-    rng = random.Random(3)
-    return [[rng.randrange(10, 2048) for _ in range(length)] for length in LENGTHS]
-
-
-def continuations() -> list[list[int]]:
-    """Seeded tokens that follow the prompts."""
-    rng = random.Random(4)
-    return [[rng.randrange(10, 2048) for _ in range(NEW_TOKENS)] for _ in LENGTHS]
-
-
-def hits_task() -> dict[str, Any]:
-    """Prompts, then prompts and continuations, which find their prompts in the prefix cache."""
-    return {"kind": "continuations", "prompts": prompts(), "continuations": continuations(), "top": 0}
-
-
-def hit_errors(
-    outs: list[dict[str, Any]], expected: Callable[[list[int], int, dict[str, Any]], torch.Tensor]
-) -> dict[str, float]:
-    """Errors on the continuations whose prompts were found in the cache whole; hits: how many.
-
-    expected: log-probabilities of all tokens but the first, of tokens, the prompt's length and the output.
+    config: keys of lazy layers; None: stock. graph: with CUDA graphs and a pool so small that slots are
+    reused all the time (about twice the longest request), which keeps no prefix. bounds: the stock engines
+    whose error bounds its own. limit_s: of the engine.
     """
-    differences = []
-    for prompt, continuation, out in zip(prompts(), continuations(), outs, strict=True):
-        count = len(prompt)
-        if count > SINK + RECENT and out["cached_tokens"] >= count:
-            want = expected(prompt + continuation, count, out)[count:]
-            differences.append((torch.tensor(out["logprobs"]) - want).abs())
-    if not differences:
-        return {"hits": 0}
-    every = torch.cat(differences)
-    return {"mean": every.mean().item(), "max": every.max().item(), "hits": len(differences)}
+
+    config: dict[str, Any] | None = None
+    graph: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
+    limit_s: float = 200.0
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether every request has layers of its own."""
+        return self.config is not None and "mode" in self.config
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """Scored prompts, then what its pool has room for."""
+        if not self.graph:
+            return [SCORE, HITS]
+        return [SCORE, SCORE, COPIES] if self.dynamic else [SCORE, SCORE]
 
 
-class Reference:
-    """The float32 model; ``lazy`` layers see an explicit streaming mask."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        self.model.to(device).eval()
-        self._mask: torch.Tensor | None = None
-        for layer in self.model.model.layers:
-            layer.self_attn.register_forward_pre_hook(self._set_mask, with_kwargs=True)
-        self.lazy: frozenset[int] = frozenset()
-
-    def _set_mask(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.layer_idx in self.lazy:
-            kwargs["attention_mask"] = self._mask
-        return args, kwargs
-
-    @torch.no_grad()
-    def logprobs(self, tokens: list[int], lazy: tuple[int, ...]) -> torch.Tensor:
-        """float32 [len - 1]: log-probability of each token given those before it."""
-        self.lazy = frozenset(lazy)
-        count = len(tokens)
-        at = torch.arange(count, device=self.device)
-        gap = at[:, None] - at[None, :]
-        seen = (gap >= 0) & ((at[None, :] < SINK) | (gap < RECENT))
-        self._mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf"))[
-            None, None
-        ]
-        ids = torch.tensor([tokens], device=self.device)
-        logits = self.model(ids).logits[0, :-1].float().log_softmax(-1)
-        return logits.gather(1, ids[0, 1:, None])[:, 0].cpu()
+# Stock SGLang's prefill reads fp8 keys of earlier chunks only, unless it is told to write them first
+# ("paged"); lazy layers always read what they wrote.
+PARTS: dict[str, dict[str, Kind]] = {
+    "static": {
+        "stock": Kind(),
+        "graph": Kind(STATIC, graph=True, bounds=("stock",)),
+        "eager": Kind(STATIC, engine={"disable_cuda_graph": True}, bounds=("stock",)),
+    },
+    "fp8": {
+        "fp8_stock": Kind(engine=FP8, limit_s=400),
+        "fp8_stock_paged": Kind(engine=FP8, env={"SGLANG_FLASHINFER_USE_PAGED": "1"}, limit_s=400),
+        "fp8": Kind(STATIC, True, FP8, bounds=("fp8_stock", "fp8_stock_paged"), limit_s=400),
+    },
+    "fa2": {
+        "fa2_stock": Kind(engine=QUICK, env=FORCE_FA2),
+        "fa2_graph": Kind(STATIC, True, QUICK, FORCE_FA2, bounds=("fa2_stock",)),
+        "fa2_eager": Kind(STATIC, False, {"disable_cuda_graph": True}, FORCE_FA2, ("fa2_stock",)),
+    },
+    "dynamic": {
+        "dynamic_stock": Kind(engine=QUICK),
+        "dynamic_graph": Kind(DYNAMIC, True, QUICK, bounds=("dynamic_stock",)),
+        "dynamic_eager": Kind(
+            DYNAMIC, engine={**QUICK, "disable_cuda_graph": True}, bounds=("dynamic_stock",)
+        ),
+    },
+}
 
 
-# A label, what an engine scored, the layers that are lazy in the reference.
-Work = tuple[str, list[dict[str, Any]], tuple[int, ...]]
+def step_of(name: str, kind: Kind, model: Path, more: dict[str, Any]) -> Step:
+    """The engine ``name``. more: keyword arguments of all engines."""
+    engine = engine_args(model, **COMMON, **kind.engine, **more)
+    engine["max_total_tokens"] = 12000 if kind.graph else 40000
+    if kind.config is None:
+        engine.setdefault("attention_backend", "flashinfer")
+    else:
+        engine |= hybrid(ref.SINK, ref.RECENT, 2048, ref.NEW_TOKENS, **kind.config)
+    return Step(name, engine, kind.tasks, kind.limit_s, env={"LT_WATCH": "1", **kind.env})
 
 
-def compare(folder: Path, work: list[Work], hits: list[Work]) -> dict[str, dict[str, float]]:
-    """``errors`` of every piece of work and ``hit_errors`` of ``hits``."""
-    reference = Reference(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    found = {}
-    for label, scored, lazy in work:
-        found[label] = errors(scored, reference, lazy)
-        found[label]["cached"] = sum(out["cached_tokens"] for out in scored)
-    for label, outs, lazy in hits:
-        found[label] = hit_errors(outs, lambda tokens, *_, lazy=lazy: reference.logprobs(tokens, lazy))
+def judge(name: str, kind: Kind, tasks: list[Any], reference: Reference) -> dict[str, Any]:
+    """By label, what one engine's tasks say."""
+    lazy = ref.decided if kind.dynamic else ref.fixed(LAZY if kind.config else ())
+    found = {name: ref.errors(tasks[0], reference, lazy)}
+    if kind.dynamic:
+        found[name] |= ref.choices(tasks[0], reference)
+    if not kind.graph:
+        found[f"{name}_hits"] = ref.hit_errors(tasks[1], reference, lazy)
+        return found
+    found[f"{name}_again"] = ref.errors(tasks[1], reference, lazy)
+    if kind.dynamic:
+        found[f"{name}_copies"] = ref.compare_copies(tasks[2])
+    wrong = ref.others if kind.dynamic else ref.fixed(())
+    found[f"{name}_control"] = ref.errors(tasks[0], reference, wrong)
     return found
 
 
-def errors(scored: list[dict[str, Any]], reference: Reference, lazy: tuple[int, ...]) -> dict[str, float]:
-    """Mean and largest absolute difference of log-probabilities over prompt and generated tokens."""
-    differences = []
-    for prompt, out in zip(prompts(), scored, strict=True):
-        want = reference.logprobs(prompt + out["output_ids"], lazy)
-        got = torch.tensor(out["input_logprobs"] + out["output_logprobs"])
-        differences.append((got - want).abs())
-    every = torch.cat(differences)
-    return {"mean": every.mean().item(), "p99": every.quantile(0.99).item(), "max": every.max().item()}
+def verdicts(found: dict[str, Any], kinds: dict[str, Kind]) -> dict[str, bool]:
+    """What must hold of the errors ``found``, and whether it does."""
+    held: dict[str, bool] = {}
+
+    def bound(label: str, noise: str) -> None:
+        ours, theirs = (found.get(one, {}) for one in (label, noise))
+        held[f"{label} within the noise of {noise}"] = (
+            "mean" in ours
+            and "mean" in theirs
+            and ours["mean"] <= MEAN_BOUND * theirs["mean"]
+            and ours["max"] <= MAX_BOUND * theirs["max"]
+        )
+
+    for name, kind in kinds.items():
+        for noise in kind.bounds:
+            bound(name, noise)
+            if kind.graph:
+                bound(f"{name}_again", noise)
+            else:
+                bound(f"{name}_hits", f"{noise}_hits")
+        if f"{name}_control" in found and kind.bounds:
+            control, noise = found[f"{name}_control"], found.get(kind.bounds[0], {"mean": float("inf")})
+            times = DYNAMIC_CONTROL if kind.dynamic else CONTROL
+            held[f"{name}: a wrong mask is seen"] = control["mean"] > times * noise["mean"]
+        if "choices_wrong" in found.get(name, {}):
+            held[f"{name}: layers as in float32"] = not found[name]["choices_wrong"]
+        copies = found.get(f"{name}_copies")
+        if copies:
+            held[f"{name}: copies have the layers of one"] = copies["layers_equal"] == copies["of"]
+    return held
+
+
+def run_part(run: Run, part: str, model: Path, device: str, more: dict[str, Any]) -> bool:
+    """Run a part's engines side by side, judge them, add both to the report; whether all held."""
+    kinds = PARTS[part]
+    results = run.together([step_of(name, kind, model, more) for name, kind in kinds.items()])
+    reference = Reference(model, device)
+    found: dict[str, Any] = {}
+    for name, result in results.items():
+        found |= judge(name, kinds[name], result["tasks"], reference)
+    del reference
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    held = verdicts(found, kinds)
+    graph, eager = (
+        next((results[name]["tasks"][0] for name in results if name.endswith(kind)), [])
+        for kind in ("graph", "eager")
+    )
+    if graph and eager:
+        pairs = list(zip(graph, eager, strict=True))
+        found["graph_equals_eager"] = {
+            "outputs": sum(a["output_ids"] == b["output_ids"] for a, b in pairs),
+            "choices": sum(_layers(a) == _layers(b) for a, b in pairs),
+            "of": len(pairs),
+        }
+    for name in results:
+        log = (run.folder / f"{name}.log").read_text(errors="replace")
+        ran = [line.split()[-1] for line in log.splitlines() if "RAGGED PREFILL " in line]
+        found[name]["prefill_kernels"] = ran
+        if part == "fa2":
+            held[f"{name}: FA2 ran"] = ran == ["fa2"]
+    run.report[part] = {"errors": found, "held": held}
+    for label, value in found.items():
+        told = (
+            f"{key} {one:.4g}" if isinstance(one, float) else f"{key} {one}" for key, one in value.items()
+        )
+        run.say(f"{part} {label:24s} {'  '.join(told)}")
+    for label, good in held.items():
+        run.say(f"{part} {label}: {'PASS' if good else 'FAIL'}")
+    run.save()
+    return all(held.values()) and len(results) == len(kinds)
+
+
+def _layers(out: dict[str, Any]) -> list[int] | None:
+    return (out["decision"] or {}).get("lazy_layers")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default=",".join(PARTS), help="some of them, separated by commas")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--budget-s", type=float, default=3600)
+    args = parser.parse_args()
+    what = "log-probabilities against the same model in float32"
+    run = Run(args.folder, args.budget_s, "parity", what)
+    model = ref.make_model(run.folder / "model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    good = True
+    try:
+        for part in args.only.split(","):
+            good &= run_part(run, part, model, device, {"tp_size": args.tp})
+    finally:
+        run.save()
+        run.close()
+    print("\n" + "\n".join(run.table), flush=True)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

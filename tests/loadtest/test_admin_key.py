@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from lt_sglang.bench.engines import LIGHTTRANSFER, STOCK, Engine, EngineSpec
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario_file import load_scenarios
 from lt_sglang.launch.admin import KEY_VARIABLE
+from lt_sglang.launch.engine import Engine, EngineSpec
 
 from .runs import scenario, write
 from .slow_server import Delays, serve
@@ -34,23 +34,21 @@ def test_requests_are_aborted_with_the_key(
         assert f"/abort_request asks for the server's admin key: set {KEY_VARIABLE}" in json.dumps(found)
 
 
-def engine(folder: Path, side: str) -> Engine:
+def engine(folder: Path, stock: bool) -> Engine:
     """An engine whose command is worked out, and never started."""
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
-    spec = EngineSpec(side, str(folder), 1, (), "torch_native", {"lazy_layers": "1"})
-    made = Engine(spec, folder / "log")
-    made._process = None
-    return made
+    own = ("--attention-backend=torch_native",) if stock else ("--lt-lazy-layers=1",)
+    return Engine(EngineSpec("one", str(folder), (), own, stock), folder / "log")
 
 
-@pytest.mark.parametrize(("side", "has_key"), [(LIGHTTRANSFER, True), (STOCK, False)])
+@pytest.mark.parametrize(("stock", "has_key"), [(False, True), (True, False)])
 def test_an_engine_is_flushed_with_its_own_key(
-    side: str, has_key: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stock: bool, has_key: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    made = engine(tmp_path, side)
+    made = engine(tmp_path, stock)
     command, env = made.spec.command(made.port)
-    monkeypatch.setattr("lt_sglang.bench.engines.spawn", lambda *_, **__: None)
+    monkeypatch.setattr("lt_sglang.launch.server_process.spawn", lambda *_, **__: None)
     made._spawn(command, env)
     assert (made.admin_key is not None) == has_key
     assert made.admin_key is None or not any(made.admin_key in word for word in command)

@@ -11,17 +11,16 @@ import pytest
 from lt_sglang.bench import compare
 from lt_sglang.bench.capacity import check_fits, held, longest_request
 from lt_sglang.bench.compare import Cell, plan
-from lt_sglang.bench.engines import LIGHTTRANSFER, EngineSpec
 from lt_sglang.bench.fill import filled
 from lt_sglang.bench.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario_file import load_scenarios
-from lt_sglang.bench.servers import specs_of
-from lt_sglang.bench.shapes import SHAPES
+from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.engine import EngineSpec
 from lt_sglang.planner.capacity import RESERVE_BYTES
 from lt_sglang.planner.roofline import LazyShare, kv_bytes
-from lt_sglang.planner.shapes import GPUS, shape_from_config
+from lt_sglang.planner.shapes import CONFIGS, GPUS, shape_from_config
 
 from .runs import REPOSITORY, dump, run, scenario, write
 from .slow_server import Delays, serve
@@ -72,8 +71,8 @@ def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["prompt-heavy.yaml", "long-output.yaml"])
 def test_stock_runs_once_for_both_modes(file: str, tmp_path: Path) -> None:
     starts = plan([cells(tmp_path, file, TP8.parent)], rounds=1)
-    assert [start.spec.side for start in starts] == ["stock", LIGHTTRANSFER, LIGHTTRANSFER]
-    assert len({start.spec.key for start in starts}) == 3
+    assert [start.spec.name for start in starts] == ["stock_flashinfer", LIGHTTRANSFER, LIGHTTRANSFER]
+    assert len({start.spec for start in starts}) == 3
 
 
 def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Pa
 
 def prompts_of_a_dp_rank(gpu: str, ranks: int, fraction: float, tokens: int = 32768) -> int:
     """Prompts beside the weights of a rank: attention and the embedding whole, a part of the rest."""
-    model = SHAPES["llama-3-70b-qwen3"]
+    model = CONFIGS["llama-3-70b-qwen3"]
     shape = shape_from_config(model, "llama-3-70b-qwen3")
     width = 2 * (shape.q_heads + shape.kv_heads) * shape.head_dim
     whole = model["hidden_size"] * (shape.layers * width + model["vocab_size"])

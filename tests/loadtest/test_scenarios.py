@@ -11,10 +11,10 @@ import pytest
 from lt_sglang.bench.rehearsal import rehearsal
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import as_mapping, load_scenarios, pick, pick_cases
-from lt_sglang.bench.shapes import SHAPES
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.options import resolve_config, take_options
+from lt_sglang.planner.shapes import CONFIGS
 
 from .runs import REPOSITORY, scenario, write
 
@@ -36,7 +36,7 @@ def test_names_are_unique() -> None:
 def test_a_shipped_scenario_fits_its_model(one: Scenario) -> None:
     if one.engine.shape is None:
         pytest.skip("it is for any model")
-    shape = SHAPES[one.engine.shape]
+    shape = CONFIGS[one.engine.shape]
     overrides = {CONFIG_KEY: dict(one.engine.lighttransfer)}
     config = resolve_config(take_options([])[0], "shape", shape, overrides)
     assert config is not None and config.lazy_layers
@@ -68,7 +68,7 @@ def test_a_rehearsal_is_small() -> None:
 def test_a_rehearsal_of_a_given_list_has_one(tmp_path: Path) -> None:
     given = {"mode": "dynamic", "score": "list", "lazy_layers": "8-23", "keep": 16}
     small = rehearsal(load(tmp_path, engine={"shape": "mistral-7b", "lighttransfer": given})).engine
-    layers = SHAPES["tiny"]["num_hidden_layers"]
+    layers = CONFIGS["tiny"]["num_hidden_layers"]
     settled = LightTransferConfig.from_dict(small.lighttransfer).settle(layers)
     assert settled.dynamic and settled.score == "list" and settled.keep == layers // 2
 
@@ -112,7 +112,7 @@ def test_cases_are_picked_over_files(tmp_path: Path) -> None:
             {"load": {"kind": "closed", "users": 2, "requests": 2, "fill": True}, "traffic": SHARED},
             "load.fill: needs prompts of known lengths",
         ),
-        ({"load": [1]}, "load: must be a mapping with kind, users"),
+        ({"load": [1]}, "load: [1] is not a mapping with kind, users"),
         ({"traffic": []}, "traffic: must be a mapping, or a list"),
         ({"traffic": {"input": 0, "output": 1}}, "traffic[0].input: 0 is not a number of tokens from 1"),
         (
@@ -136,7 +136,7 @@ def test_cases_are_picked_over_files(tmp_path: Path) -> None:
         ({"engine": {"shape": "gpt"}}, "engine.shape: 'gpt' is not one of mistral-7b"),
         ({"engine": {"shape": "tiny"}, "api": "chat"}, "api: 'chat' needs a tokenizer"),
         ({"seed": 1.5}, "seed: 1.5 is not an integer from 0"),
-        ({"about": None}, "about: must be a text"),
+        ({"about": None}, "about: None is not a text"),
         ({"cases": [1]}, "cases: must be a list of mappings"),
     ],
 )

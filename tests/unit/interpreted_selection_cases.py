@@ -1,6 +1,6 @@
 """Evidence made from explicit attention weights, and what every score must say about it, in float64.
 
-For test_selection.py, interpreted_selection.py and tests/gpu/identify.py.
+For test_selection.py, interpreted_selection.py and loadtest/experiments/identify.py.
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     monkeypatch.setattr(preflight, "check_starts", check_starts)
     monkeypatch.setattr(preflight, "has_gpu", lambda: True)
-    for module in ("lt_sglang.eval.engines", "lt_sglang.bench.engines", "lt_sglang.launch.plan"):
-        monkeypatch.setattr(f"{module}.has_gpu", lambda: True)
-    monkeypatch.setattr(eval_command, "running", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr("lt_sglang.launch.plan.has_gpu", lambda: True)
+    monkeypatch.setattr(eval_command, "Engine", lambda *_: pytest.fail("an engine was started"))
     monkeypatch.setattr(eval_command, "HfTokenizer", lambda *_: pytest.fail("all engines were accepted"))
     monkeypatch.setattr(compare.Bench, "run", lambda *_: pytest.fail("all engines were accepted"))
     return asked

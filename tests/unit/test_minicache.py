@@ -1,4 +1,4 @@
-"""tests/gpu/minicache.py: what a merged pair of layers is restored to."""
+"""loadtest/experiments/minicache.py: what a merged pair of layers is restored to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.gpu import minicache
+from loadtest.experiments import minicache
 
 
 def _vectors(seed: int, positions: int = 40) -> torch.Tensor:

@@ -192,7 +192,7 @@ def test_only_hybrid_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": LLAMA, "weights_bytes": LLAMA.total_weight_bytes}, "--tp 1: 131.5 GiB of weights"),
+        ({"shape": LLAMA, "weights_bytes": LLAMA.total_weight_bytes}, "--tp 1: 131.4 GiB of weights"),
         ({"hardware": Hardware(replace(A100, memory=16.5 * GIB))}, "KV memory"),
     ],
 )

@@ -1,4 +1,4 @@
-"""tests/gpu/quality*.py: texts that were not cached count nowhere; differences are paired."""
+"""loadtest/experiments/quality*.py: texts that were not cached count nowhere; differences are paired."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.quality import kl_of
-from tests.gpu.quality_figure import dots, spearman
-from tests.gpu.quality_results import keys_entries, kl_entries
+from loadtest.experiments.quality import kl_of
+from loadtest.experiments.quality_results import dots, keys_entries, kl_entries, spearman
 
 TOKENS = 8
 TOP = [[[1, -0.1], [2, -2.4]]]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loadtest.experiments.train_fsdp import write_data
 from lt_sglang.train.options import read_recipe
 from tests.engine.models import ensure_model
-from tests.gpu.train_fsdp import write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.train_quality import LAYERS, Bench, Sizes, _compare, lists
-from tests.gpu.train_task import SENTENCES, WORDS, context, questions, training_lines
+from loadtest.experiments.train_quality import LAYERS, Bench, Sizes, _compare, lists
+from loadtest.experiments.train_task import SENTENCES, WORDS, context, questions, training_lines
 from tests.unit.test_train_data import CHATML, _plain
 
 
@@ -54,7 +54,7 @@ def test_questions(tokenizer: Any) -> None:
 
 
 def test_training_lines(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.gpu import train_task
+    from loadtest.experiments import train_task
 
     monkeypatch.setattr(train_task, "TEXT_PACKAGES", ("accelerate",))
     lines = list(training_lines(tokenizer, 6, tokens=3000, window=500, text_tokens=100, most_keys=4))

@@ -1,6 +1,6 @@
 """Does a rank wait for another? Caches cut by layer against caches of equal memory cut by head.
 
-    torchrun --nproc-per-node 8 loadtest/rank_imbalance.py --date 2026-11-22 [--tokens 16384 --requests 32]
+    torchrun --nproc-per-node 8 -m loadtest.experiments.rank_imbalance --date DAY [--tokens 16384]
 
 One decode step's attention of the Llama-3-70B shape under tensor parallelism: in each layer every rank reads
 its own KV heads, then all ranks add up their outputs. *layer-wise*: half of the layers are lazy, in all
@@ -19,7 +19,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,9 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from lt_sglang.bench.machine import this_machine, versions
+from lt_sglang.bench.machine import stamp, this_machine
 from lt_sglang.bench.result_file import write
 from lt_sglang.planner.shapes import SHAPES
 
@@ -222,7 +219,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--date", default="undated")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path("loadtest/results"))
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -247,11 +244,7 @@ def _write(args: argparse.Namespace, work: Work, found: dict[str, dict[str, Any]
     machine, ranks = this_machine(), dist.get_world_size()
     head, layer = found["head-wise"], found["layer-wise"]
     result = {
-        "scenario": f"rank-imbalance-tp{ranks}-{work.tokens}",
-        "hardware": str(machine),
-        "versions": versions(),
-        "commit": machine.commit,
-        "seed": args.seed,
+        **stamp(f"rank-imbalance-tp{ranks}-{work.tokens}", machine, args.seed),
         "workload": {
             "about": "attention of a decode step, half the KV kept",
             "shape": args.shape,

@@ -1,6 +1,6 @@
 """The scores on a GPU: equal to plain float32 torch, and how long a layer takes.
 
-    python tests/gpu/identify.py OUT.json
+    python -m loadtest.experiments.identify OUT.json
 
 Needs torch and Triton, no SGLang. Times are GPU microseconds a layer: the median over replays of one CUDA
 graph, divided by its LAYERS layers, each with tensors of its own, so that no layer finds its keys or its
@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from loadtest.experiments.offline import stamped
+from loadtest.experiments.timing import graph_clock
 from lt_sglang.identify.scores.attend_kernel import attend
+from lt_sglang.identify.scores.base import Score
 from lt_sglang.identify.scores.evidence import Evidence
 from lt_sglang.identify.scores.factory import SCORES, get_score
 from lt_sglang.identify.scores.mass_kernel import mean_mass
@@ -146,24 +147,8 @@ def make(shape: Shape, seed: int) -> Evidence:
 
 def gpu_us(layers: list[Evidence], work: Callable[[int, Evidence], object]) -> float:
     """GPU time of ``work`` for one layer, in microseconds."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for index, layer in enumerate(layers):
-            work(index, layer)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [work(index, layer) for index, layer in enumerate(layers)]
-    times = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(layers))
-    del kept
-    return median(times[3:])
+    clock = graph_clock(lambda: [work(*pair) for pair in enumerate(layers)], replays=REPLAYS)
+    return clock() / len(layers)
 
 
 def host_us(layers: list[Evidence], work: Callable[[int, Evidence], object]) -> float:
@@ -176,6 +161,10 @@ def host_us(layers: list[Evidence], work: Callable[[int, Evidence], object]) -> 
             work(index, layer)
         times.append((time.perf_counter() - start) * 1e6 / len(layers))
     return median(times)
+
+
+def _fused(score: Score, layer: int, evidence: Evidence) -> torch.Tensor:
+    return score.fused(evidence)
 
 
 def time_shape(shape: Shape) -> dict[str, float]:
@@ -194,7 +183,7 @@ def time_shape(shape: Shape) -> dict[str, float]:
         "mean_cosine": lambda i, e: mean_cosine(e, projected[i]),
     }
     scores = {name: get_score(name) for name in SCORES}
-    work |= {name: lambda i, e, score=score: score.fused(e) for name, score in scores.items()}
+    work |= {name: partial(_fused, score) for name, score in scores.items()}
     times = {name: round(gpu_us(layers, task), 2) for name, task in work.items()}
     times |= {f"{name}, host": round(host_us(layers, work[name]), 1) for name in SCORES}
     times["reference of lighttransfer"] = round(
@@ -221,10 +210,9 @@ def check_shape(shape: Shape) -> dict[str, float]:
 
 
 def main(out: Path) -> int:
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}")
-    report: dict[str, object] = {"device": device, "torch": torch.__version__}
-    report["triton"] = triton.__version__
+    what = "GPU time of scoring one layer, microseconds; median of CUDA graph replays, cold caches"
+    report = stamped("identify", what)
+    print(f"{report['hardware']}, {report['versions']}")
     results = []
     failed = False
     for shape in SHAPES:

@@ -14,14 +14,21 @@ from typing import Any
 
 import torch
 
+from loadtest.experiments.quality import CONFIGS
+from loadtest.experiments.train_task import (
+    Question,
+    held_out,
+    questions,
+    shared,
+    training_lines,
+    write_training,
+)
 from lt_sglang.config import LightTransferConfig, format_layers, parse_layers
 from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
 from lt_sglang.static_choices import choose
 from lt_sglang.train.attention import attach
 from lt_sglang.train.options import TrainOptions
 from lt_sglang.train.run import train
-from tests.gpu.quality import GREEDY, GREEDY_AFTER
-from tests.gpu.train_task import Question, held_out, questions, shared, training_lines, write_training
 
 LAYERS = 30
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 120)
@@ -67,12 +74,16 @@ def tiny_model(demo: Path, out: Path) -> Path:
 
 
 def lists() -> dict[str, tuple[int, ...]]:
-    """Arm -> lazy layers. The greedy lists are those of tests/gpu/quality.py."""
+    """Arm -> lazy layers. The greedy lists are those of loadtest/experiments/quality.yaml."""
+    three_quarters, seven_eighths = (
+        parse_layers(CONFIGS[name]["lazy_layers"])  # type: ignore[index]
+        for name in ("static-greedy-75", "list-greedy-keep-4")
+    )
     return {
         "full": (),
-        "three quarters": parse_layers(GREEDY[75]),
-        "seven eighths": parse_layers(GREEDY_AFTER[4]),
-        "ends": choose("ends", LAYERS, LAYERS - len(parse_layers(GREEDY[75]))),
+        "three quarters": three_quarters,
+        "seven eighths": seven_eighths,
+        "ends": choose("ends", LAYERS, LAYERS - len(three_quarters)),
     }
 
 
@@ -161,7 +172,7 @@ class Bench:
         right = []
         for group in self._groups(asked):
             ids = torch.full((len(group), self.sizes.tokens), self.tokenizer.pad_token_id)
-            places = []
+            places: list[int] = []
             for row, one in enumerate(group):
                 whole = [*one.prompt, *one.digits]
                 ids[row, : len(whole)] = torch.tensor(whole)
@@ -320,10 +331,10 @@ def _compare(out: dict[str, Any], arms: dict[str, dict[str, Any]]) -> None:
     share = base["right"] / base["of"]
     verdicts = {"baseline within 70 to 95 %": HARD[0] <= share <= HARD[1]}
     for name, needed in NEEDED.items():
-        arm = arms.get(f"{name}, trained")
-        if arm is not None:
-            verdicts[f"{name}: answers >= {needed} of the baseline's"] = (arm["ratio"] or 0) >= needed
-            near = abs(arm["perplexity_ratio"] - 1) <= PERPLEXITY_MARGIN
+        trained = arms.get(f"{name}, trained")
+        if trained is not None:
+            verdicts[f"{name}: answers >= {needed} of the baseline's"] = (trained["ratio"] or 0) >= needed
+            near = abs(trained["perplexity_ratio"] - 1) <= PERPLEXITY_MARGIN
             verdicts[f"{name}: perplexity within 1 % of the baseline's"] = near
     out["verdicts"] = verdicts
     out["pass"] = all(verdicts.values())

@@ -1,6 +1,6 @@
 """Attention and copies on a GPU by where a layer's K and V rows lie: the choice for elastic memory.
 
-    python loadtest/kv_layouts.py OUT_FOLDER [--gib 52] [--repeats 5]
+    python -m loadtest.experiments.kv_layouts OUT_FOLDER [--gib 52] [--repeats 5]
 
 One buffer holds K and V of all layers; only the views of it differ, so every layout reads the same bytes.
 
@@ -31,11 +31,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from lt_sglang.bench.machine import this_machine, versions
+from loadtest.experiments.offline import stamped
+from loadtest.experiments.timing import PagedDecode, graph_clock
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROW = KV_HEADS * DIM  # elements of one token's K in one layer
@@ -106,28 +104,6 @@ def views(raw: torch.Tensor, layout: str, full: int, lazy: int, slots: tuple[int
     return both(1 if layout == "envelope" else math.gcd(full, lazy), layout == "region-kv")
 
 
-def graph_us(run: Callable[[], Any]) -> Callable[[], float]:
-    """Capture ``run``; each call of the result replays it and returns microseconds (median of REPLAYS)."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def once(kept: Callable[[], Any] = run) -> float:  # the graph reads the tensors that ``run`` holds
-        times = []
-        for _ in range(REPLAYS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        return median(times)
-
-    return once
-
-
 def rows_in_order(count: int, slots: int, order: str) -> torch.Tensor:
     """int32 [count], distinct rows below ``slots``; row 0 is padding."""
     if order == "in line":
@@ -142,31 +118,9 @@ class Decode:
     """FlashInfer's decode over ``lengths`` tokens a request; its plan serves every layer and layout."""
 
     def __init__(self, lengths: list[int], rows: torch.Tensor, workspace: torch.Tensor) -> None:
-        requests = len(lengths)
-        self.query = torch.randn(requests, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            workspace,
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            backend="fa2",
-            paged_kv_indptr_buffer=torch.empty(requests + 1, dtype=torch.int32, device="cuda"),
-            paged_kv_indices_buffer=torch.empty(len(rows), dtype=torch.int32, device="cuda"),
-            paged_kv_last_page_len_buffer=torch.empty(requests, dtype=torch.int32, device="cuda"),
-        )
-        indptr = torch.zeros(requests + 1, dtype=torch.int32)
-        indptr[1:] = torch.cumsum(torch.tensor(lengths), 0)
-        self.wrapper.plan(
-            indptr,
-            rows,
-            torch.ones(requests, dtype=torch.int32),
-            HEADS,
-            KV_HEADS,
-            DIM,
-            1,
-            q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
-        )
+        decode = PagedDecode(len(lengths), len(rows), (HEADS, KV_HEADS, DIM), workspace)
+        decode.plan(lengths, rows)
+        self.query, self.wrapper = decode.query(), decode.wrapper
 
     def run(self, layers: list[View]) -> torch.Tensor:
         """Attend in each layer; the last one's output."""
@@ -265,7 +219,7 @@ def measure(
         clocks = {}
         for layout in LAYOUTS:
             count, run = tasks(views(raw, layout, full, lazy, slots), layout, decodes)[name]
-            clocks[layout] = count, graph_us(run)
+            clocks[layout] = count, graph_clock(run, replays=REPLAYS)
         for _ in range(repeats):
             for layout, (count, clock) in clocks.items():
                 times[layout].setdefault(name, []).append(round(clock() / count, 2))
@@ -281,26 +235,18 @@ def main() -> int:
     torch.manual_seed(SEED)
     raw = torch.empty(int(args.gib * 2**30) // 2, dtype=torch.bfloat16, device="cuda").normal_()
     workspace = torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
-    machine = this_machine()
-    result: dict[str, Any] = {
-        "scenario": "kv-layouts",
-        "hardware": str(machine),
-        "versions": versions(),
-        "commit": machine.commit,
-        "seed": SEED,
-        "command": f"python loadtest/kv_layouts.py OUT --gib {args.gib:g} --repeats {args.repeats}",
-        "workload": {
-            "what": "microseconds a layer, one value a repeat",
-            "heads": HEADS,
-            "kv_heads": KV_HEADS,
-            "dim": DIM,
-            "window_rows": WINDOW,
-            "dtype": "bfloat16",
-        },
-        "shapes": {},
-    }
+    result = stamped(
+        "kv-layouts",
+        "microseconds a layer, one value a repeat",
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        dim=DIM,
+        window_rows=WINDOW,
+        dtype="bfloat16",
+    )
+    result["shapes"] = {}
     args.folder.mkdir(parents=True, exist_ok=True)
-    out = args.folder / f"{machine.label}-kv-layouts.json"
+    out = args.folder / "kv-layouts.json"
     wrong = False
     for name, (full, lazy) in SHAPES.items():
         difference = check(raw, full, lazy, (65536, 65536), workspace)

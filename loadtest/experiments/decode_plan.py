@@ -1,6 +1,6 @@
 """Decode attention under FlashInfer's plan and under ours (lt_sglang/attention/decode_plan.py), on a GPU.
 
-    python tests/gpu/decode_plan.py OUT.json
+    python -m loadtest.experiments.decode_plan OUT.json
 
 One layer of 32 query and 8 KV heads of 128, bfloat16, rows in random order. ``host``: FlashInfer plans the
 very lists. ``longest``: its plan of lists as long as the longest, all that the host can do in dynamic mode.
@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from loadtest.experiments.offline import stamped
+from loadtest.experiments.timing import PagedDecode, graph_clock
 from lt_sglang.attention import decode_plan
 from lt_sglang.attention.decode_plan import DecodePlan, decode_plans, planned
 from lt_sglang.attention.flashinfer_plans import host_indptr
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROWS = 900_000
-RUNS, REPLAYS = 20, 7
+RUNS = 20
 LAYERS = 32
 CASES = {
     "47 x 16K": [16384] * 47,
@@ -42,25 +39,7 @@ CASES = {
     "47 x 1K": [1024] * 47,
 }
 CHUNKS = (2, 3, 4, 6)
-
-
-def microseconds(run: Callable[[], Any]) -> float:
-    """Of one run, in a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(RUNS):
-            run()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / RUNS)
-    return median(times)
+TOLERANCE = 4e-3
 
 
 def measure(
@@ -71,41 +50,23 @@ def measure(
     indptr = host_indptr(lengths)
     pointers = indptr.cuda()
     rows = torch.randperm(ROWS, device="cuda")[: sum(lengths)].to(torch.int32)
-    query = torch.randn(requests, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        workspace,
-        "NHD",
-        use_cuda_graph=True,
-        use_tensor_cores=True,
-        backend="fa2",
-        paged_kv_indptr_buffer=torch.empty(requests + 1, dtype=torch.int32, device="cuda"),
-        paged_kv_indices_buffer=torch.empty(ROWS, dtype=torch.int32, device="cuda"),
-        paged_kv_last_page_len_buffer=torch.empty(requests, dtype=torch.int32, device="cuda"),
-    )
+    decode = PagedDecode(requests, ROWS, (HEADS, KV_HEADS, DIM), workspace)
+    wrapper = decode.wrapper
 
     def plan(lens: list[int]) -> None:
-        wrapper.plan(
-            host_indptr(lens),
-            rows,
-            torch.ones(requests, dtype=torch.int32),
-            HEADS,
-            KV_HEADS,
-            DIM,
-            1,
-            q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
-        )
+        decode.plan(lens, rows)
         wrapper._paged_kv_indptr_buf.copy_(pointers)
 
+    query = decode.query()
     plan(lengths)
     expected = wrapper.run(query, cache)
     found: dict[str, Any] = {
-        "host": microseconds(lambda: wrapper.run(query, cache)),
+        "host": graph_clock(lambda: wrapper.run(query, cache), RUNS)(),
         "device": {},
         "difference": 0.0,
     }
     plan([max(lengths)] * requests)
-    found["longest"] = microseconds(lambda: wrapper.run(query, cache))
+    found["longest"] = graph_clock(lambda: wrapper.run(query, cache), RUNS)()
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     ours = decode_plan.CHUNKS_PER_PLACE
     for chunks in CHUNKS:
@@ -120,11 +81,14 @@ def measure(
 
         difference = (run().float() - expected.float()).abs().max().item()
         found["difference"] = max(found["difference"], difference)
-        found["device"][chunks] = microseconds(run)
+        found["device"][chunks] = graph_clock(run, RUNS)()
         if chunks == ours:
             every = torch.zeros((LAYERS, device.end), dtype=torch.uint8, device="cuda")
             all_pointers = host_indptr(lengths * LAYERS).cuda()
-            found["planning, 32 layers"] = microseconds(lambda: decode_plans(every, all_pointers, device))  # noqa: B023
+            found["planning, 32 layers"] = graph_clock(
+                lambda: decode_plans(every, all_pointers, device),  # noqa: B023
+                RUNS,
+            )()
     decode_plan.CHUNKS_PER_PLACE = ours
     bytes_read = sum(lengths) * KV_HEADS * DIM * 2 * 2
     found["host TB/s"] = bytes_read / found["host"] / 1e6
@@ -135,13 +99,15 @@ def measure(
 def main() -> None:
     torch.manual_seed(0)
     shape = (ROWS, 1, KV_HEADS, DIM)
-    cache = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     workspace = torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
-    results: dict[str, Any] = {}
+    what = "microseconds of decode attention in one layer, 32 query and 8 KV heads of 128, bfloat16"
+    report = stamped("decode-plan", what)
+    results: dict[str, Any] = report.setdefault("lists", {})
     wrong = False
     for name, lengths in CASES.items():
-        found = results[name] = measure(lengths, cache, workspace)
-        wrong |= found["difference"] > 4e-3
+        found = results[name] = measure(lengths, (keys, values), workspace)
+        wrong |= found["difference"] > TOLERANCE
         device = "  ".join(f"{chunks}: {us:.1f}" for chunks, us in found["device"].items())
         print(
             f"{name:20s} host {found['host']:7.1f}  longest {found['longest']:7.1f}  device {device}  "
@@ -149,8 +115,7 @@ def main() -> None:
             f"planning {found['planning, 32 layers']:.1f}  difference {found['difference']:.1e}",
             flush=True,
         )
-    results["gpu"] = torch.cuda.get_device_name()
-    Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+    Path(sys.argv[1]).write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(wrong)
 
 

@@ -1,6 +1,6 @@
 """Bar 4: the same run on one process and on two that share the weights (FSDP2); every loss within 1 %.
 
-    python -m tests.gpu.train_fsdp OUT [--model FOLDER] [--gpus 2] [--steps 20] [--tokens 4096] [--rehearse]
+    python -m loadtest.experiments.train_fsdp OUT [--gpus 2] [--steps 20] [--rehearse]
 
 Both runs are lt-sglang train itself, with the same rows in every step, in the same order. OUT/fsdp.json has
 the losses, OUT/one.log and OUT/several.log what the runs printed. --rehearse: a tiny model, two processes on
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 NEAR = 0.01
 LIMIT_S = 240.0

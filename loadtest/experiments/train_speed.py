@@ -115,7 +115,7 @@ def _steps(lazy: str, length: int, device: str, rehearse: bool) -> dict[str, Any
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    shape = TINY if rehearse else ONE_B
+    shape: dict[str, Any] = TINY if rehearse else ONE_B
     layers = shape["num_hidden_layers"]
     config = AutoConfig.for_model("llama", **shape, max_position_embeddings=length)
     with torch.device(device):
