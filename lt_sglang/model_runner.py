@@ -18,7 +18,8 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import STORED_SETS, DynamicState, projections_of, tp_ranks
 from lt_sglang.layers.layer_sets import LayerSetStore
-from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
+from lt_sglang.layers.prefill import PrefillTracker
+from lt_sglang.layers.prefill_plans import PrefillPlans
 from lt_sglang.memory.kv_keys import request_id
 from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
 from lt_sglang.memory.sinks import SinkStore
@@ -37,6 +38,7 @@ class LightTransferModelRunner(ModelRunner):
         sink_store: the sink sets, or None when no layer is lazy.
         dynamic: in dynamic mode, memory, layer tables and score; else None.
         prefills: in dynamic mode, which request is to be decided when; else None.
+        prefill_plans: what the backend of dynamic mode is told of the prefill that runs.
     """
 
     decode_cuda_graph_runner: Any  # ModelRunner's, like the next
@@ -48,7 +50,7 @@ class LightTransferModelRunner(ModelRunner):
         self.kv_cache_configurator: Any = None
         self.dynamic: DynamicState | None = None
         self.prefills: PrefillTracker | None = None
-        self._plans: list[Prefill] | None = None
+        self.prefill_plans = PrefillPlans()
         super().__init__(*args, **kwargs)
 
     def load_model(self) -> None:
@@ -140,8 +142,8 @@ class LightTransferModelRunner(ModelRunner):
             raise LightTransferError(
                 "mode: dynamic needs a model that generates; embedding and reward models run with static"
             )
-        arena = self.kv_cache_configurator.arena
-        if arena is None or not arena.complete:
+        pool = self.kv_cache_configurator.flat_pool
+        if pool is None or not pool.complete:
             raise LightTransferError(
                 "KV pools: SGLang did not build its pools from the banks of dynamic mode"
             )
@@ -163,7 +165,7 @@ class LightTransferModelRunner(ModelRunner):
         total_heads = getattr(text, "original_num_attention_heads", model.num_attention_heads)
         self.dynamic = DynamicState(
             config,
-            arena,
+            pool,
             self.kv_cache_dtype,
             sets,
             score,
@@ -176,20 +178,8 @@ class LightTransferModelRunner(ModelRunner):
         """Plan the layers of a prefill batch (a ScheduleBatch); called right before its forward."""
         if self.prefills is not None and batch.forward_mode.is_extend():
             probes = {request_id(req) for req in batch.reqs if is_health_check_generate_req(req)}
-            self._plans = self.prefills.begin([(request_id(req), req) for req in batch.reqs], probes)
-
-    def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
-        """The plan of the prefill that is running; a warm-up run, which no request is behind, uses set 0."""
-        if self._plans is None and forward_batch.rids:
-            raise LightTransferError("prefill: a batch of requests runs that was not planned")
-        prefixes, extends = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
-        prefixes, extends = [int(p) for p in prefixes], [int(e) for e in extends]
-        if self._plans is None:
-            pairs = zip(prefixes, extends, strict=True)
-            return [Prefill(Kind.DECIDED, 0, 0, prefix, extend) for prefix, extend in pairs]
-        if [(p.prefix, p.extend) for p in self._plans] != list(zip(prefixes, extends, strict=True)):
-            raise LightTransferError("prefill: the batch that runs is not the one that was planned")
-        return self._plans
+            plans = self.prefills.begin([(request_id(req), req) for req in batch.reqs], probes)
+            self.prefill_plans.put(plans)
 
     def windows(self) -> Windows:
         """w_sink, w_recent and where the sink rows begin."""
@@ -205,7 +195,7 @@ class LightTransferModelRunner(ModelRunner):
         return StreamingTables(
             req_to_token=self.req_to_token_pool.req_to_token,
             full_to_streaming=self.token_to_kv_pool_allocator.full_to_swa_index_mapping,
-            row_of=self.sink_store.row_of,
+            sink_set_of=self.sink_store.set_of,
         )
 
     def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +213,7 @@ class LightTransferModelRunner(ModelRunner):
         try:
             output = super().forward(forward_batch, *args, **kwargs)
         finally:
-            self._plans = None
+            self.prefill_plans.clear()
         self.dynamic.sets.bring()
         return output
 

@@ -20,8 +20,9 @@ import torch
 from loadtest.experiments.offline import stamped
 from loadtest.experiments.timing import PagedDecode, graph_clock
 from lt_sglang.attention import decode_plan
-from lt_sglang.attention.decode_plan import DecodePlan, decode_plans, planned
+from lt_sglang.attention.decode_plan import DecodePlan, decode_plans
 from lt_sglang.attention.flashinfer_plans import host_indptr
+from lt_sglang.attention.flashinfer_private import plan_info, planned
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROWS = 900_000
@@ -71,12 +72,12 @@ def measure(
     ours = decode_plan.CHUNKS_PER_PLACE
     for chunks in CHUNKS:
         decode_plan.CHUNKS_PER_PLACE = chunks
-        device = DecodePlan.like(wrapper._plan_info, requests, HEADS, KV_HEADS, DIM, processors)
+        device = DecodePlan.like(plan_info(wrapper), requests, HEADS, KV_HEADS, DIM, processors)
         out = torch.zeros((1, device.end), dtype=torch.uint8, device="cuda")
         decode_plans(out, pointers, device)
 
         def run(device: DecodePlan = device, out: torch.Tensor = out) -> torch.Tensor:
-            with planned(wrapper, device, out[0]):
+            with planned(wrapper, device.info, out[0]):
                 return wrapper.run(query, cache)
 
         difference = (run().float() - expected.float()).abs().max().item()

@@ -12,23 +12,18 @@ Source: flashinfer/data/include/flashinfer/attention/scheduler.cuh, PrefillSplit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
+from lt_sglang.attention.flashinfer_private import PrefillPlanInfo, plan_info
+from lt_sglang.attention.kernels.decode_plans import PlanOffsets, write_plans
 from lt_sglang.errors import LightTransferError
 
-MIN_CHUNK: tl.constexpr = tl.constexpr(128)
-BLOCK_ITEMS = 256
 # Chunks that may be planned for each place on the GPU (each multiprocessor has two), beside one a request.
 CHUNKS_PER_PLACE = 3
-# What starting a chunk costs, in tokens of attention.
-START_TOKENS = 64
 ALIGN = 16
 
 
@@ -60,78 +55,64 @@ class DecodePlan:
 
     @classmethod
     def like(
-        cls, plan_info: Sequence[int], requests: int, heads: int, kv_heads: int, dim: int, processors: int
+        cls, info: PrefillPlanInfo, requests: int, heads: int, kv_heads: int, dim: int, processors: int
     ) -> DecodePlan:
         """For a wrapper that FlashInfer planned under CUDA graphs; ``processors``: the GPU's multiprocessors.
 
         Raises:
-            LightTransferError: its plan is not of the form that this kernel knows.
+            LightTransferError: its plan is not of the form that the kernel knows.
         """
-        fields = [int(value) for value in plan_info]
-        known = len(fields) == 15 and fields[13] and fields[14] and fields[3] >= heads // kv_heads
-        if not known or fields[1] != requests:
+        known = info.enable_cuda_graph and info.split_kv and info.cta_tile_q >= heads // kv_heads
+        if not known or info.total_num_rows != requests:
             raise LightTransferError(
-                f"FlashInfer's decode plan {fields} of {requests} requests, {heads} query and {kv_heads} KV "
-                "heads is not of the known form; use flashinfer-python 0.7.2"
+                f"FlashInfer's decode plan {list(info)} of {requests} requests, {heads} query and {kv_heads} "
+                "KV heads is not of the known form; use flashinfer-python 0.7.2"
             )
         places = _places(kv_heads, processors)
         chunks = _most_chunks(requests, places)
-        return cls(requests, chunks, fields[3], places, _aligned(heads * chunks * dim * 4))
+        return cls(requests, chunks, info.cta_tile_q, places, _aligned(heads * chunks * dim * 4))
 
-    @property
-    def query_tiles(self) -> int:
-        """Offset in bytes, like the next ones; request indices come first."""
-        return _aligned(4 * self.chunks)
-
-    @property
-    def kv_tiles(self) -> int:
-        return 2 * self.query_tiles
-
-    @property
-    def o_indptr(self) -> int:
-        return 3 * self.query_tiles
-
-    @property
-    def merge_indptr(self) -> int:
-        return self.o_indptr + _aligned(4 * (self.requests + 1))
-
-    @property
-    def chunk_size(self) -> int:
-        return self.merge_indptr + _aligned(4 * (self.requests + 1))
-
-    @property
-    def total_rows(self) -> int:
-        return self.chunk_size + ALIGN
-
-    @property
-    def valid(self) -> int:
-        return self.total_rows + ALIGN
+    @cached_property
+    def at(self) -> PlanOffsets:
+        """Where its arrays begin."""
+        items, indptr = _aligned(4 * self.chunks), _aligned(4 * (self.requests + 1))
+        o_indptr = 3 * items
+        chunk_size = o_indptr + 2 * indptr
+        return PlanOffsets(
+            query_tiles=items,
+            kv_tiles=2 * items,
+            o_indptr=o_indptr,
+            merge_indptr=o_indptr + indptr,
+            chunk_size=chunk_size,
+            total_rows=chunk_size + ALIGN,
+            valid=chunk_size + 2 * ALIGN,
+        )
 
     @property
     def end(self) -> int:
         """Bytes of one plan."""
-        return _aligned(self.valid + self.chunks)
+        return _aligned(self.at.valid + self.chunks)
 
     @property
-    def info(self) -> list[int]:
-        """FlashInfer's PrefillPlanInfo: under CUDA graphs, lists are split."""
-        return [
-            self.chunks,
-            self.requests,
-            self.total_rows,
-            self.tile,
-            0,
-            self.query_tiles,
-            self.kv_tiles,
-            self.merge_indptr,
-            self.o_indptr,
-            self.chunk_size,
-            0,
-            self.partial_bytes,
-            self.valid,
-            1,
-            1,
-        ]
+    def info(self) -> PrefillPlanInfo:
+        """The same for FlashInfer: under CUDA graphs, lists are split."""
+        return PrefillPlanInfo(
+            padded_batch_size=self.chunks,
+            total_num_rows=self.requests,
+            total_num_rows_offset=self.at.total_rows,
+            cta_tile_q=self.tile,
+            request_indices_offset=0,
+            qo_tile_indices_offset=self.at.query_tiles,
+            kv_tile_indices_offset=self.at.kv_tiles,
+            merge_indptr_offset=self.at.merge_indptr,
+            o_indptr_offset=self.at.o_indptr,
+            kv_chunk_size_ptr_offset=self.at.chunk_size,
+            v_offset=0,
+            s_offset=self.partial_bytes,
+            block_valid_mask_offset=self.at.valid,
+            enable_cuda_graph=1,
+            split_kv=1,
+        )
 
 
 def plan_bytes(requests: int, kv_heads: int, processors: int) -> int:
@@ -141,122 +122,20 @@ def plan_bytes(requests: int, kv_heads: int, processors: int) -> int:
     return -(-end // 256) * 256
 
 
-@contextmanager
-def planned(wrapper: Any, plan: DecodePlan, workspace: torch.Tensor) -> Iterator[None]:
-    """Let a decode wrapper run ``plan``, written into ``workspace`` (uint8), instead of its own."""
-    own = wrapper._int_workspace_buffer, wrapper._plan_info
-    wrapper._int_workspace_buffer, wrapper._plan_info = workspace, plan.info
-    try:
-        yield
-    finally:
-        wrapper._int_workspace_buffer, wrapper._plan_info = own
-
-
-@triton.jit(do_not_specialize=["requests", "chunks"])
-def _decode_plans(  # type: ignore[no-untyped-def]
-    plan_ptr,
-    byte_ptr,
-    stride,
-    pointer_ptr,
-    requests,
-    chunks,
-    places,
-    query_tiles,
-    kv_tiles,
-    o_indptr,
-    merge_indptr,
-    chunk_size,
-    total_rows,
-    valid,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
-):
-    layer = tl.program_id(0)
-    plan = plan_ptr + layer * (stride // 4)
-    item = tl.arange(0, BLOCK)
-    real = item < requests
-    first = tl.load(pointer_ptr + layer * requests + item, mask=real, other=0)
-    end = tl.load(pointer_ptr + layer * requests + item + 1, mask=real, other=0)
-    length = tl.where(real, tl.maximum(end - first, 1), 0)
-    longest = tl.max(length)
-    tokens = tl.sum(length.to(tl.float32))
-    size = longest
-    best = tl.full([], float("inf"), tl.float32)
-    for group in tl.static_range(0, 4):
-        # The longest list in 1 to 16 chunks, then in 17 to 1024 in ever larger steps.
-        candidate = group * 16 + tl.arange(0, 16)
-        more = (16.0 * tl.exp2((candidate - 15).to(tl.float32) / 8)).to(tl.int32)
-        parts = tl.where(candidate < 16, candidate + 1, more)
-        tried = tl.maximum((longest + parts - 1) // parts, MIN_CHUNK)
-        count = tl.sum((length[None, :] + tried[:, None] - 1) // tried[:, None], 1)
-        chunk = tried.to(tl.float32)
-        # Chunks of one size run in whole rounds; others fill the gaps, but for some of the last one.
-        rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + START)
-        filled = (tokens + count.to(tl.float32) * START) / places + 0.7 * chunk
-        time = tl.where(count.to(tl.float32) * chunk < 1.15 * tokens, rounds, filled)
-        time = tl.where(count <= chunks, time, float("inf"))
-        least = tl.min(time)
-        size = tl.where(least < best, tl.max(tl.where(time == least, tried, 0)), size)
-        best = tl.minimum(best, least)
-    whole = length // size
-    rest = ((length % size) > 0).to(tl.int32)
-    ends = tl.cumsum(whole + rest)
-    tl.store(plan + chunk_size // 4, size)
-    tl.store(plan + total_rows // 4, requests)
-    tl.store(plan + o_indptr // 4, 0)
-    tl.store(plan + merge_indptr // 4, 0)
-    tl.store(plan + o_indptr // 4 + 1 + item, ends, mask=real)
-    tl.store(plan + merge_indptr // 4 + 1 + item, ends, mask=real)
-    # Whole chunks first: the small ones fill the gaps at the end.
-    start = tl.cumsum(whole) - whole
-    for tile in range(0, tl.max(whole)):
-        here = tile < whole
-        tl.store(plan + start + tile, item, mask=here)
-        tl.store(plan + kv_tiles // 4 + start + tile, tile, mask=here)
-    last = tl.sum(whole) + tl.cumsum(rest) - rest
-    tl.store(plan + last, item, mask=rest > 0)
-    tl.store(plan + kv_tiles // 4 + last, whole, mask=rest > 0)
-    total = tl.sum(whole + rest)
-    for block in range(0, chunks, BLOCK_ITEMS):
-        position = block + tl.arange(0, BLOCK_ITEMS)
-        inside = position < chunks
-        tl.store(plan + query_tiles // 4 + position, 0, mask=inside)
-        tl.store(byte_ptr + layer * stride + valid + position, (position < total).to(tl.uint8), mask=inside)
-
-
-def decode_plans(out: torch.Tensor, pointers: torch.Tensor, plan: DecodePlan) -> None:
+def decode_plans(out: torch.Tensor, kv_indptr: torch.Tensor, plan: DecodePlan) -> None:
     """Write the plan of every layer; nothing waits for the device.
 
     Args:
         out: uint8 [L, bytes], one integer workspace of FlashInfer a layer.
-        pointers: int32 [L * bs + 1], where each layer's list of each request begins; one query a request.
+        kv_indptr: int32 [L * bs + 1], where each layer's list of each request begins; one query a request.
+        plan: its sizes.
 
     Raises:
         LightTransferError: a plan does not fit.
     """
-    layers, size = out.shape
-    if plan.end > size:
-        raise LightTransferError(f"a decode plan of {plan.end} bytes does not fit {size}")
-    _decode_plans[(layers,)](
-        out.view(torch.int32),
-        out,
-        size,
-        pointers,
-        plan.requests,
-        plan.chunks,
-        plan.places,
-        plan.query_tiles,
-        plan.kv_tiles,
-        plan.o_indptr,
-        plan.merge_indptr,
-        plan.chunk_size,
-        plan.total_rows,
-        plan.valid,
-        START=START_TOKENS,
-        BLOCK=triton.next_power_of_2(max(plan.requests, 16)),
-        BLOCK_ITEMS=BLOCK_ITEMS,
-    )
+    if plan.end > out.shape[1]:
+        raise LightTransferError(f"a decode plan of {plan.end} bytes does not fit {out.shape[1]}")
+    write_plans(out, kv_indptr, plan.at, plan.requests, plan.chunks, plan.places)
 
 
 class GraphPlans:
@@ -272,12 +151,12 @@ class GraphPlans:
         self._workspace_bytes = backend.workspace_buffer.numel() * backend.workspace_buffer.element_size()
         self._plans: dict[int, DecodePlan] = {}
 
-    def write(self, wrapper: Any, pointers: torch.Tensor, requests: int) -> DecodePlan:
-        """Plan the lists at ``pointers``, of all layers; ``wrapper`` must have been planned once."""
+    def write(self, wrapper: Any, kv_indptr: torch.Tensor, requests: int) -> DecodePlan:
+        """Plan the lists at ``kv_indptr``, of all layers; ``wrapper`` must have been planned once."""
         plan = self._plans.get(requests)
         if plan is None:
             plan = DecodePlan.like(
-                wrapper._plan_info, requests, self._heads, self._kv_heads, self._dim, self._processors
+                plan_info(wrapper), requests, self._heads, self._kv_heads, self._dim, self._processors
             )
             needed = plan.partial_bytes + 4 * self._heads * plan.chunks
             if needed > self._workspace_bytes:
@@ -286,5 +165,5 @@ class GraphPlans:
                     f"{self._workspace_bytes}; raise SGLANG_FLASHINFER_WORKSPACE_SIZE"
                 )
             self._plans[requests] = plan
-        decode_plans(self.buffer, pointers, plan)
+        decode_plans(self.buffer, kv_indptr, plan)
         return plan

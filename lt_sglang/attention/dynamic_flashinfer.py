@@ -14,71 +14,32 @@ Source: sglang/srt/layers/attention/flashinfer_backend.py.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 from sglang.srt.layers.attention import flashinfer_backend as stock
-from sglang.srt.layers.attention.flashinfer_backend import (
-    DecodeMetadata,
-    FlashInferAttnBackend,
-    FlashInferIndicesUpdaterDecode,
-)
+from sglang.srt.layers.attention.flashinfer_backend import DecodeMetadata, FlashInferAttnBackend
 
-from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans, planned
-from lt_sglang.attention.dynamic_prefill import PrefillPlanner
-from lt_sglang.attention.flashinfer_plans import (
-    LayerLists,
-    by_head,
-    host_indptr,
-    is_replanned,
-    plan_decode,
-)
+from lt_sglang.attention.dynamic_decode import DecodeSteps, DynamicDecodeUpdater
+from lt_sglang.attention.dynamic_prefill import PrefillCalls, PrefillMetadata, PrefillPlanner
+from lt_sglang.attention.flashinfer_plans import by_head, paged
 from lt_sglang.attention.gathered import GatheredAttention
-from lt_sglang.attention.indices import Windows
-from lt_sglang.attention.kernels.decode_dynamic import decode_lists, decode_pointers, write_rows
-from lt_sglang.attention.kernels.merge_sinks import Banks, merge_sinks
-from lt_sglang.attention.kernels.place import place
-from lt_sglang.attention.kernels.store import store_rows
-from lt_sglang.attention.kernels.tiles import Tiles
+from lt_sglang.attention.kernels.banks import LayerBanks
+from lt_sglang.attention.kernels.decode_dynamic import decode_out_cache_loc
+from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, merge_sinks
+from lt_sglang.attention.kernels.place import settle, store_new
+from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.decider import Decider
+from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from lt_sglang.attention.dynamic_prefill import GatheredCall, PagedCall, PrefillMetadata
     from lt_sglang.attention.runner import HybridRunner
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """What the layers of one decode step share.
-
-    write: int32 [L, bs or more], where new K and V go. plan, plans: under CUDA graphs each layer's own plan,
-    uint8 [L, bytes]; else all layers run the wrapper's, made for the longest lists.
-    """
-
-    lists: LayerLists
-    write: torch.Tensor
-    plan: DecodePlan | None = None
-    plans: torch.Tensor | None = None
-
-    def attend(
-        self, wrapper: Any, layer: int, query: torch.Tensor, kv_cache: Any, **options: Any
-    ) -> torch.Tensor:
-        """[requests, heads, dim] of one layer."""
-        self.lists.use(wrapper, layer)
-        how: AbstractContextManager[None] = nullcontext()
-        if self.plan is not None and self.plans is not None:
-            how = planned(wrapper, self.plan, self.plans[layer])
-        with how:
-            out: torch.Tensor = wrapper.forward(query, kv_cache, **options)
-        return out
 
 
 class DynamicFlashInferBackend(FlashInferAttnBackend):
@@ -91,8 +52,6 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 "attention backend: dynamic mode serves text models with hybrid KV pools"
             )
         assert model_runner.dynamic is not None
-        self.runner = model_runner
-        self.state = model_runner.dynamic
         # Only the tensor-core kernel may be planned longer than its lists are.
         self.decode_use_tensor_cores = True
         self.decode_wrappers = [
@@ -100,23 +59,31 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 self.workspace_buffer, "NHD", backend=self.decode_backend, use_tensor_cores=True
             )
         ]
-        self.prefix = PrefixAttention(self.workspace_buffer)
-        self.whole = GatheredAttention(self.workspace_buffer)
         recent_tokens = model_runner.lt_config.recent_tokens
-        self.window = GatheredAttention(self.workspace_buffer, window_left=recent_tokens - 1)
-        self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self)
-        self.prefill_planner = PrefillPlanner(model_runner, self)
-        self.decider = Decider(self.state)
-        self.prefill: PrefillMetadata | None = None
-        self.step: DecodeStep | None = None
-        self.graph_rows: torch.Tensor | None = None
-        self._graph_pointers: torch.Tensor | None = None
-        self._graph_write: torch.Tensor | None = None
-        self.graph_plans: GraphPlans | None = None
-        self._kv_cache = tuple(
-            tensor.view(self.state.kv_dtype).unsqueeze(1)
-            for tensor in (self.state.arena.keys, self.state.arena.values)
+        self.calls = PrefillCalls(
+            updater=self.indices_updater_prefill,
+            ragged=self.prefill_wrapper_ragged,
+            paged=self.prefill_wrappers_paged,
+            prefix=PrefixAttention(self.workspace_buffer),
+            whole=GatheredAttention(self.workspace_buffer),
+            window=GatheredAttention(self.workspace_buffer, window_left=recent_tokens - 1),
         )
+        self._set_up(model_runner)
+        self.indices_updater_decode = DynamicDecodeUpdater(model_runner, self, self.banks, self.steps)
+
+    def _set_up(self, runner: HybridRunner) -> None:
+        """Set up what is ours, once ``calls`` and SGLang's part stand."""
+        state = runner.dynamic
+        assert state is not None
+        self.runner, self.state = runner, state
+        self.banks = LayerBanks(state.sets.bank_of, state.sets.set_of, state.layout, runner.windows())
+        self.steps = DecodeSteps(self.banks, self.workspace_buffer.device)
+        self.prefill_planner = PrefillPlanner(state, self.banks, self.calls)
+        self.prefill: PrefillMetadata | None = None
+        self.decider = Decider(state)
+        self.pool = state.pool.kv
+        self.cache = KV(self.pool.k.view(state.kv_dtype), self.pool.v.view(state.kv_dtype))
+        self.paged_cache = paged(self.cache)
 
     def init_cuda_graph_state(
         self, max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None
@@ -125,47 +92,33 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         super().init_cuda_graph_state(
             max_bs, max_num_tokens, torch.zeros(1, dtype=torch.int32, device="cuda")
         )
-        layout, windows = self.state.layout, self.runner.windows()
-        full = min(max_bs * self.max_context_len, 2 * layout.full_rows)
-        # A graph's batch is filled up with rows of no request, one element a layer each.
-        self._graph_padding = layout.layers * max_bs
-        size = layout.full_banks * full + layout.streaming_banks * max_bs * windows.lazy_tokens
-        self.graph_rows = torch.zeros(size + self._graph_padding, dtype=torch.int32, device="cuda")
-        self._graph_pointers = torch.zeros(layout.layers * max_bs + 1, dtype=torch.int32, device="cuda")
-        self._graph_write = torch.zeros((layout.layers, max_bs), dtype=torch.int32, device="cuda")
-        self.graph_plans = GraphPlans(self, self.indices_updater_decode, layout.layers, max_bs)
+        self.steps.init_graphs(self, max_bs, self.max_context_len)
 
     def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether the lists of a decode batch fit the CUDA graphs' buffer (requests may share tokens)."""
-        lengths = forward_batch.seq_lens_cpu
-        if self.graph_rows is None or lengths is None:
-            return True
-        return self.list_size(lengths) + self._graph_padding <= len(self.graph_rows)
-
-    def list_size(self, lengths: torch.Tensor) -> int:
-        """Elements of all layers' lists for requests of ``lengths`` (host tensor)."""
-        layout, windows = self.state.layout, self.runner.windows()
-        short = int(lengths.clamp(max=windows.lazy_tokens).sum())
-        return layout.full_banks * int(lengths.sum()) + layout.streaming_banks * short
+        return self.steps.fits_graph(forward_batch.seq_lens_cpu)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan a step that runs without a CUDA graph."""
         if forward_batch.forward_mode.is_decode_or_idle():
             super().init_forward_metadata(forward_batch)
-            if self.step is not None and len(forward_batch.req_pool_indices):
+            if self.steps.current is not None and len(forward_batch.req_pool_indices):
                 assert self.forward_metadata.swa_out_cache_loc is not None
-                self._find_write_rows(forward_batch, self.forward_metadata.swa_out_cache_loc)
+                self._find_out_cache_loc(forward_batch, self.forward_metadata.swa_out_cache_loc)
             return
-        self.prefill = self.prefill_planner.plan(forward_batch)
-        self.decider.begin(self.prefill.plans, self.prefill.popped, self.prefill.requests.full)
+        plans = self.runner.prefill_plans.of(forward_batch)
+        self.prefill = self.prefill_planner.plan(
+            plans, forward_batch.req_pool_indices, self.runner.streaming_tables()
+        )
+        self.decider.begin(plans, self.prefill.popped, self.prefill.requests.full)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        """As FlashInferAttnBackend; the write rows follow once the streaming slots are known."""
+        """As FlashInferAttnBackend; where K and V go follows once the streaming slots are known."""
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self._find_write_rows(forward_batch, self.cuda_graph_swa_out_cache_loc)
+        self._find_out_cache_loc(forward_batch, self.cuda_graph_swa_out_cache_loc)
 
     def _create_decode_wrappers(self, bs: int, num_tokens: int) -> list[Any]:
-        assert self.graph_rows is not None
+        assert self.steps.graphs is not None
         return [
             BatchDecodeWithPagedKVCacheWrapper(
                 self.workspace_buffer,
@@ -174,41 +127,21 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 use_cuda_graph=True,
                 use_tensor_cores=True,
                 paged_kv_indptr_buffer=self.kv_indptr[0][: num_tokens + 1],
-                paged_kv_indices_buffer=self.graph_rows,
+                paged_kv_indices_buffer=self.steps.graphs.kv_indices,
                 paged_kv_last_page_len_buffer=self.kv_last_page_len[:num_tokens],
             )
         ]
 
-    def new_step(self, requests: int, lengths: torch.Tensor, graph: bool) -> DecodeStep:
-        """Buffers for a decode step; those of the CUDA graphs, or new ones sized by ``lengths`` (host)."""
-        layers = self.state.layout.layers
-        if graph:
-            assert self.graph_rows is not None
-            assert self._graph_pointers is not None and self._graph_write is not None
-            pointers = self._graph_pointers[: layers * requests + 1]
-            lists = LayerLists(self.graph_rows, pointers, requests)
-            self.step = DecodeStep(lists, self._graph_write)
-            return self.step
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=self.workspace_buffer.device)
-
-        rows = empty(max(self.list_size(lengths), 1))
-        lists = LayerLists(rows, empty(layers * requests + 1), requests)
-        self.step = DecodeStep(lists, empty(layers, requests))
-        return self.step
-
-    def _find_write_rows(self, forward_batch: ForwardBatch, streaming_slots: torch.Tensor) -> None:
-        assert self.step is not None
-        requests = self.step.lists.requests
-        write_rows(
-            self.step.write,
-            self.state.sets.bank_of,
-            self.state.sets.set_of,
-            forward_batch.req_pool_indices[:requests],
-            forward_batch.out_cache_loc[:requests],
-            streaming_slots[:requests],
-            self.state.layout,
+    def _find_out_cache_loc(self, forward_batch: ForwardBatch, streaming_slots: torch.Tensor) -> None:
+        step = self.steps.current
+        assert step is not None
+        requests = step.lists.requests
+        decode_out_cache_loc(
+            step.out_cache_loc,
+            self.banks,
+            req_pool_indices=forward_batch.req_pool_indices[:requests],
+            full_slots=forward_batch.out_cache_loc[:requests],
+            streaming_slots=streaming_slots[:requests],
         )
 
     def forward_decode(
@@ -221,18 +154,15 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """[requests, heads * dim]."""
-        step, metadata = self.step, self.forward_metadata
+        step, metadata = self.steps.current, self.forward_metadata
         assert step is not None and isinstance(metadata, DecodeMetadata)
-        arena = self.state.arena
-        new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)
-        where = step.write[layer.layer_id, : step.lists.requests]
-        store_rows(arena.keys, arena.values, where, new_k, new_v)
-        wrapper = metadata.decode_wrappers[0]
+        out_cache_loc = step.out_cache_loc[layer.layer_id, : step.lists.requests]
+        store_kv(self.pool, out_cache_loc, self._stored(k, v, layer))
         out = step.attend(
-            wrapper,
+            metadata.decode_wrappers[0],
             layer.layer_id,
             q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
-            self._kv_cache,
+            self.paged_cache,
             sm_scale=layer.scaling,
             k_scale=layer.k_scale_float,
             v_scale=layer.v_scale_float,
@@ -252,213 +182,64 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         prefill = self.prefill
         assert prefill is not None
         query = by_head(q, layer)
-        k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
-        v = v.view(-1, layer.tp_v_head_num, layer.head_dim)
-        new_k, new_v = self.stored(k, layer.k_scale_float), self.stored(v, layer.v_scale_float)
-        if prefill.windowed:
-            self._place(new_k, new_v, layer, prefill, before=True)
+        new = KV(
+            k.view(-1, layer.tp_k_head_num, layer.head_dim), v.view(-1, layer.tp_v_head_num, layer.head_dim)
+        )
+        stored = self._stored(k, v, layer)
+        if prefill.windowed:  # cached and new tokens are then read from one list
+            self._store_new(stored, layer, prefill)
         if prefill.full is None:
-            out, lse = self._ragged(query, k, v, layer, prefill)
+            out, lse = self._ragged(query, new, layer, prefill)
         else:
-            out, lse = prefill.full.run(query, self._kv_cache, layer)
+            out, lse = prefill.full.run(query, self.cache, layer)
         if prefill.lazy is not None:
-            self._windows(out, query, layer, prefill, prefill.lazy)
-        self.decider.decide(layer, query, out, lse, k, v, forward_batch)
-        self._place(new_k, new_v, layer, prefill, before=not prefill.windowed, after=True)
+            window, window_lse = prefill.lazy.run(query, self.cache, layer)
+            column = BankColumn.of_layer(self.banks, prefill.banks[:, layer.layer_id])
+            merge_sinks(
+                out,
+                window_lse,
+                query,
+                self.cache,
+                prefill.sinks,
+                Scales.of(layer),
+                window=window,
+                banks=(column, self.state.keep),
+            )
+        self.decider.decide(layer, query, out, lse, new, forward_batch)
+        if layer.layer_id >= self.state.keep:
+            # One after the other: what is cut may be read from the rows that the next request is staged in.
+            for tiles in (prefill.cut_tiles, prefill.stage_tiles):
+                settle(self.pool, stored, layer.layer_id, tiles, prefill.requests, self.banks, prefill.popped)
+        elif not prefill.windowed:
+            self._store_new(stored, layer, prefill)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
-    def stored(self, tensor: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """K or V as the arena holds it: [tokens, kv heads, dim] in its dtype."""
-        tensor = tensor.view(len(tensor), -1, self.state.arena.keys.shape[2])
+    def _store_new(self, stored: KV, layer: RadixAttention, prefill: PrefillMetadata) -> None:
+        store_new(self.pool, stored, layer.layer_id, prefill.new_tiles, prefill.requests, self.banks)
+
+    def _stored(self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention) -> KV:
+        """New K and V as the pool holds them: [tokens, KV heads, dim] in its dtype."""
+        return KV(self._as_stored(k, layer.k_scale_float), self._as_stored(v, layer.v_scale_float))
+
+    def _as_stored(self, tensor: torch.Tensor, scale: float | None) -> torch.Tensor:
+        tensor = tensor.view(len(tensor), -1, self.pool.k.shape[2])
         if tensor.dtype != self.state.kv_dtype:
             if scale is not None and scale != 1.0:
                 tensor = tensor / scale
             tensor = tensor.to(self.state.kv_dtype)
-        return tensor.view(self.state.arena.keys.dtype)
+        return tensor.view(self.pool.k.dtype)
 
     def _ragged(
-        self,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        prefill: PrefillMetadata,
+        self, query: torch.Tensor, new: KV, layer: RadixAttention, prefill: PrefillMetadata
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wrapper = self.prefill_wrapper_ragged
+        wrapper = self.calls.ragged
         for lengths in prefill.lengths:
             lengths.use(layer.layer_id)
-        if prefill.prefix_rows is None and not prefill.undecided:
-            return wrapper.forward(query, k, v, causal=True, sm_scale=layer.scaling), None
-        out, lse = wrapper.forward_return_lse(query, k, v, causal=True, sm_scale=layer.scaling)
-        if prefill.prefix_rows is None:
+        if prefill.prefix_kv_indices is None and not prefill.undecided:
+            return wrapper.forward(query, *new, causal=True, sm_scale=layer.scaling), None
+        out, lse = wrapper.forward_return_lse(query, *new, causal=True, sm_scale=layer.scaling)
+        if prefill.prefix_kv_indices is None:
             return out, lse
-        keys, values = (part.squeeze(1) for part in self._kv_cache)
-        cached = self.prefix.run(query, keys, values, prefill.prefix_rows[layer.layer_id], layer)
+        cached = self.calls.prefix.run(query, self.cache, prefill.prefix_kv_indices[layer.layer_id], layer)
         merged: tuple[torch.Tensor, torch.Tensor] = stock._safe_merge_state(out, lse, *cached)
         return merged
-
-    def _windows(
-        self,
-        out: torch.Tensor,
-        query: torch.Tensor,
-        layer: RadixAttention,
-        prefill: PrefillMetadata,
-        lazy: PagedCall | GatheredCall,
-    ) -> None:
-        """Streaming attention into ``out``, for the requests that are lazy in this layer."""
-        windows: Windows = self.runner.windows()
-        window, window_lse = lazy.run(query, self._kv_cache, layer)
-        layout = self.state.layout
-        merge_sinks(
-            out,
-            window_lse,
-            query,
-            self._kv_cache[0].squeeze(1),
-            self._kv_cache[1].squeeze(1),
-            prefill.sink_rows,
-            prefill.lazy_tiles,
-            windows,
-            layer.scaling,
-            layer.k_scale_float or 1.0,
-            layer.v_scale_float or 1.0,
-            window=window,
-            banks=Banks(
-                prefill.banks[:, layer.layer_id],
-                layout.full_banks,
-                layout.streaming_start,
-                layout.streaming_rows,
-            ),
-        )
-
-    def _place(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        prefill: PrefillMetadata,
-        *,
-        before: bool,
-        after: bool = False,
-    ) -> None:
-        if not after or layer.layer_id < self.state.keep:
-            if before:
-                self._place_tiles(k, v, layer, prefill, prefill.new_tiles, before=True, scratch=not after)
-            return
-        # One after the other: what is cut may be read from the rows that the next request is staged in.
-        self._place_tiles(k, v, layer, prefill, prefill.cut_tiles, before=before, after=True)
-        self._place_tiles(k, v, layer, prefill, prefill.stage_tiles, after=True)
-
-    def _place_tiles(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        prefill: PrefillMetadata,
-        tiles: Tiles,
-        *,
-        before: bool = False,
-        after: bool = False,
-        scratch: bool = False,
-    ) -> None:
-        arena = self.state.arena
-        place(
-            arena.keys,
-            arena.values,
-            k,
-            v,
-            layer.layer_id,
-            tiles,
-            prefill.popped,
-            self.state.sets.bank_of,
-            prefill.requests,
-            self.runner.windows(),
-            self.state.layout,
-            before=before,
-            after=after,
-            scratch=scratch,
-        )
-
-
-class DynamicDecodeUpdater(FlashInferIndicesUpdaterDecode):
-    """Writes all layers' lists and, under CUDA graphs, plans; else one plan, for the longest, serves all."""
-
-    attn_backend: DynamicFlashInferBackend
-
-    def __init__(self, model_runner: HybridRunner, attn_backend: DynamicFlashInferBackend) -> None:
-        self.runner = model_runner
-        super().__init__(model_runner, attn_backend)
-
-    def update_sliding_window(
-        self,
-        seq_lens: torch.Tensor,
-        seq_lens_cpu: torch.Tensor | None,
-        seq_lens_sum: int,
-        decode_wrappers: list[Any],
-        encoder_lens: torch.Tensor | None,
-        spec_info: Any,
-        fixed_split_size: int | None = None,
-        disable_split_kv: bool | None = None,
-        *,
-        plan: Any,
-        req_pool_indices: torch.Tensor,
-    ) -> None:
-        """As FlashInferIndicesUpdaterDecode.update_sliding_window; no host sync under CUDA graphs."""
-        wrapper, requests = decode_wrappers[0], len(seq_lens)
-        if requests == 0:
-            return
-        lengths = seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:requests]
-        state, windows = self.attn_backend.state, self.runner.windows()
-        step = self.attn_backend.new_step(requests, lengths, wrapper.is_cuda_graph_enabled)
-        lists = step.lists
-        sets = state.sets
-        decode_pointers(
-            lists.pointers,
-            sets.bank_of,
-            sets.set_of,
-            req_pool_indices,
-            seq_lens,
-            state.layout.full_banks,
-            windows,
-        )
-        decode_lists(
-            lists.rows,
-            lists.pointers,
-            sets.bank_of,
-            sets.set_of,
-            req_pool_indices,
-            seq_lens,
-            int(lengths.max()),
-            self.runner.streaming_tables(),
-            windows,
-            state.layout,
-        )
-        if not (wrapper.is_cuda_graph_enabled and is_replanned(wrapper)):
-            self._plan_longest(wrapper, lists, lengths, fixed_split_size, disable_split_kv)
-        plans = self.attn_backend.graph_plans
-        if wrapper.is_cuda_graph_enabled and plans is not None:
-            plan = plans.write(wrapper, lists.pointers, requests)
-            self.attn_backend.step = replace(step, plan=plan, plans=plans.buffer)
-
-    def _plan_longest(
-        self,
-        wrapper: Any,
-        lists: LayerLists,
-        lengths: torch.Tensor,
-        fixed_split_size: int | None,
-        disable_split_kv: bool | None,
-    ) -> None:
-        requests = len(lengths)
-        if wrapper.is_cuda_graph_enabled:
-            # A first plan copies the beginnings of lists into the wrapper's buffer: its own, not one of ours.
-            wrapper._paged_kv_indptr_buf = self.kv_indptr[0][: requests + 1]
-        indptr_host = host_indptr(lengths)
-        plan_decode(
-            self,
-            wrapper,
-            indptr_host,
-            lists.rows[:1],
-            torch.ones(requests, dtype=torch.int32),
-            indptr_host,
-            fixed_split_size,
-            disable_split_kv,
-        )

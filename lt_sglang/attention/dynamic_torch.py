@@ -6,6 +6,7 @@ Request by request and layer by layer; host synchronisation does not matter here
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.queue import NOBODY, queue_step
 from lt_sglang.identify.scores.reference import LOG2E
 from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -60,7 +62,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             self._lazy = decode_row_lists(rows, forward_batch.seq_lens, tables, windows)
             return
         self._sinks = sink_rows(rows, tables, windows)
-        self._prefills = self._runner.prefill_plans(forward_batch)
+        self._prefills = self._runner.prefill_plans.of(forward_batch)
 
     def forward_decode(
         self,
@@ -84,9 +86,8 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             else:
                 rows, new = self._lazy[index], self._streaming[index][-1:]
             one = slice(index, index + 1)
-            self._store(start + new, k[one], v[one])
-            keys, values = self._load(start + rows, query.dtype)
-            out[one] = attend(query[one], keys, values, None, layer)
+            self._store(start + new, KV(k[one], v[one]))
+            out[one] = attend(query[one], self._load(start + rows, query.dtype), None, layer)
         return out.view(query.shape[0], -1)
 
     def forward_extend(
@@ -110,32 +111,25 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             new = slice(ends[index], ends[index + 1])
             here = None if hidden is None else hidden[new]
             if prefill.kind == Kind.DECIDED:
-                out[new] = self._decided(index, prefill, query[new], k[new], v[new], layer)
+                out[new] = self._decided(index, prefill, query[new], KV(k[new], v[new]), layer)
             else:
-                out[new] = self._undecided(index, prefill, query[new], k[new], v[new], layer, here)
+                out[new] = self._undecided(index, prefill, query[new], KV(k[new], v[new]), layer, here)
         if layer.layer_id == self._state.layout.layers - 1:
             self._state.finish(self._prefills)
         return out.view(q.shape[0], -1)
 
     def _decided(
-        self,
-        index: int,
-        prefill: Prefill,
-        query: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
+        self, index: int, prefill: Prefill, query: torch.Tensor, new: KV, layer: RadixAttention
     ) -> torch.Tensor:
         layout = self._state.layout
         bank = self._banks[index][layer.layer_id]
         start = layout.bank_start(bank)
         if bank < layout.full_banks:
-            self._store(start + self._full[index][prefill.prefix :], k, v)
-            keys, values = self._load(start + self._full[index], query.dtype)
-            return _causal(query, keys, values, prefill.prefix, layer)
-        self._store(start + self._streaming[index][prefill.prefix :], k, v)
+            self._store(start + self._full[index][prefill.prefix :], new)
+            return _causal(query, self._load(start + self._full[index], query.dtype), prefill.prefix, layer)
+        self._store(start + self._streaming[index][prefill.prefix :], new)
 
-        def load(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def load(rows: torch.Tensor) -> KV:
             return self._load(start + rows, query.dtype)
 
         slots, sinks, windows = self._streaming[index], self._sinks[index], self._runner.windows()
@@ -146,32 +140,28 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         index: int,
         prefill: Prefill,
         query: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        new: KV,
         layer: RadixAttention,
         hidden: torch.Tensor | None,
     ) -> torch.Tensor:
         state, layout, number = self._state, self._state.layout, layer.layer_id
-        staged = torch.arange(prefill.end)
-        early = number < layout.full_banks
         rows = layout.bank_start(number) + self._full[index]
-        if not early:
-            rows = layout.staging_bank_start(number) + staged
-        before_k, before_v = self._load(rows[: prefill.prefix], query.dtype)
+        if number >= layout.full_banks:
+            rows = layout.staging_bank_start(number) + torch.arange(prefill.end)
+        before = self._load(rows[: prefill.prefix], query.dtype)
         # Through the KV cache's dtype, as if they had been read back.
-        keys = torch.cat([before_k, self._rounded(k, query.dtype)])
-        values = torch.cat([before_v, self._rounded(v, query.dtype)])
-        out = _causal(query, keys, values, prefill.prefix, layer)
+        rounded = (part.to(state.kv_dtype).to(query.dtype) for part in new)
+        whole = KV(*(torch.cat(parts) for parts in zip(before, rounded, strict=True)))
+        out = _causal(query, whole, prefill.prefix, layer)
         chunk = None
         if state.score is not None:
             chunk = LastQueries(query, out, torch.empty(0), hidden)
             count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
             with state.stopwatch:
                 chunk = chunk.last(count)
-                lse = _log2_sum(chunk.query, keys, layer)
-                chunk = LastQueries(chunk.query, chunk.attention, lse, chunk.hidden)
+                chunk = replace(chunk, lse=_log2_sum(chunk.query, whole.k, layer))
         if prefill.kind == Kind.STAGE:
-            self._store(rows[prefill.prefix :], k, v)
+            self._store(rows[prefill.prefix :], new)
             if chunk is not None:
                 state.tails.keep(number, chunk, first=prefill.prefix == 0)
             return out
@@ -180,77 +170,50 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             if chunk is None:
                 state.sets.laziness[sets, number] = state.listed(number)
             else:
-                found = self._laziness(prefill, chunk, keys, values, layer)
-                state.sets.laziness[sets, number] = found
+                state.sets.laziness[sets, number] = self._laziness(prefill, chunk, whole, layer)
             popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
-        self._move(index, prefill, number, popped, keys, values)
+        self._move(index, prefill, number, popped, whole)
         return out
 
     def _laziness(
-        self,
-        prefill: Prefill,
-        chunk: LastQueries,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        layer: RadixAttention,
+        self, prefill: Prefill, chunk: LastQueries, whole: KV, layer: RadixAttention
     ) -> torch.Tensor:
-        state, number = self._state, layer.layer_id
+        state = self._state
         assert state.score is not None
-        last = state.tails.join(number, chunk, prefill.last_queries)
+        last = state.tails.join(layer.layer_id, chunk, prefill.last_queries)
         positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
         chosen = torch.tensor(positions, dtype=torch.int32)
-        evidence = single_evidence(
-            state, prefill, number, last, keys[chosen], values[chosen], chosen, layer.scaling
-        )
-        return state.score.laziness(evidence)
+        return state.score.laziness(single_evidence(state, prefill, layer, last, whole.at(chosen), chosen))
 
-    def _move(
-        self,
-        index: int,
-        prefill: Prefill,
-        number: int,
-        popped: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> None:
+    def _move(self, index: int, prefill: Prefill, number: int, popped: int, whole: KV) -> None:
         """Cut the popped layer to its streaming bank, then put the new layer into the bank that is free."""
         layout = self._state.layout
         full, streaming = self._full[index], self._streaming[index]
+        new = slice(prefill.prefix, None)
         if popped == NOBODY:
-            self._store(
-                layout.bank_start(number) + full[prefill.prefix :],
-                keys[prefill.prefix :],
-                values[prefill.prefix :],
-            )
+            self._store(layout.bank_start(number) + full[new], whole.where(new))
             return
-        cut_k, cut_v = keys, values
+        cut = whole
         if popped != number:
             bank = int(self._state.sets.bank_of[prefill.layer_set, number])
-            cut_k, cut_v = self._load(layout.bank_start(bank) + full, keys.dtype)
+            cut = self._load(layout.bank_start(bank) + full, whole.k.dtype)
         start = layout.bank_start(number)  # of the streaming bank the popped layer takes
         held = streaming != 0
-        self._store(start + streaming[held], cut_k[held], cut_v[held])
-        sinks = min(len(self._sinks[index]), prefill.end)
-        self._store(start + self._sinks[index][:sinks], cut_k[:sinks], cut_v[:sinks])
+        self._store(start + streaming[held], cut.where(held))
+        sinks = slice(min(len(self._sinks[index]), prefill.end))
+        self._store(start + self._sinks[index][sinks], cut.where(sinks))
         if popped != number:
-            self._store(layout.bank_start(bank) + full, keys, values)
+            self._store(layout.bank_start(bank) + full, whole)
 
-    def _rounded(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return tensor.to(self._state.kv_dtype).to(dtype)
+    def _store(self, rows: torch.Tensor, new: KV) -> None:
+        for pool, part in zip(self._state.pool.kv, new, strict=True):
+            pool[rows] = part.to(self._state.kv_dtype).view(pool.dtype)
 
-    def _store(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        arena, dtype = self._state.arena, self._state.kv_dtype
-        arena.keys[rows] = k.to(dtype).view(arena.keys.dtype)
-        arena.values[rows] = v.to(dtype).view(arena.values.dtype)
-
-    def _load(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        arena, kept = self._state.arena, self._state.kv_dtype
-        return arena.keys[rows].view(kept).to(dtype), arena.values[rows].view(kept).to(dtype)
+    def _load(self, rows: torch.Tensor, dtype: torch.dtype) -> KV:
+        return KV(*(part.view(self._state.kv_dtype).to(dtype) for part in self._state.pool.kv.at(rows)))
 
 
-def _causal(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prefix: int, layer: RadixAttention
-) -> torch.Tensor:
+def _causal(query: torch.Tensor, read: KV, prefix: int, layer: RadixAttention) -> torch.Tensor:
     """Full attention of queries from position ``prefix`` on; [queries, heads, dim]."""
     out = torch.empty_like(query)
     for offset in range(0, len(query), QUERY_BLOCK):
@@ -258,7 +221,7 @@ def _causal(
         seen = prefix + block.stop
         position = torch.arange(prefix + offset, seen)[:, None]
         mask = torch.arange(seen)[None, :] <= position
-        out[block] = attend(query[block], keys[:seen], values[:seen], mask, layer)
+        out[block] = attend(query[block], read.where(slice(seen)), mask, layer)
     return out
 
 

@@ -4,8 +4,7 @@ One plan serves all layers, but in dynamic mode a request is full in some of the
 reads where a list begins and ends when it runs; FA3 keeps each list's length in its plan, so there the plan's
 lengths are exchanged before every layer. A list of length 0 costs next to nothing.
 
-Source: flashinfer/data/include/flashinfer/attention/scheduler.cuh, PrefillSM90Plan: one entry for each tile
-of queries and each head, with its request and the length of that request's list.
+Source: flashinfer/data/include/flashinfer/attention/scheduler.cuh, PrefillSM90Plan.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from typing import Any
 
 import torch
 
+from lt_sglang.attention.flashinfer_private import int_workspace, sm90_plan_info
 from lt_sglang.errors import LightTransferError
-
-# PrefillPlanSM90Info: where arrays lie in the integer workspace, in bytes.
-_KV_LEN, _HEAD_INDICES, _BATCH_INDICES, _FIELDS = 4, 5, 7, 9
 
 
 class LayerLengths:
@@ -32,21 +29,16 @@ class LayerLengths:
     """
 
     def __init__(self, wrapper: Any, full: torch.Tensor) -> None:
-        info = [int(field) for field in wrapper._plan_info]
-        if len(info) != _FIELDS or not 0 < info[_KV_LEN] < info[_HEAD_INDICES] < info[_BATCH_INDICES]:
+        info, workspace = sm90_plan_info(wrapper), int_workspace(wrapper)
+        if not 0 < info.kv_len_offset < info.head_indices_offset < info.batch_indices_offset:
             raise LightTransferError(
-                f"FlashInfer's prefill plan {info} is not FA3's; use flashinfer-python 0.7.2"
+                f"FlashInfer's prefill plan {list(info)} is not FA3's; use flashinfer-python 0.7.2"
             )
-        workspace = wrapper._int_workspace_buffer
-        size = info[_HEAD_INDICES] - info[_KV_LEN]
-
-        def entries(field: int) -> torch.Tensor:
-            view: torch.Tensor = workspace[info[field] : info[field] + size].view(torch.int32)
-            return view
-
-        self._lengths = entries(_KV_LEN)
+        size = info.head_indices_offset - info.kv_len_offset
+        self._lengths = workspace[info.kv_len_offset :][:size].view(torch.int32)
         # Behind the last entry lies, up to the alignment, whatever was there before.
-        requests = entries(_BATCH_INDICES).clamp(0, full.shape[1] - 1)
+        requests = workspace[info.batch_indices_offset :][:size].view(torch.int32)
+        requests = requests.clamp(0, full.shape[1] - 1)
         self._of_layers = self._lengths * full[:, requests.to(torch.int64)]
 
     def use(self, layer: int) -> None:

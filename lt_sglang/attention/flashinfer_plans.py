@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from lt_sglang.attention.flashinfer_private import use_kv_indices, use_kv_indptr
+from lt_sglang.memory.kv import KV
+
 
 @dataclass(frozen=True)
-class LayerLists:
+class LayerIndices:
     """Rows that every layer of every request reads, in one buffer.
 
-    rows: int32. pointers: int32 [L * requests + 1], where each layer's list of each request begins.
+    kv_indices: int32. kv_indptr: int32 [L * requests + 1], where each layer's list of each request begins.
     """
 
-    rows: torch.Tensor
-    pointers: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_indptr: torch.Tensor
     requests: int
 
     def use(self, wrapper: Any, layer: int) -> None:
@@ -27,8 +30,8 @@ class LayerLists:
         They may be empty where they were planned, and in tensor-core decode shorter.
         """
         first = layer * self.requests
-        wrapper._paged_kv_indptr_buf = self.pointers[first : first + self.requests + 1]
-        wrapper._paged_kv_indices_buf = self.rows
+        use_kv_indptr(wrapper, self.kv_indptr[first : first + self.requests + 1])
+        use_kv_indices(wrapper, self.kv_indices)
 
 
 @contextmanager
@@ -62,6 +65,11 @@ def by_head(query: torch.Tensor, layer: Any) -> torch.Tensor:
     return query.view(-1, layer.tp_q_head_num, layer.head_dim)
 
 
+def paged(cache: KV) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as FlashInfer's paged wrappers take them, in pages of one row: [rows, 1, KV heads, dim]."""
+    return cache.k.unsqueeze(1), cache.v.unsqueeze(1)
+
+
 def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
     """int32 [n + 1] on the host: 0 and the running sums of ``lengths``."""
     indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32)
@@ -72,23 +80,30 @@ def host_indptr(lengths: torch.Tensor | list[int]) -> torch.Tensor:
 def plan_decode(
     updater: Any,
     wrapper: Any,
-    indptr: torch.Tensor,
-    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
     last_page_len: torch.Tensor,
-    indptr_host: torch.Tensor,
+    kv_indptr_host: torch.Tensor,
     fixed_split_size: int | None,
     disable_split_kv: bool | None,
 ) -> None:
-    """Plan a decode wrapper with the shapes of ``updater`` (SGLang's indices updater)."""
-    fast = {"global_override_indptr_cpu": indptr_host} if is_replanned(wrapper) else {}
+    """Plan a decode wrapper.
+
+    Args:
+        updater: SGLang's indices updater, for heads and dtypes.
+        wrapper: FlashInfer's.
+        kv_indptr, last_page_len: int32 [bs + 1] and [bs], on the device or the host.
+        kv_indices: int32, of the wrapper's device.
+        kv_indptr_host: as ``kv_indptr``, on the host.
+        fixed_split_size, disable_split_kv: as SGLang gives them.
+    """
+    fast = {"global_override_indptr_cpu": kv_indptr_host} if is_replanned(wrapper) else {}
     with copied(wrapper):
         wrapper.begin_forward(
-            indptr,
-            rows,
+            kv_indptr,
+            kv_indices,
             last_page_len,
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
+            *_shape(updater),
             1,
             data_type=updater.data_type,
             q_data_type=updater.q_data_type,
@@ -122,9 +137,7 @@ def plan_ragged(
         wrapper.begin_forward(
             host_indptr(extends),
             host_indptr(extends if over is None else over),
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
+            *_shape(updater),
             causal=causal,
             window_left=window_left,
             q_data_type=updater.q_data_type,
@@ -136,7 +149,7 @@ def plan_prefill(
     wrapper: Any,
     extends: list[int],
     spans: list[int],
-    rows: torch.Tensor,
+    kv_indices: torch.Tensor,
     *,
     causal: bool,
     window_left: int = -1,
@@ -148,11 +161,9 @@ def plan_prefill(
         wrapper.begin_forward(
             host_indptr(extends),
             host_indptr(spans),
-            rows,
+            kv_indices,
             torch.tensor([min(span, 1) for span in spans], dtype=torch.int32),
-            updater.num_qo_heads,
-            updater.num_kv_heads,
-            updater.head_dim,
+            *_shape(updater),
             1,
             causal=causal,
             window_left=window_left,
@@ -160,3 +171,7 @@ def plan_prefill(
             kv_data_type=updater.data_type,
             non_blocking=True,
         )
+
+
+def _shape(updater: Any) -> tuple[int, int, int]:
+    return updater.num_qo_heads, updater.num_kv_heads, updater.head_dim

@@ -12,6 +12,7 @@ import torch
 from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
 from lt_sglang.attention.flashinfer_plans import plan_ragged
+from lt_sglang.memory.kv import KV
 
 # K and V of one layer of a batch; more is read where it is. A copy takes memory beside the KV pools, which
 # SGLang did not reckon with; GPUs that run FA3 have 80 GB or more. 131,072 tokens of 8 KV heads of 128.
@@ -60,31 +61,27 @@ class GatheredAttention:
     def run(
         self,
         query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor] | None,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        rows: torch.Tensor,
+        new: KV | None,
+        cache: KV,
+        kv_indices: torch.Tensor,
         layer: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend causally.
 
         Args:
             query: [new tokens, heads, dim], dims next to each other.
-            new: K and V of the new tokens as projected, [new tokens, KV heads, dim]; read if they are all.
-            cache: K and V at ``rows``, [any rows, KV heads, dim]; of the new tokens too.
-            rows: int [sum of spans], where the tokens are, request after request.
+            new: of the new tokens as projected; read if they are all.
+            cache: of any rows; of the new tokens too.
+            kv_indices: int [sum of spans], where the tokens are, request after request.
             layer: SGLang's RadixAttention, for its scales.
 
         Returns:
             [new tokens, heads, dim] and its log-sum-exp to base 2, float32 [new tokens, heads].
         """
-        if new is not None and self._only_new:
-            keys, values = new
-        else:
-            keys, values = (part.index_select(0, rows) for part in cache)
+        read = new if new is not None and self._only_new else cache.at(kv_indices)
         found: tuple[torch.Tensor, torch.Tensor] = self.wrapper.forward_return_lse(
             query,
-            keys,
-            values,
+            *read,
             causal=True,
             window_left=self._window_left,
             sm_scale=layer.scaling,

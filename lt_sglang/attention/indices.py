@@ -14,22 +14,22 @@ RoPE was applied when the keys were written, so the order of rows carries no mea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class StreamingTables:
+class StreamingTables(NamedTuple):
     """Where positions live on the device.
 
     req_to_token: int32 [request rows, context], full-pool slot of each position.
     full_to_streaming: int64 [full slots + 2], streaming slot of each full-pool slot (0: none).
-    row_of: int32 [request rows], sink set of each request row, or -1.
+    sink_set_of: int32 [request rows], sink set of each request row, or -1.
     """
 
     req_to_token: torch.Tensor
     full_to_streaming: torch.Tensor
-    row_of: torch.Tensor
+    sink_set_of: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def sink_rows(rows: torch.Tensor, tables: StreamingTables, windows: Windows) -> 
         int64 [bs, w_sink]. Entries of positions not yet computed are meaningless (and in bounds).
     """
     count = windows.sink_tokens
-    sets = tables.row_of[rows].to(torch.int64)[:, None]
+    sets = tables.sink_set_of[rows].to(torch.int64)[:, None]
     column = torch.arange(count, device=rows.device)
     stored = windows.sink_base + sets * count + column
     slots = tables.full_to_streaming[tables.req_to_token[rows, :count].to(torch.int64)]
@@ -87,7 +87,7 @@ def span_slots(
     return full, tables.full_to_streaming[full.to(torch.int64)].to(torch.int32)
 
 
-def decode_rows_reference(
+def decode_kv_indices_reference(
     rows: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
 ) -> torch.Tensor:
     """Rows each request's newest query reads, packed request after request; int32 [sum of lengths].

@@ -14,8 +14,10 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from flashinfer import prefill as flashinfer_prefill
 from flashinfer.utils import PosEncodingMode
 
-from lt_sglang.attention.flashinfer_plans import plan_prefill, plan_ragged
+from lt_sglang.attention.flashinfer_plans import paged, plan_prefill, plan_ragged
+from lt_sglang.attention.flashinfer_private import use_kv_indices
 from lt_sglang.attention.gathered import fits
+from lt_sglang.memory.kv import KV
 
 
 class PrefixAttention:
@@ -55,18 +57,18 @@ class PrefixAttention:
         if self._gather:
             plan_ragged(updater, self._dense, extends, over=prefixes, causal=False)
         else:
-            rows = torch.empty(1, dtype=torch.int32, device=self._device)  # each layer's come later
-            plan_prefill(updater, self._paged, extends, prefixes, rows, causal=False)
+            none = torch.empty(1, dtype=torch.int32, device=self._device)  # each layer's come later
+            plan_prefill(updater, self._paged, extends, prefixes, none, causal=False)
 
     def run(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, layer: Any
+        self, query: torch.Tensor, cache: KV, kv_indices: torch.Tensor, layer: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend over the cached tokens only.
 
         Args:
             query: [new tokens, heads, dim].
-            keys, values: [any rows, KV heads, dim].
-            rows: int32 [sum of prefixes], where the cached tokens are, request after request.
+            cache: of any rows.
+            kv_indices: int32 [sum of prefixes], where the cached tokens are, request after request.
             layer: SGLang's RadixAttention, for its scales.
 
         Returns:
@@ -76,8 +78,7 @@ class PrefixAttention:
         if self._gather:
             found = self._dense.forward_return_lse(
                 query,
-                keys.index_select(0, rows),
-                values.index_select(0, rows),
+                *cache.at(kv_indices),
                 causal=False,
                 sm_scale=layer.scaling,
                 logits_soft_cap=layer.logit_cap,
@@ -85,10 +86,10 @@ class PrefixAttention:
         else:
             # FA3 keeps where lists begin when it is planned (PrefillSM90Plan), so each layer's rows are a
             # tensor of their own instead of a range of one.
-            self._paged._paged_kv_indices_buf = rows
+            use_kv_indices(self._paged, kv_indices)
             found = self._paged.forward_return_lse(
                 query,
-                (keys.unsqueeze(1), values.unsqueeze(1)),
+                paged(cache),
                 causal=False,
                 sm_scale=layer.scaling,
                 logits_soft_cap=layer.logit_cap,

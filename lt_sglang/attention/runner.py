@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.indices import StreamingTables, Windows
     from lt_sglang.config import LightTransferConfig
     from lt_sglang.identify.state import DynamicState
-    from lt_sglang.layers.prefill import Prefill
+    from lt_sglang.layers.prefill_plans import PrefillPlans
 
 
 @runtime_checkable
@@ -21,6 +21,7 @@ class HybridRunner(Protocol):
         device: "cuda" or "cpu".
         init_new_workspace: SGLang's; whether a backend allocates a FlashInfer workspace of its own.
         kv_index_translator: SGLang's.
+        prefill_plans: in dynamic mode, the plan of the prefill that is running.
     """
 
     lt_config: LightTransferConfig
@@ -28,6 +29,7 @@ class HybridRunner(Protocol):
     device: str
     init_new_workspace: bool
     kv_index_translator: Any
+    prefill_plans: PrefillPlans
 
     def windows(self) -> Windows:
         """w_sink, w_recent and where the sink rows begin."""
@@ -35,8 +37,4 @@ class HybridRunner(Protocol):
 
     def streaming_tables(self) -> StreamingTables:
         """The device tables that turn positions into rows of the streaming buffers."""
-        ...
-
-    def prefill_plans(self, forward_batch: Any) -> list[Prefill]:
-        """In dynamic mode, the plan of the prefill that is running."""
         ...

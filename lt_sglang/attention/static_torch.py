@@ -16,10 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from lt_sglang.attention.indices import (
     StreamingTables,
     Windows,
-    decode_rows_reference,
+    decode_kv_indices_reference,
     lazy_lengths,
     sink_rows,
 )
+from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -67,15 +68,11 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         """[tokens, heads * dim] of the batch's new tokens."""
         if layer.layer_id not in self.lazy_layers:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        keys, values = self._write(k, v, layer, forward_batch, save_kv_cache)
+        cache = self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
         tables, windows = self._runner.streaming_tables(), self._runner.windows()
         assert self._sink_rows is not None
-
-        def load(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return keys[rows], values[rows]
-
         start = 0
         for index, row in enumerate(forward_batch.req_pool_indices.tolist()):
             prefix = int(forward_batch.extend_prefix_lens[index])
@@ -83,7 +80,7 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
             slots = tables.full_to_streaming[tables.req_to_token[row, : prefix + length].to(torch.int64)]
             new = slice(start, start + length)
             sinks = self._sink_rows[index]
-            out[new] = attend_streaming(query[new], prefix, slots, sinks, windows, load, layer)
+            out[new] = attend_streaming(query[new], prefix, slots, sinks, windows, cache.at, layer)
             start += length
         return out.view(q.shape[0], -1)
 
@@ -100,29 +97,28 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         """[requests, heads * dim]."""
         if layer.layer_id not in self.lazy_layers:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        keys, values = self._write(k, v, layer, forward_batch, save_kv_cache)
+        cache = self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
         for index, selected in enumerate(self._decode_rows):
             one = slice(index, index + 1)
-            out[one] = attend(query[one], keys[selected], values[selected], None, layer)
+            out[one] = attend(query[one], cache.at(selected), None, layer)
         return out.view(query.shape[0], -1)
 
     def _write(
         self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> KV:
         if save and k is not None:
             where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
-        keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        return keys, values
+        return KV(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
 
 
 def decode_row_lists(
     requests: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
 ) -> list[torch.Tensor]:
     """By request of a decode, the rows a lazy layer reads; int64."""
-    packed = decode_rows_reference(requests, seq_lens, tables, windows)
+    packed = decode_kv_indices_reference(requests, seq_lens, tables, windows)
     return list(packed.to(torch.int64).split(lazy_lengths(seq_lens, windows).tolist()))
 
 
@@ -132,20 +128,19 @@ def attend_streaming(
     slots: torch.Tensor,
     sinks: torch.Tensor,
     windows: Windows,
-    load: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    load: Callable[[torch.Tensor], KV],
     layer: RadixAttention,
 ) -> torch.Tensor:
     """Streaming attention of a request's queries from ``position`` on; [queries, heads, dim].
 
-    slots, sinks: as for ``block_keys``. load: K and V, [n, kv heads, dim], of int64 [n] rows.
+    slots, sinks: as for ``block_keys``. load: those of int64 [n] rows.
     """
     out = torch.empty_like(query)
     for offset in range(0, len(query), QUERY_BLOCK):
         count = min(QUERY_BLOCK, len(query) - offset)
         block = slice(offset, offset + count)
         rows, mask = block_keys(slots, position + offset, count, sinks, windows)
-        keys, values = load(rows)
-        out[block] = attend(query[block], keys, values, mask, layer)
+        out[block] = attend(query[block], load(rows), mask, layer)
     return out
 
 
@@ -167,19 +162,13 @@ def block_keys(
     return selected, torch.cat([query - sink >= windows.recent_tokens, window_mask], 1)
 
 
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    layer: RadixAttention,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, read: KV, mask: torch.Tensor | None, layer: RadixAttention) -> torch.Tensor:
     """Softmax attention of [queries, heads, dim] over [keys, kv heads, dim]; bool mask [queries, keys]."""
     return (
         scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),
-            keys.to(query.dtype).transpose(0, 1).unsqueeze(0),
-            values.to(query.dtype).transpose(0, 1).unsqueeze(0),
+            read.k.to(query.dtype).transpose(0, 1).unsqueeze(0),
+            read.v.to(query.dtype).transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
             enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
             scale=layer.scaling,

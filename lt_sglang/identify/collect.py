@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.scores.evidence import Evidence
 from lt_sglang.identify.state import DynamicState
 from lt_sglang.layers.prefill import Prefill
+from lt_sglang.memory.kv import KV
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
 
 
 def selected_positions(end: int, sink: int, recent: int) -> list[int]:
@@ -18,13 +24,11 @@ def selected_positions(end: int, sink: int, recent: int) -> list[int]:
 
 def layer_evidence(
     state: DynamicState,
-    layer: int,
+    layer: RadixAttention,
     batch: LastQueries,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    kv: KV,
     queries_at: tuple[torch.Tensor, torch.Tensor],
     keys_at: tuple[torch.Tensor, torch.Tensor],
-    scale: float,
 ) -> Evidence:
     """The evidence of one layer on this rank.
 
@@ -34,17 +38,17 @@ def layer_evidence(
         query=batch.query,
         attention=batch.attention,
         lse=batch.lse,
-        keys=keys,
-        values=values,
+        keys=kv.k,
+        values=kv.v,
         query_rows=queries_at[0],
         query_positions=queries_at[1],
         key_rows=keys_at[0],
         key_positions=keys_at[1],
-        scale=scale,
+        scale=layer.scaling,
         heads=state.ranks.heads,
         total_heads=state.ranks.total_heads,
         hidden=batch.hidden,
-        project=state.projections.get(layer),
+        project=state.projections.get(layer.layer_id),
         reduce=state.ranks.reduce,
         reduce_max=state.ranks.reduce_max,
     )
@@ -53,28 +57,17 @@ def layer_evidence(
 def single_evidence(
     state: DynamicState,
     prefill: Prefill,
-    layer: int,
+    layer: RadixAttention,
     last: LastQueries,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    kv: KV,
     positions: torch.Tensor,
-    scale: float,
 ) -> Evidence:
     """The evidence of one request whose last queries and selected keys were gathered.
 
-    keys, values: [S, kv heads, dim] at ``positions`` (int32 [S]).
+    kv: [S, KV heads, dim] at ``positions`` (int32 [S]).
     """
-    device = keys.device
-    count = len(last.query)
+    device, count = kv.k.device, len(last.query)
     rows = torch.arange(count, dtype=torch.int32, device=device)[None]
-    key_rows = torch.arange(len(keys), dtype=torch.int32, device=device)[None]
-    return layer_evidence(
-        state,
-        layer,
-        last,
-        keys,
-        values,
-        (rows, rows + (prefill.end - count)),
-        (key_rows, positions.to(torch.int32)[None]),
-        scale,
-    )
+    key_rows = torch.arange(len(kv.k), dtype=torch.int32, device=device)[None]
+    queries_at = rows, rows + (prefill.end - count)
+    return layer_evidence(state, layer, last, kv, queries_at, (key_rows, positions.to(torch.int32)[None]))

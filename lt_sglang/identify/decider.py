@@ -16,6 +16,7 @@ from lt_sglang.identify.scores.base import Score
 from lt_sglang.identify.scores.evidence import Evidence
 from lt_sglang.identify.state import DynamicState
 from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -91,8 +92,7 @@ class Decider:
         query: torch.Tensor,
         attention: torch.Tensor,
         lse: torch.Tensor | None,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        new: KV,
         forward_batch: Any,
     ) -> None:
         """Score one layer and pop what its queues have no room for; writes ``popped``."""
@@ -104,7 +104,7 @@ class Decider:
         batch = LastQueries(query, attention, lse, hidden)
         with self._state.stopwatch:
             if self._deciding:
-                self._decide(layer, batch, k, v)
+                self._decide(layer, batch, new)
             for plan, token in self._staged:  # after the one whose own earlier queries are kept there
                 chunk = batch.part(token, plan.extend)
                 self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
@@ -112,37 +112,29 @@ class Decider:
             self._state.finish(self._plans)
             self._together, self._alone, self._known = None, [], None
 
-    def _decide(
-        self,
-        layer: RadixAttention,
-        batch: LastQueries,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> None:
+    def _decide(self, layer: RadixAttention, batch: LastQueries, new: KV) -> None:
         state = self._state
         if state.score is None:
             listed = state.listed(layer.layer_id)
-            laziness = torch.full((self._deciding,), listed, dtype=torch.float32, device=k.device)
+            laziness = torch.full((self._deciding,), listed, dtype=torch.float32, device=new.k.device)
         else:
-            laziness = self._laziness(state.score, layer, batch, k, v)
+            laziness = self._laziness(state.score, layer, batch, new)
         queue_step(
             state.sets.bank_of,
             state.sets.laziness,
-            self._sets,
-            laziness,
-            self._popped,
-            layer.layer_id,
-            state.keep,
+            sets=self._sets,
+            score=laziness,
+            popped=self._popped,
+            layer=layer.layer_id,
+            keep=state.keep,
         )
 
-    def _laziness(
-        self, score: Score, layer: RadixAttention, batch: LastQueries, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def _laziness(self, score: Score, layer: RadixAttention, batch: LastQueries, new: KV) -> torch.Tensor:
         """float32 [D], by the score."""
         state, number = self._state, layer.layer_id
-        laziness = torch.empty(self._deciding, dtype=torch.float32, device=k.device)
+        laziness = torch.empty(self._deciding, dtype=torch.float32, device=new.k.device)
         if self._together is not None:
-            evidence = self._together.evidence(layer, batch, k, v)
+            evidence = self._together.evidence(layer, batch, new)
             found = score.laziness(evidence)
             if self._alone or self._known is not None:
                 laziness[self._together.where] = found
@@ -150,9 +142,8 @@ class Decider:
                 laziness = found
         for index, plan, gathered in self._alone:
             last = state.tails.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
-            keys, values = gathered.selected(layer, k, v)
             evidence = single_evidence(
-                state, plan, number, last, keys, values, gathered.positions, layer.scaling
+                state, plan, layer, last, gathered.selected(layer, new), gathered.positions
             )
             laziness[index : index + 1] = score.laziness(evidence)
         if self._known is not None:
@@ -200,12 +191,8 @@ class _Together:
         self._queries_at, self._keys_at = (moved[0], moved[1]), (moved[2], moved[3])
         self.where = torch.tensor(where, dtype=torch.int64).to(device, non_blocking=True)
 
-    def evidence(
-        self, layer: RadixAttention, batch: LastQueries, k: torch.Tensor, v: torch.Tensor
-    ) -> Evidence:
-        return layer_evidence(
-            self._state, layer.layer_id, batch, k, v, self._queries_at, self._keys_at, layer.scaling
-        )
+    def evidence(self, layer: RadixAttention, batch: LastQueries, new: KV) -> Evidence:
+        return layer_evidence(self._state, layer, batch, new, self._queries_at, self._keys_at)
 
 
 class _Gathered:
@@ -230,19 +217,18 @@ class _Gathered:
         self._after = torch.tensor(after, dtype=torch.int64).to(device, non_blocking=True)
         self._slots = slots.to(torch.int64)[self._before]
 
-    def selected(
-        self, layer: RadixAttention, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, kv heads, dim] K and V at ``positions``."""
-        layout, arena, number = self._state.layout, self._state.arena, layer.layer_id
+    def selected(self, layer: RadixAttention, new: KV) -> KV:
+        """[S, KV heads, dim] at ``positions``."""
+        layout, number, kv_dtype = self._state.layout, layer.layer_id, self._state.kv_dtype
         if number < layout.full_banks:
             rows = self._slots + layout.bank_start(number)
         else:
             rows = self._before + layout.staging_bank_start(number)
-        kv_dtype = self._state.kv_dtype
-        old_k = arena.keys[rows].view(kv_dtype).to(k.dtype)
-        old_v = arena.values[rows].view(kv_dtype).to(v.dtype)
-        if kv_dtype != k.dtype:  # stored divided by the scales
-            old_k = old_k * (layer.k_scale_float or 1.0)
-            old_v = old_v * (layer.v_scale_float or 1.0)
-        return torch.cat([old_k, k[self._after]]), torch.cat([old_v, v[self._after]])
+        parts = []
+        scales = (layer.k_scale_float, layer.v_scale_float)
+        for pool, fresh, scale in zip(self._state.pool.kv, new, scales, strict=True):
+            old = pool[rows].view(kv_dtype).to(fresh.dtype)
+            if kv_dtype != fresh.dtype:  # stored divided by the scale
+                old = old * (scale or 1.0)
+            parts.append(torch.cat([old, fresh[self._after]]))
+        return KV(*parts)

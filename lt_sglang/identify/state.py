@@ -15,8 +15,8 @@ from lt_sglang.identify.scores.base import Score
 from lt_sglang.identify.stopwatch import Stopwatch
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
-from lt_sglang.memory.arena import Arena
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.flat_pool import FlatPool
 
 STORED_SETS = 4096
 
@@ -58,7 +58,7 @@ class DynamicState:
     def __init__(
         self,
         config: LightTransferConfig,
-        arena: Arena,
+        pool: FlatPool,
         kv_dtype: torch.dtype,
         sets: LayerSetStore,
         score: Score | None,
@@ -66,13 +66,13 @@ class DynamicState:
         projections: dict[int, Callable[[torch.Tensor], torch.Tensor]],
     ) -> None:
         self.config = config
-        self.arena = arena
+        self.pool = pool
         self.kv_dtype = kv_dtype
         self.sets = sets
         self.score = score
         self.ranks = ranks
         self.projections = projections
-        self.stopwatch = Stopwatch.of(arena.keys.device)
+        self.stopwatch = Stopwatch.of(pool.kv.k.device)
         self.table_checks = TableChecks()
         self.before_stop: Callable[[], None] = lambda: None
         first_chunk = config.decide == "first-chunk"
@@ -81,7 +81,7 @@ class DynamicState:
     @property
     def layout(self) -> BankLayout:
         """Where the banks are."""
-        return self.arena.layout
+        return self.pool.layout
 
     @property
     def keep(self) -> int:

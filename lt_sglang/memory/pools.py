@@ -18,8 +18,8 @@ from sglang.srt.runtime_context import get_memory, get_parallel, get_schedule
 
 from lt_sglang.config import DEFAULT_EXPECTED_TOKENS, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.memory.arena import Arena, arena_pool_class
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.flat_pool import FlatPool, flat_pool_class
 from lt_sglang.memory.split import PoolSplit, SplitInput, split_budget, split_bytes, split_tokens
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
     Attributes:
         lt_config: the configuration being served.
         split: the sizes in force, set by config_from_budget.
-        arena: in dynamic mode the tensors that hold every bank, set as the pools are built.
+        flat_pool: in dynamic mode the tensors that hold every bank, set as the pools are built.
     """
 
     lt_config: LightTransferConfig
     split: PoolSplit | None
-    arena: Arena | None
+    flat_pool: FlatPool | None
 
     @classmethod
     def adopt(
@@ -47,7 +47,7 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         adopted = cls(**fields)
         adopted.lt_config = config
         adopted.split = None
-        adopted.arena = None
+        adopted.flat_pool = None
         return adopted
 
     def split_input(self) -> SplitInput:
@@ -133,8 +133,8 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         if self.lt_config.dynamic:
             assert full_max_total_num_tokens is not None
             layout = self._layout(full_max_total_num_tokens, swa_max_total_num_tokens, sink_rows)
-            self.arena = Arena(layout)
-            mha_pool_class = arena_pool_class(mha_pool_class, self.arena)
+            self.flat_pool = FlatPool(layout)
+            mha_pool_class = flat_pool_class(mha_pool_class, self.flat_pool)
         pool = super()._build_hybrid_swa_kv_pool(
             full_max_total_num_tokens=full_max_total_num_tokens,
             swa_max_total_num_tokens=swa_max_total_num_tokens + sink_rows,

@@ -57,10 +57,10 @@ class SinkStore:
         capacity: number of sets.
         sink_tokens: w_sink, rows of a set.
         request_rows: rows of SGLang's req_to_token table.
-        device: where ``row_of`` lives.
+        device: where ``set_of`` lives.
 
     Attributes:
-        row_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
+        set_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
         weights: counts the changes of the model's weights.
     """
 
@@ -68,7 +68,7 @@ class SinkStore:
         self.capacity = capacity
         self.sink_tokens = sink_tokens
         self.device = device
-        self.row_of = torch.full((request_rows,), NO_SET, dtype=torch.int32, device=device)
+        self.set_of = torch.full((request_rows,), NO_SET, dtype=torch.int32, device=device)
         self.stats = SinkStats()
         self.weights = 0
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
@@ -189,7 +189,7 @@ class SinkStore:
                 if row is not None:
                     rows[row] = index
             self._pending_rows.clear()
-            set_rows(self.row_of, rows)
+            set_rows(self.set_of, rows)
 
     @property
     def used(self) -> int:

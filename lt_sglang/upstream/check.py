@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from lt_sglang.upstream.recorded import ATTRIBUTES, FINGERPRINTS, SIGNATURES
+from lt_sglang.upstream.attributes import ATTRIBUTES
+from lt_sglang.upstream.recorded import FINGERPRINTS, SIGNATURES
 
 # Modules with classes that extend SGLang's.
 SUBCLASS_MODULES = (
@@ -27,7 +28,9 @@ SUBCLASS_MODULES = (
     "lt_sglang.attention.static_torch",
     "lt_sglang.attention.dynamic_torch",
     "lt_sglang.attention.static_flashinfer",
+    "lt_sglang.attention.static_plans",
     "lt_sglang.attention.dynamic_flashinfer",
+    "lt_sglang.attention.dynamic_decode",
 )
 
 _PREFIXES: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -145,7 +148,7 @@ def check_fingerprints() -> list[str]:
 
 
 def check_attributes() -> list[str]:
-    """Attributes we read of SGLang's objects that its source no longer names."""
+    """Attributes we read of SGLang's and FlashInfer's objects that their sources no longer name."""
     wrong = []
     for owner, names in ATTRIBUTES.items():
         try:

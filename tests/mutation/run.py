@@ -49,7 +49,7 @@ NOT_COVERED = {
     "lt_sglang/attention/kernels/*.py, identify/queue_kernel.py, identify/scores/*kernel*.py": (
         "Triton kernels; they run under its interpreter in tests/unit/interpreted_*.py, minutes for each"
     ),
-    "lt_sglang/attention/*flashinfer*.py, decode_plan.py, prefix.py, gathered.py": "need a GPU",
+    "lt_sglang/attention/*flashinfer*.py, *_plan*.py, dynamic_decode.py, prefix.py, gathered.py": "need a GPU",
     "lt_sglang/attention/*torch*.py, identify/decider.py, identify/collect.py": (
         "attention and scores; compared with transformers on real engines in tests/engine"
     ),
@@ -68,7 +68,7 @@ TESTS = {
     "layers/prefix_index.py": ["unit/test_dynamic_beginnings.py"],
     "layers/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
     "memory/banks.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
-    "memory/arena.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
+    "memory/flat_pool.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
     "identify/observation_window.py": ["unit/test_dynamic_tails.py", "unit/test_dynamic_state.py"],
     "hooks/queue_watch.py": ["unit/test_watch.py"],
     "cache/radix_static.py": ["unit/test_radix.py", "unit/test_radix_keys.py", *CACHES],

@@ -112,7 +112,7 @@ class Caches:
     def tables(self) -> StreamingTables:
         """As LightTransferModelRunner.streaming_tables."""
         return StreamingTables(
-            self.rows.req_to_token, self.allocator.full_to_swa_index_mapping, self.sinks.row_of
+            self.rows.req_to_token, self.allocator.full_to_swa_index_mapping, self.sinks.set_of
         )
 
     def flush(self) -> None:
@@ -182,7 +182,7 @@ def audit_stores(caches: Caches, held: list[Req]) -> None:
     for entry in caches.sinks._sets.values():
         assert 0 <= entry.index < caches.sizes.sets
         expected.update((names[user].kv.req_pool_idx, entry.index) for user in entry.users)
-    found = caches.sinks.row_of.tolist()
+    found = caches.sinks.set_of.tolist()
     assert [found[row] for row in range(len(found))] == [expected.get(row, -1) for row in range(len(found))]
     if caches.prefills is not None:
         sets = caches.prefills.sets

@@ -25,8 +25,8 @@ from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import DynamicState, Ranks
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
-from lt_sglang.memory.arena import Arena
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.flat_pool import FlatPool
 
 # SGLang defines its FlashInfer backend only where it sees a GPU.
 for module in (sglang.srt.utils, sglang.srt.utils.common):
@@ -36,10 +36,10 @@ from flashinfer.page import get_seq_lens  # noqa: E402
 
 from lt_sglang.attention import dynamic_flashinfer, gathered, prefix  # noqa: E402
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans  # noqa: E402
-from lt_sglang.attention.dynamic_prefill import GatheredCall, PrefillPlanner  # noqa: E402
+from lt_sglang.attention.dynamic_decode import DynamicDecodeUpdater, GraphBuffers  # noqa: E402
+from lt_sglang.attention.dynamic_prefill import GatheredCall, PrefillCalls  # noqa: E402
 from lt_sglang.attention.dynamic_torch import DynamicTorchBackend  # noqa: E402
 from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
-from lt_sglang.identify.decider import Decider  # noqa: E402
 
 LAYERS, KEEP = 5, 2
 SINK, RECENT = 4, 12
@@ -310,9 +310,9 @@ class World:
         config = LightTransferConfig(
             (0, 1, 2), mode="dynamic", keep=KEEP, score=score, sink_tokens=SINK, recent_tokens=RECENT
         )
-        arena = Arena(LAYOUT)
-        arena.take(KEEP, LAYOUT.full_rows, (KV_HEADS, DIM), torch.float32, "cpu")
-        arena.take(LAYERS - KEEP, LAYOUT.streaming_rows, (KV_HEADS, DIM), torch.float32, "cpu")
+        pool = FlatPool(LAYOUT)
+        pool.take(KEEP, LAYOUT.full_rows, (KV_HEADS, DIM), torch.float32, "cpu")
+        pool.take(LAYERS - KEEP, LAYOUT.streaming_rows, (KV_HEADS, DIM), torch.float32, "cpu")
         sets = LayerSetStore(12, config.lazy_layers, LAYERS, 16, "cpu")
 
         def same(tensor: torch.Tensor) -> torch.Tensor:
@@ -322,7 +322,7 @@ class World:
         weights = self.projections
         projections = {layer: (lambda rows, layer=layer: rows @ weights[layer].T) for layer in range(LAYERS)}
         scored = None if score == "list" else get_score(score)
-        return DynamicState(config, arena, torch.float32, sets, scored, ranks, projections)
+        return DynamicState(config, pool, torch.float32, sets, scored, ranks, projections)
 
     def _runner(self, state: DynamicState) -> Any:
         return SimpleNamespace(
@@ -333,45 +333,51 @@ class World:
             kv_index_translator=None,
             windows=lambda: WINDOWS,
             streaming_tables=lambda: self.tables,
-            prefill_plans=lambda _: self.plans,
+            prefill_plans=SimpleNamespace(of=lambda _: self.plans),
         )
 
     def _cuda_backend(self) -> Any:
         state = self.cuda_state
         backend: Any = object.__new__(dynamic_flashinfer.DynamicFlashInferBackend)
-        backend.runner, backend.state = self._runner(state), state
         backend.workspace_buffer = torch.empty(1)
-        backend.prefill_wrapper_ragged = Ragged()
-        backend.prefill_wrappers_paged = [Paged(), Paged()]
-        backend.prefix = object.__new__(PrefixAttention)
-        backend.prefix._paged, backend.prefix._dense = PlannedPaged(), Ragged()
-        backend.prefix._device = torch.device("cpu")
-        for name, window_left in (("whole", -1), ("window", RECENT - 1)):
-            gathering: Any = object.__new__(gathered.GatheredAttention)
-            gathering.wrapper, gathering._window_left = Ragged(), window_left
-            setattr(backend, name, gathering)
-        backend.indices_updater_prefill = SimpleNamespace(
-            num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
+        over_prefix: Any = object.__new__(PrefixAttention)
+        over_prefix._paged, over_prefix._dense = PlannedPaged(), Ragged()
+        over_prefix._device = torch.device("cpu")
+        backend.calls = PrefillCalls(
+            updater=SimpleNamespace(
+                num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, q_data_type=None, data_type=None
+            ),
+            ragged=Ragged(),
+            paged=[Paged(), Paged()],
+            prefix=over_prefix,
+            whole=self._gathering(-1),
+            window=self._gathering(RECENT - 1),
         )
-        backend.prefill_planner = PrefillPlanner(backend.runner, backend)
-        backend.decider = Decider(state)
-        backend.step = None
-        backend.graph_rows = torch.zeros(8192, dtype=torch.int32)
-        backend._graph_pointers = torch.zeros(LAYERS * 16 + 1, dtype=torch.int32)
-        backend._graph_write = torch.zeros((LAYERS, 16), dtype=torch.int32)
-        backend.graph_plans = object.__new__(GraphPlans)
-        backend.graph_plans.buffer = torch.randint(0, 255, (LAYERS, 8192), dtype=torch.uint8)
-        backend.graph_plans._heads, backend.graph_plans._kv_heads = HEADS, KV_HEADS
-        backend.graph_plans._dim, backend.graph_plans._processors = DIM, 16
-        backend.graph_plans._workspace_bytes, backend.graph_plans._plans = 1 << 20, {}
-        backend._kv_cache = (state.arena.keys.unsqueeze(1), state.arena.values.unsqueeze(1))
-        updater: Any = object.__new__(dynamic_flashinfer.DynamicDecodeUpdater)
-        updater.attn_backend, updater.runner = backend, backend.runner
+        backend._set_up(self._runner(state))
+        plans: Any = object.__new__(GraphPlans)
+        plans.buffer = torch.randint(0, 255, (LAYERS, 8192), dtype=torch.uint8)
+        plans._heads, plans._kv_heads, plans._dim, plans._processors = HEADS, KV_HEADS, DIM, 16
+        plans._workspace_bytes, plans._plans = 1 << 20, {}
+        backend.steps.graphs = GraphBuffers(
+            kv_indices=torch.zeros(8192, dtype=torch.int32),
+            kv_indptr=torch.zeros(LAYERS * 16 + 1, dtype=torch.int32),
+            out_cache_loc=torch.zeros((LAYERS, 16), dtype=torch.int32),
+            plans=plans,
+            padding=0,
+        )
+        updater: Any = object.__new__(DynamicDecodeUpdater)
+        updater.runner, updater.banks, updater.steps = backend.runner, backend.banks, backend.steps
         updater.num_qo_heads, updater.num_kv_heads, updater.head_dim = HEADS, KV_HEADS, DIM
         updater.data_type = updater.q_data_type = None
         updater.kv_last_page_len = torch.ones(16, dtype=torch.int32)
         backend.indices_updater_decode = updater
         return backend
+
+    @staticmethod
+    def _gathering(window_left: int) -> Any:
+        gathering: Any = object.__new__(gathered.GatheredAttention)
+        gathering.wrapper, gathering._window_left = Ragged(), window_left
+        return gathering
 
     def grow(self, request: Request, tokens: int) -> None:
         """Give a request slots for ``tokens`` more positions."""
@@ -386,7 +392,7 @@ class World:
     def share(self, request: Request, other: Request, tokens: int) -> None:
         """Let a request begin with another's cached prefix, and use its layer set."""
         self.tables.req_to_token[request.row, :tokens] = self.tables.req_to_token[other.row, :tokens]
-        self.tables.row_of[request.row] = self.tables.row_of[other.row]
+        self.tables.sink_set_of[request.row] = self.tables.sink_set_of[other.row]
         request.tokens, request.layer_set = tokens, other.layer_set
 
     def slide(self, request: Request, sink_set: int, copy: bool) -> None:
@@ -397,9 +403,9 @@ class World:
             for bank in range(KEEP, LAYERS):
                 start = LAYOUT.bank_start(bank)
                 target = start + LAYOUT.sink_base + sink_set * SINK + torch.arange(SINK)
-                for tensor in (state.arena.keys, state.arena.values):
+                for tensor in state.pool.kv:
                     tensor[target] = tensor[start + streaming[:SINK]]
-        self.tables.row_of[request.row] = sink_set
+        self.tables.sink_set_of[request.row] = sink_set
         self.tables.full_to_streaming[slots[: request.tokens - RECENT]] = 0
 
     def prefill(self, work: list[tuple[Kind, Request, int, int]]) -> Any:
@@ -455,7 +461,7 @@ class World:
             lengths, lengths, 0, [wrapper], None, None, plan=None, req_pool_indices=rows
         )
         backend.forward_metadata = dynamic_flashinfer.DecodeMetadata([wrapper])
-        backend._find_write_rows(batch, self.tables.full_to_streaming[slots])
+        backend._find_out_cache_loc(batch, self.tables.full_to_streaming[slots])
         for layer in range(LAYERS):
             self._layer(batch, layer, len(requests), "forward_decode")
 
@@ -489,8 +495,8 @@ class World:
         if function == "forward_extend" and self.kernels == "fa3":
             self._no_work_where_lazy(number)
         used = slice(0, LAYOUT.scratch_start)
-        for name in ("keys", "values"):
-            a, b = getattr(ours.arena, name)[used], getattr(theirs.arena, name)[used]
+        for name in ("k", "v"):
+            a, b = getattr(ours.pool.kv, name)[used], getattr(theirs.pool.kv, name)[used]
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after layer {number}")
 
     def _no_work_where_lazy(self, layer: int) -> None:
@@ -511,8 +517,8 @@ class World:
             return
         new = [0 if skip else one.extend for skip, one in zip(lazy, self.plans, strict=True)]
         cached = [0 if skip else one.prefix for skip, one in zip(lazy, self.plans, strict=True)]
-        assert backend.prefill_wrapper_ragged.ran == new
-        assert calls.prefix_rows is None or backend.prefix.wrapper.ran == cached
+        assert backend.calls.ragged.ran == new
+        assert calls.prefix_kv_indices is None or backend.calls.prefix.wrapper.ran == cached
 
 
 @pytest.mark.parametrize(
@@ -537,11 +543,11 @@ def test_backends_agree(score: str, seed: int, draw: int, monkeypatch: pytest.Mo
         Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (4, 0), (9, 0), (11, 8))
     )
     meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
-    assert not meta.windowed and meta.prefix_rows is None
+    assert not meta.windowed and meta.prefix_kv_indices is None
     world.slide(a, 1, copy=False)  # reserved: written when it is decided
     # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
     meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
-    assert not meta.windowed and meta.prefix_rows is not None
+    assert not meta.windowed and meta.prefix_kv_indices is not None
     world.slide(b, 2, copy=True)
     world.decode([a, b, d, f])
     world.share(e, b, 28)
@@ -579,12 +585,12 @@ def test_a_prefill_holds_p_full_layers_and_windows(monkeypatch: pytest.MonkeyPat
     The layer that contends is the batch's own K and V. Only a staged prompt waits in rows of its own.
     """
     world = World(4, "lighttransfer", monkeypatch)
-    arena = world.cuda_state.arena
-    for tensor in (arena.keys, arena.values, world.torch_state.arena.keys, world.torch_state.arena.values):
+    pool = world.cuda_state.pool.kv
+    for tensor in (*pool, *world.torch_state.pool.kv):
         tensor.fill_(7.0)
 
     def written() -> dict[str, int]:
-        rows = (arena.keys != 7.0).flatten(1).any(1)
+        rows = (pool.k != 7.0).flatten(1).any(1)
         edges = (0, LAYOUT.streaming_start, LAYOUT.staging_start, LAYOUT.scratch_start, LAYOUT.total_rows)
         names = ("full", "streaming", "staging", "scratch")
         return {name: int(rows[a:b].sum()) for name, a, b in zip(names, edges, edges[1:], strict=False)}

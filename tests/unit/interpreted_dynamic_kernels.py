@@ -6,31 +6,23 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lt_sglang.attention.decode_plan import (
-    CHUNKS_PER_PLACE,
-    START_TOKENS,
-    DecodePlan,
-    decode_plans,
-    plan_bytes,
-)
-from lt_sglang.attention.indices import StreamingTables, Windows, decode_rows_reference
+from lt_sglang.attention.decode_plan import CHUNKS_PER_PLACE, DecodePlan, decode_plans, plan_bytes
+from lt_sglang.attention.flashinfer_private import PrefillPlanInfo, plan_info
+from lt_sglang.attention.indices import StreamingTables, Windows, decode_kv_indices_reference
 from lt_sglang.attention.kernels import decode_dynamic
-from lt_sglang.attention.kernels.extend_dynamic import (
-    EVERY,
-    FULL_ONLY,
-    LAZY_ONLY,
-    extend_lists,
-    list_pointers,
-)
-from lt_sglang.attention.kernels.merge_sinks import Banks, make_sink_tiles, merge_sinks
-from lt_sglang.attention.kernels.place import place
+from lt_sglang.attention.kernels.banks import LayerBanks
+from lt_sglang.attention.kernels.decode_plans import START_TOKENS
+from lt_sglang.attention.kernels.extend_dynamic import every_kv_indices, extend_kv_indices, extend_kv_indptr
+from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, Sinks, make_sink_tiles, merge_sinks
+from lt_sglang.attention.kernels.place import settle, store_new
 from lt_sglang.attention.kernels.requests import Requests
-from lt_sglang.attention.kernels.store import store_rows
+from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.kernels.tiles import make_tiles
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.queue import queue_step
@@ -38,6 +30,7 @@ from lt_sglang.identify.queue_kernel import queue_step as queue_step_kernel
 from lt_sglang.layers.layer_sets import banks as banks_of
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.kv import KV
 
 LAYERS, KEEP = 7, 3
 SINK, RECENT = 4, 12
@@ -55,7 +48,7 @@ LAYOUT = BankLayout(
 
 
 def test_kernels_are_interpreted_here() -> None:
-    assert type(decode_dynamic._decode_lists).__name__ == "InterpretedFunction"
+    assert type(decode_dynamic._decode_kv_indices).__name__ == "InterpretedFunction"
 
 
 class World:
@@ -69,14 +62,14 @@ class World:
         streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
         self.req_to_token = torch.zeros((20, 256), dtype=torch.int32)
         self.full_to_streaming = torch.zeros(FULL + 2, dtype=torch.int64)
-        self.row_of = torch.full((20,), -1, dtype=torch.int32)
+        self.sink_set_of = torch.full((20,), -1, dtype=torch.int32)
         for index, (row, length) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
             taken = [next(slots) for _ in range(length)]
             self.req_to_token[row, :length] = torch.tensor(taken, dtype=torch.int32)
             if index < SETS and rng.random() < 0.7:
-                self.row_of[row] = index
+                self.sink_set_of[row] = index
             for position, slot in enumerate(taken):
-                sink = position < SINK and self.row_of[row] < 0
+                sink = position < SINK and self.sink_set_of[row] < 0
                 if sink or position >= length - RECENT - 3:
                     self.full_to_streaming[slot] = next(streaming)
         self.bank_of = torch.full((12, LAYERS), -1, dtype=torch.int32)
@@ -87,7 +80,8 @@ class World:
             table = banks_of(lazy, LAYERS)
             self.bank_of[chosen] = torch.tensor(table, dtype=torch.int32)
             self.set_of[row] = chosen
-        self.tables = StreamingTables(self.req_to_token, self.full_to_streaming, self.row_of)
+        self.tables = StreamingTables(self.req_to_token, self.full_to_streaming, self.sink_set_of)
+        self.banks = LayerBanks(self.bank_of, self.set_of, LAYOUT, WINDOWS)
 
     def full(self, index: int) -> list[int]:
         return self.req_to_token[self.rows[index], : self.lengths[index]].tolist()
@@ -100,18 +94,18 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_decode_lists(seed: int) -> None:
+def test_decode_kv_indices(seed: int) -> None:
     rng = random.Random(seed)
     world = World(rng, [1, rng.randint(2, 15), 16, 17, rng.randint(18, 90), 40])
     lengths = torch.tensor(world.lengths)
     count = len(lengths)
     pointers = torch.full((LAYERS * count + 1,), -9, dtype=torch.int32)
-    decode_dynamic.decode_pointers(pointers, world.bank_of, world.set_of, world.rows, lengths, KEEP, WINDOWS)
+    decode_dynamic.decode_kv_indptr(pointers, world.banks, world.rows, lengths)
     out = torch.full((int(pointers[-1]) + 5,), -9, dtype=torch.int32)
-    decode_dynamic.decode_lists(
-        out, pointers, world.bank_of, world.set_of, world.rows, lengths, 90, world.tables, WINDOWS, LAYOUT
+    decode_dynamic.decode_kv_indices(
+        out, pointers, world.banks, world.tables, world.rows, lengths, longest=90
     )
-    short = decode_rows_reference(world.rows, lengths, world.tables, WINDOWS).to(torch.int64)
+    short = decode_kv_indices_reference(world.rows, lengths, world.tables, WINDOWS).to(torch.int64)
     lazy = short.split(lengths.clamp(max=SINK + RECENT).tolist())
     at = 0
     for layer in range(LAYERS):
@@ -126,7 +120,7 @@ def test_decode_lists(seed: int) -> None:
     assert (out[at:] == -9).all()
 
 
-def test_write_rows_and_store() -> None:
+def test_out_cache_loc_and_store() -> None:
     rng = random.Random(7)
     world = World(rng, [5, 30, 1])
     full = torch.tensor([world.full(i)[-1] for i in range(3)] + [0])
@@ -134,7 +128,7 @@ def test_write_rows_and_store() -> None:
     rows = torch.cat([world.rows, torch.tensor([0])])
     world.bank_of[0] = torch.tensor(banks_of([0, 1, 2, 3], LAYERS), dtype=torch.int32)
     out = torch.full((LAYERS, 6), -9, dtype=torch.int32)
-    decode_dynamic.write_rows(out, world.bank_of, world.set_of, rows, full, streaming, LAYOUT)
+    decode_dynamic.decode_out_cache_loc(out, world.banks, rows, full, streaming)
     for layer in range(LAYERS):
         for index in range(4):
             bank = int(world.bank_of[world.set_of[rows[index]], layer])
@@ -145,7 +139,7 @@ def test_write_rows_and_store() -> None:
     wide = torch.randn(4, 20)
     k, v = wide[:, 2:8].view(4, 2, 3), wide[:, 9:15].view(4, 2, 3)
     where = torch.tensor([7, 3, 49, 0], dtype=torch.int32)
-    store_rows(keys, values, where, k, v)
+    store_kv(KV(keys, values), where, KV(k, v))
     assert torch.equal(keys[where.long()], k) and torch.equal(values[where.long()], v)
     assert int((keys != 0).any(2).any(1).sum()) == 4
 
@@ -186,9 +180,9 @@ class Chunk:
         table = torch.tensor(facts, dtype=torch.int32).t().contiguous()
         full = [slot for index in range(len(self.plans)) for slot in self.world.full(index)]
         streaming = [slot for index in range(len(self.plans)) for slot in self.world.streaming(index)]
-        sink = self.world.row_of[self.world.rows]
+        sink = self.world.sink_set_of[self.world.rows]
         slots = (torch.tensor(full, dtype=torch.int32), torch.tensor(streaming, dtype=torch.int32))
-        return Requests(table[0], table[1], table[2], table[3], table[4], sink, table[5], *slots)
+        return Requests(*table[:5], sink, table[5], *slots)
 
 
 def chunk(seed: int, short: bool) -> Chunk:
@@ -221,26 +215,24 @@ def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bo
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_extend_lists(seed: int) -> None:
+def test_extend_kv_indices(seed: int) -> None:
     case = chunk(seed, short=False)
     given, count = case.requests(), len(case.plans)
     ends = [plan.end for plan in case.plans]
     firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
-    for which, begin in ((FULL_ONLY, [0] * count), (LAZY_ONLY, firsts)):
+    for lazy, begin in ((False, [0] * count), (True, firsts)):
         lengths = [end - first for first, end in zip(begin, ends, strict=True)]
         sizes = torch.tensor(lengths, dtype=torch.int32)
-        pointers = list_pointers(case.world.bank_of, given, sizes, KEEP, which)
-        out = extend_lists(
-            sum(lengths) * LAYERS, pointers, begin, ends, given, case.world.bank_of, WINDOWS, LAYOUT, which
-        )
+        pointers = extend_kv_indptr(case.world.banks, given, sizes, lazy=lazy)
+        out = extend_kv_indices(case.world.banks, given, begin, ends, pointers, lazy=lazy)
         at = 0
         for layer in range(LAYERS):
             for index, plan in enumerate(case.plans):
                 full = plan.kind != Kind.DECIDED or case.world.bank(index, layer) < KEEP
-                positions = range(begin[index], ends[index]) if full == (which == FULL_ONLY) else range(0)
+                positions = range(begin[index], ends[index]) if full != lazy else range(0)
                 expected = [expected_row(case, index, layer, p, scratch=True) for p in positions]
                 assert int(pointers[layer * count + index]) == at
-                assert out[at : at + len(expected)].tolist() == expected, (which, layer, index)
+                assert out[at : at + len(expected)].tolist() == expected, (lazy, layer, index)
                 at += len(expected)
         assert int(pointers[-1]) == at
 
@@ -250,39 +242,38 @@ def test_prefix_lists(seed: int) -> None:
     case = chunk(seed, short=True)
     given, count = case.requests(), len(case.plans)
     prefixes = [plan.prefix for plan in case.plans]
-    sizes = torch.tensor(prefixes, dtype=torch.int32)
-    pointers = list_pointers(case.world.bank_of, given, sizes, KEEP, EVERY)
-    out = extend_lists(
-        sum(prefixes) * LAYERS,
-        pointers,
-        [0] * count,
-        prefixes,
-        given,
-        case.world.bank_of,
-        WINDOWS,
-        LAYOUT,
-        EVERY,
-    )
-    at = 0
+    out = every_kv_indices(case.world.banks, given, [0] * count, prefixes)
     for layer in range(LAYERS):
+        at = 0
         for index, plan in enumerate(case.plans):
             rows = [expected_row(case, index, layer, p, scratch=False) for p in range(plan.prefix)]
-            assert out[at : at + len(rows)].tolist() == rows, (layer, index)
+            assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
             at += len(rows)
-    assert int(pointers[-1]) == at
+        assert out.shape == (LAYERS, at)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lists_of_every_layer_from_somewhere_on(seed: int) -> None:
+    """Cached and new tokens; those of undecided requests are scratch rows from layer P on."""
+    case = chunk(seed, short=False)
+    given, ends = case.requests(), [plan.end for plan in case.plans]
+    firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
+    out = every_kv_indices(case.world.banks, given, firsts, ends)
+    for layer in range(LAYERS):
+        at = 0
+        for index, first in enumerate(firsts):
+            rows = [expected_row(case, index, layer, p, scratch=True) for p in range(first, ends[index])]
+            assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
+            at += len(rows)
 
 
 def test_prefix_lists_read_sinks_that_left_the_window() -> None:
     world = World(random.Random(5), [SINK + RECENT])
     row = int(world.rows[0])
-    world.row_of[row] = 2
+    world.sink_set_of[row] = 2
     plan = Prefill(Kind.DECIDED, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
     case = Chunk(world, [plan])
-    given, sizes = case.requests(), torch.tensor([plan.prefix], dtype=torch.int32)
-    pointers = list_pointers(world.bank_of, given, sizes, KEEP, EVERY)
-    out = extend_lists(
-        plan.prefix * LAYERS, pointers, [0], [plan.prefix], given, world.bank_of, WINDOWS, LAYOUT, EVERY
-    ).view(LAYERS, plan.prefix)
+    out = every_kv_indices(world.banks, case.requests(), [0], [plan.prefix])
     left = plan.prefix - RECENT
     for layer in range(LAYERS):
         bank = world.bank(0, layer)
@@ -298,8 +289,8 @@ def test_place(seed: int, ragged: bool) -> None:
     case = chunk(seed, short=ragged)
     world, plans, given = case.world, case.plans, case.requests()
     rng = random.Random(seed + 100)
-    arena_k = torch.arange(LAYOUT.total_rows * 6, dtype=torch.float32).view(-1, 2, 3).contiguous()
-    arena_v = -arena_k
+    pool_k = torch.arange(LAYOUT.total_rows * 6, dtype=torch.float32).view(-1, 2, 3).contiguous()
+    pool_v = -pool_k
     tokens = sum(plan.extend for plan in plans)
     new = [(i, plan.prefix, plan.end) for i, plan in enumerate(plans)]
     cut = [
@@ -317,26 +308,14 @@ def test_place(seed: int, ragged: bool) -> None:
     popped = torch.full((len(plans),), -1, dtype=torch.int32)
     for layer in range(LAYERS):
         k, v = torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3)
-        want_k, want_v = arena_k.clone(), arena_v.clone()
+        want_k, want_v = pool_k.clone(), pool_v.clone()
 
         def put(row: int, source_k: Any, source_v: Any, want=(want_k, want_v)) -> None:
             want[0][row], want[1][row] = source_k, source_v
 
-        def run(name: str, keys=(k, v), number=layer, **phases: bool) -> None:
-            flags = {"before": False, "after": False, "scratch": False, **phases}
-            place(
-                arena_k,
-                arena_v,
-                *keys,
-                number,
-                tiles[name],
-                popped,
-                world.bank_of,
-                given,
-                WINDOWS,
-                LAYOUT,
-                **flags,
-            )
+        def run(name: str, *done: torch.Tensor, parts=(k, v), number=layer) -> None:
+            put_where = settle if done else store_new
+            put_where(KV(pool_k, pool_v), KV(*parts), number, tiles[name], given, world.banks, *done)
 
         token = [sum(plan.extend for plan in plans[:i]) for i in range(len(plans))]
         source: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -345,8 +324,8 @@ def test_place(seed: int, ragged: bool) -> None:
             old_k, old_v = torch.empty(0, 2, 3), torch.empty(0, 2, 3)
             if plan.prefix and layer >= KEEP:
                 start = LAYOUT.staging_bank_start(layer)
-                old_k = arena_k[start : start + plan.prefix].clone()
-                old_v = arena_v[start : start + plan.prefix].clone()
+                old_k = pool_k[start : start + plan.prefix].clone()
+                old_v = pool_v[start : start + plan.prefix].clone()
             else:
                 old_k, old_v = torch.zeros(plan.prefix, 2, 3), torch.zeros(plan.prefix, 2, 3)
             source[index] = (torch.cat([old_k, k[fresh]]), torch.cat([old_v, v[fresh]]))
@@ -356,10 +335,10 @@ def test_place(seed: int, ragged: bool) -> None:
                     row = expected_row(case, index, layer, position, scratch=True)
                     put(row, source[index][0][position], source[index][1][position])
         if not ragged:
-            run("new", before=True, scratch=True)
-            assert torch.equal(arena_k, want_k) and torch.equal(arena_v, want_v)
+            run("new")
+            assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v)
         elif layer < KEEP:
-            run("new", before=True)
+            run("new")
         laziness[sets, layer] = torch.tensor([rng.random() for _ in deciding])
         popped[: len(deciding)] = queue_step(world.bank_of, laziness, sets, layer, KEEP).to(torch.int32)
         if layer >= KEEP:
@@ -371,14 +350,14 @@ def test_place(seed: int, ragged: bool) -> None:
                     cut_k, cut_v = (tensor.clone() for tensor in source[index])
                     if gone != layer:
                         rows = LAYOUT.bank_start(bank) + torch.tensor(full)
-                        cut_k, cut_v = arena_k[rows].clone(), arena_v[rows].clone()
+                        cut_k, cut_v = pool_k[rows].clone(), pool_v[rows].clone()
                         for position, row in enumerate(rows.tolist()):
                             put(row, source[index][0][position], source[index][1][position])
                     start = LAYOUT.bank_start(layer)
                     for position, slot in enumerate(streaming):
                         if slot:
                             put(start + slot, cut_k[position], cut_v[position])
-                    sink_set = int(world.row_of[world.rows[index]])
+                    sink_set = int(world.sink_set_of[world.rows[index]])
                     for position in range(SINK if sink_set >= 0 else 0):
                         row = start + LAYOUT.sink_base + sink_set * SINK + position
                         put(row, cut_k[position], cut_v[position])
@@ -386,9 +365,9 @@ def test_place(seed: int, ragged: bool) -> None:
                     for position in range(plan.prefix, plan.end):
                         row = LAYOUT.staging_bank_start(layer) + position
                         put(row, source[index][0][position], source[index][1][position])
-            run("cut", before=ragged, after=True)
-            run("stage", after=True)
-        assert torch.equal(arena_k, want_k) and torch.equal(arena_v, want_v), layer
+            run("cut", popped)
+            run("stage", popped)
+        assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v), layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
@@ -404,8 +383,9 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     rows = torch.randint(1, STREAMING, (3, SINK))
     tiles = make_sink_tiles(prefixes, extends, WINDOWS, "cpu", every=[True] * 3)
     untouched = out.clone()
-    banks = Banks(of, KEEP, LAYOUT.streaming_start, LAYOUT.streaming_rows)
-    merge_sinks(out, lse, query, keys, values, rows, tiles, WINDOWS, 0.25, window=window, banks=banks)
+    column = BankColumn(of, of.stride(0), LAYOUT.streaming_start, LAYOUT.streaming_rows)
+    sinks = Sinks(rows, tiles, WINDOWS)
+    merge_sinks(out, lse, query, KV(keys, values), sinks, Scales(0.25), window=window, banks=(column, KEEP))
     assert torch.equal(out[5:14], untouched[5:14])
     for index, where in ((0, range(0, 5)), (2, range(14, 20))):
         start = LAYOUT.bank_start(int(of[index]))
@@ -464,12 +444,12 @@ def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
         def read(offset: int, count: int, row: torch.Tensor = out[layer]) -> list[int]:
             return row[offset : offset + 4 * count].view(torch.int32).tolist()
 
-        assert read(plan.chunk_size, 1) == [size]
-        assert read(plan.total_rows, 1) == [requests]
-        assert list(zip(read(0, len(pairs)), read(plan.kv_tiles, len(pairs)), strict=True)) == pairs
-        assert read(plan.query_tiles, chunks) == [0] * chunks
-        assert read(plan.o_indptr, requests + 1) == read(plan.merge_indptr, requests + 1) == indptr
-        valid = out[layer, plan.valid : plan.valid + chunks].tolist()
+        assert read(plan.at.chunk_size, 1) == [size]
+        assert read(plan.at.total_rows, 1) == [requests]
+        assert list(zip(read(0, len(pairs)), read(plan.at.kv_tiles, len(pairs)), strict=True)) == pairs
+        assert read(plan.at.query_tiles, chunks) == [0] * chunks
+        assert read(plan.at.o_indptr, requests + 1) == read(plan.at.merge_indptr, requests + 1) == indptr
+        valid = out[layer, plan.at.valid : plan.at.valid + chunks].tolist()
         assert valid == [1] * len(pairs) + [0] * (chunks - len(pairs))
 
 
@@ -487,11 +467,10 @@ def test_plans_of_another_form_are_refused() -> None:
     assert plan.places == 33 and plan.chunks == CHUNKS_PER_PLACE * 33 + 7 and plan.tile == 16
     assert plan.partial_bytes == 32 * plan.chunks * 128 * 4
     assert plan.end <= plan_bytes(7, kv_heads=8, processors=132) <= plan_bytes(8, kv_heads=8, processors=132)
-    eager = [*info[:13], 0, 1]
-    for other in (info[:10], eager):
+    assert plan_info(SimpleNamespace(_plan_info=list(info))) == info
+    with pytest.raises(LightTransferError, match="is no PrefillPlanInfo"):
+        plan_info(SimpleNamespace(_plan_info=list(info[:10])))
+    eager = PrefillPlanInfo(*info[:13], 0, 1)
+    for other, requests, heads, kv_heads in ((eager, 7, 32, 8), (info, 8, 32, 8), (info, 7, 64, 2)):
         with pytest.raises(LightTransferError, match="not of the known form"):
-            DecodePlan.like(other, 7, heads=32, kv_heads=8, dim=128, processors=132)
-    with pytest.raises(LightTransferError, match="not of the known form"):
-        DecodePlan.like(info, 8, heads=32, kv_heads=8, dim=128, processors=132)
-    with pytest.raises(LightTransferError, match="not of the known form"):
-        DecodePlan.like(info, 7, heads=64, kv_heads=2, dim=128, processors=132)
+            DecodePlan.like(other, requests, heads=heads, kv_heads=kv_heads, dim=128, processors=132)

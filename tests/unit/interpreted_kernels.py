@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from lt_sglang.attention.indices import decode_rows_reference, lazy_lengths, sink_rows
+from lt_sglang.attention.indices import decode_kv_indices_reference, lazy_lengths, sink_rows
 from lt_sglang.attention.kernels import merge_sinks as kernels
-from lt_sglang.attention.kernels.decode_static import decode_rows
-from lt_sglang.attention.kernels.merge_sinks import TILE_QUERIES, make_sink_tiles, merge_sinks
+from lt_sglang.attention.kernels.decode_static import decode_kv_indices
+from lt_sglang.attention.kernels.merge_sinks import TILE_QUERIES, Scales, Sinks, make_sink_tiles, merge_sinks
+from lt_sglang.memory.kv import KV
 from tests.unit.streaming import Batch, visible
 
 
@@ -25,15 +27,15 @@ def test_kernels_are_interpreted_here() -> None:
     ("sink", "recent"), [(0, 1), (0, 9), (1, 1), (4, 8), (4, 1100), (129, 17), (129, 1025)]
 )
 @pytest.mark.parametrize("captured", [True, False])
-def test_decode_rows_equals_the_reference(sink: int, recent: int, captured: bool) -> None:
+def test_decode_kv_indices_equal_the_reference(sink: int, recent: int, captured: bool) -> None:
     lengths = [1, 2, recent, recent + 1, sink + recent, sink + recent + 1, sink + recent + 90]
     batch = Batch(random.Random(sink + recent), sink, recent, lengths, captured)
-    expected = decode_rows_reference(batch.rows, batch.lengths, batch.tables, batch.windows)
+    expected = decode_kv_indices_reference(batch.rows, batch.lengths, batch.tables, batch.windows)
     counts = lazy_lengths(batch.lengths, batch.windows)
     indptr = torch.zeros(len(counts) + 1, dtype=torch.int32)
     indptr[1:] = torch.cumsum(counts, 0)
     out = torch.full((int(indptr[-1]) + 7,), -5, dtype=torch.int32)
-    decode_rows(out, indptr, batch.rows, batch.lengths.to(torch.int32), batch.tables, batch.windows)
+    decode_kv_indices(out, indptr, batch.rows, batch.lengths.to(torch.int32), batch.tables, batch.windows)
     # Order counts too: the same row for the same place in the list.
     assert out[: len(expected)].tolist() == expected.tolist()
     assert (out[len(expected) :] == -5).all(), "nothing is written behind the last request"
@@ -118,19 +120,10 @@ def test_merge_sinks_completes_streaming_attention(case: Case) -> None:
             token += 1
 
     got = out.clone().to(case.dtype)
-    merge_sinks(
-        got,
-        lse,
-        query,
-        keys,
-        values,
-        sink_rows(batch.rows, batch.tables, batch.windows),
-        make_sink_tiles([p for p, _ in case.requests], [e for _, e in case.requests], batch.windows, "cpu"),
-        batch.windows,
-        scale,
-        case.key_scale,
-        case.value_scale,
-    )
+    prefixes, extends = zip(*case.requests, strict=True)
+    sinks = sinks_of(batch, prefixes, extends)
+    scales = Scales(scale, case.key_scale, case.value_scale)
+    merge_sinks(got, lse, query, KV(keys, values), sinks, scales)
     tolerance = 1e-5 if case.dtype is torch.float32 else 4e-3
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
     assert not torch.allclose(out, expected, atol=1e-3), "the case must need the merge"
@@ -147,9 +140,7 @@ def test_queries_are_read_by_their_stride() -> None:
     results = []
     for one in (query, query.contiguous()):
         out, lse = torch.zeros(40, 2, 16), torch.zeros(40, 2)
-        rows = sink_rows(batch.rows, batch.tables, batch.windows)
-        tiles = make_sink_tiles([0], [40], batch.windows, "cpu")
-        merge_sinks(out, lse, one, keys, values, rows, tiles, batch.windows, 0.25)
+        merge_sinks(out, lse, one, KV(keys, values), sinks_of(batch, [0], [40]), Scales(0.25))
         results.append(out)
     torch.testing.assert_close(results[0], results[1])
     assert results[0].abs().sum() > 0
@@ -157,12 +148,11 @@ def test_queries_are_read_by_their_stride() -> None:
 
 def test_no_tiles_leaves_the_output_alone() -> None:
     batch = Batch(random.Random(1), 4, 50, [20], captured=False)
-    tiles = make_sink_tiles([0], [20], batch.windows, "cpu")
-    assert tiles.number == 0
+    sinks = sinks_of(batch, [0], [20])
+    assert sinks.tiles.number == 0
     out = torch.ones(20, 1, 16)
     keys = torch.zeros(batch.buffer_rows, 1, 16)
-    rows = sink_rows(batch.rows, batch.tables, batch.windows)
-    merge_sinks(out, torch.zeros(20, 1), out.clone(), keys, keys, rows, tiles, batch.windows, 1.0)
+    merge_sinks(out, torch.zeros(20, 1), out.clone(), KV(keys, keys), sinks, Scales(1.0))
     assert (out == 1).all()
 
 
@@ -188,14 +178,20 @@ def test_tiles_cover_every_query_that_sees_a_sink_once(seed: int) -> None:
     assert sorted(covered) == expected
 
 
+def sinks_of(batch: Batch, prefixes: Sequence[int], extends: Sequence[int]) -> Sinks:
+    rows = sink_rows(batch.rows, batch.tables, batch.windows)
+    tiles = make_sink_tiles(list(prefixes), list(extends), batch.windows, "cpu")
+    return Sinks(rows, tiles, batch.windows)
+
+
 def _capture(batch: Batch) -> None:
     for index, row in enumerate(batch.rows.tolist()):
-        batch.tables.row_of[row] = index
+        batch.tables.sink_set_of[row] = index
 
 
 def _row(batch: Batch, index: int, position: int) -> int:
     """Where a prefill reads a position: every sink in its set once there is one."""
-    stored = int(batch.tables.row_of[batch.rows[index]])
+    stored = int(batch.tables.sink_set_of[batch.rows[index]])
     if position < batch.sink and stored >= 0:
         return batch.windows.sink_base + stored * batch.sink + position
     return batch.slot_of_position(index, position)

@@ -218,7 +218,7 @@ class Rig:
     def sinks_of(self, req: Req) -> list[int]:
         """Streaming slots, or rows of the set, that a lazy layer reads for the first positions; 0: none."""
         row = req.kv.req_pool_idx
-        sink_set = int(self.store.row_of[row])
+        sink_set = int(self.store.set_of[row])
         if sink_set >= 0:
             return [self.streaming + 1 + sink_set * self.sinks + i for i in range(self.sinks)]
         slots = self.rows.req_to_token[row, : self.sinks].to(torch.int64)

@@ -103,7 +103,7 @@ class Rig:
     def set_of(self, req: Req) -> int:
         """Index of its sink set on the device, or -1."""
         self.sinks.flush(0, lambda target, source: None)
-        return int(self.sinks.row_of[req.kv.req_pool_idx])
+        return int(self.sinks.set_of[req.kv.req_pool_idx])
 
     def _extend(self, req: Req, chunk: int | None) -> None:
         total = len(req.full_untruncated_fill_ids)

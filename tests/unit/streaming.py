@@ -34,12 +34,12 @@ class Batch:
         self.buffer_rows = self.windows.sink_base + (count + 4) * sink
         req_to_token = torch.zeros(count + 3, context, dtype=torch.int32)
         full_to_streaming = torch.zeros(total + 22, dtype=torch.int64)
-        row_of = torch.full((count + 3,), -1, dtype=torch.int32)
+        sink_set_of = torch.full((count + 3,), -1, dtype=torch.int32)
         rows = rng.sample(range(1, count + 3), count)
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             outgrown = length > max(recent, sink, 2)
             if sink and captured and (outgrown or index % 2):
-                row_of[row] = sets[index]
+                sink_set_of[row] = sets[index]
             for position in range(length):
                 slot = full.pop()
                 req_to_token[row, position] = slot
@@ -47,7 +47,7 @@ class Batch:
                 full_to_streaming[slot] = streaming.pop() if kept else 0
         self.rows = torch.tensor(rows)
         self.lengths = torch.tensor(lengths)
-        self.tables = StreamingTables(req_to_token, full_to_streaming, row_of)
+        self.tables = StreamingTables(req_to_token, full_to_streaming, sink_set_of)
 
     def slot_of_position(self, index: int, position: int) -> int:
         """The allocator's streaming slot of a position, 0 if it was freed."""
@@ -56,7 +56,7 @@ class Batch:
 
     def row_of_position(self, index: int, position: int) -> int:
         """Where request ``index``'s last query reads a position; sinks that left its window: in their set."""
-        stored = int(self.tables.row_of[self.rows[index]])
+        stored = int(self.tables.sink_set_of[self.rows[index]])
         outside = position < int(self.lengths[index]) - self.windows.recent_tokens
         if position < self.sink and outside and stored >= 0:
             return self.windows.sink_base + stored * self.sink + position

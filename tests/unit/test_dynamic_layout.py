@@ -1,4 +1,4 @@
-"""lt_sglang.memory.banks and arena: banks do not overlap, and SGLang's pools are views of them."""
+"""lt_sglang.memory.banks and flat_pool: banks do not overlap, and SGLang's pools are views of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.memory.arena import Arena, arena_pool_class
 from lt_sglang.memory.banks import MAX_ROWS, BankLayout
+from lt_sglang.memory.flat_pool import FlatPool, flat_pool_class
 
 SHAPE = (2, 4)
 
@@ -50,22 +50,22 @@ def test_banks_cover_the_rows_once() -> None:
         assert layout.layers == layout.full_banks + layout.streaming_banks
 
 
-def _take_all(arena: Arena) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    layout = arena.layout
-    full = arena.take(layout.full_banks, layout.full_rows, SHAPE, torch.float32, "cpu")
-    streaming = arena.take(layout.streaming_banks, layout.streaming_rows, SHAPE, torch.float32, "cpu")
+def _take_all(pool: FlatPool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    layout = pool.layout
+    full = pool.take(layout.full_banks, layout.full_rows, SHAPE, torch.float32, "cpu")
+    streaming = pool.take(layout.streaming_banks, layout.streaming_rows, SHAPE, torch.float32, "cpu")
     return full[0] + streaming[0], full[1] + streaming[1]
 
 
 def test_the_tensors_are_what_and_where_sglang_asked_for() -> None:
-    arena = Arena(BankLayout(1, 1, 5, 6, 2, 3, sink_base=4))
+    pool = FlatPool(BankLayout(1, 1, 5, 6, 2, 3, sink_base=4))
     for banks, rows in ((1, 5), (1, 6)):
-        keys, values = arena.take(banks, rows, SHAPE, torch.float8_e4m3fn, "meta")
+        keys, values = pool.take(banks, rows, SHAPE, torch.float8_e4m3fn, "meta")
         assert {(tensor.device.type, tensor.dtype) for tensor in (*keys, *values)} == {
             ("meta", torch.float8_e4m3fn)
         }
-    assert arena.keys.shape == arena.values.shape == (5 + 6 + 2 + 3, *SHAPE)
-    assert arena.keys is not arena.values
+    assert pool.kv.k.shape == pool.kv.v.shape == (5 + 6 + 2 + 3, *SHAPE)
+    assert pool.kv.k is not pool.kv.v
 
 
 def test_the_pools_buffers_are_the_banks() -> None:
@@ -73,17 +73,17 @@ def test_the_pools_buffers_are_the_banks() -> None:
     rng = random.Random(2)
     for _ in range(50):
         layout = random_layout(rng)
-        arena = Arena(layout)
-        assert not arena.complete
-        keys, values = _take_all(arena)
-        assert arena.complete
-        assert arena.keys.shape == arena.values.shape == (layout.total_rows, *SHAPE)
-        assert not arena.keys.any() and not arena.values.any()
+        pool = FlatPool(layout)
+        assert not pool.complete
+        keys, values = _take_all(pool)
+        assert pool.complete
+        assert pool.kv.k.shape == pool.kv.v.shape == (layout.total_rows, *SHAPE)
+        assert not pool.kv.k.any() and not pool.kv.v.any()
         for bank, (key, value) in enumerate(zip(keys, values, strict=True)):
             row = rng.randrange(len(key))
             key[row], value[row] = bank + 1, -bank - 1
-            assert (arena.keys[layout.bank_start(bank) + row] == bank + 1).all()
-            assert (arena.values[layout.bank_start(bank) + row] == -bank - 1).all()
+            assert (pool.kv.k[layout.bank_start(bank) + row] == bank + 1).all()
+            assert (pool.kv.v[layout.bank_start(bank) + row] == -bank - 1).all()
             assert key.is_contiguous()
         assert len(keys) == layout.layers
 
@@ -91,26 +91,26 @@ def test_the_pools_buffers_are_the_banks() -> None:
 def test_pools_built_in_another_order_or_size_are_refused() -> None:
     layout = BankLayout(2, 3, 10, 5, 4, 6, 3)
     with pytest.raises(LightTransferError, match="unexpected order or size"):
-        Arena(layout).take(3, 5, SHAPE, torch.float32, "cpu")
+        FlatPool(layout).take(3, 5, SHAPE, torch.float32, "cpu")
     with pytest.raises(LightTransferError, match="unexpected order or size"):
-        Arena(layout).take(2, 11, SHAPE, torch.float32, "cpu")
-    arena = Arena(layout)
-    arena.take(1, 10, SHAPE, torch.float32, "cpu")
+        FlatPool(layout).take(2, 11, SHAPE, torch.float32, "cpu")
+    pool = FlatPool(layout)
+    pool.take(1, 10, SHAPE, torch.float32, "cpu")
     with pytest.raises(LightTransferError, match="unexpected order or size"):
-        arena.take(3, 5, SHAPE, torch.float32, "cpu")
-    assert not arena.complete
-    arena = Arena(layout)
-    _take_all(arena)
+        pool.take(3, 5, SHAPE, torch.float32, "cpu")
+    assert not pool.complete
+    pool = FlatPool(layout)
+    _take_all(pool)
     with pytest.raises(LightTransferError, match="unexpected order or size"):
-        arena.take(3, 5, SHAPE, torch.float32, "cpu")
+        pool.take(3, 5, SHAPE, torch.float32, "cpu")
 
 
 def test_more_rows_than_an_index_can_name_are_refused() -> None:
     fits = BankLayout(1, 1, MAX_ROWS - 20, 10, 4, 6, 3)
     assert fits.total_rows == MAX_ROWS
-    Arena(fits)
+    FlatPool(fits)
     with pytest.raises(LightTransferError, match=r"KV pools: .* lower --mem-fraction-static"):
-        Arena(BankLayout(1, 1, MAX_ROWS - 20, 10, 4, 7, 3))
+        FlatPool(BankLayout(1, 1, MAX_ROWS - 20, 10, 4, 7, 3))
 
 
 def _pool(layout_name: str = "nhd", v_dim: int = 4) -> type:
@@ -129,20 +129,20 @@ def _pool(layout_name: str = "nhd", v_dim: int = 4) -> type:
     return StockPool
 
 
-def test_a_pool_of_sglang_takes_its_buffers_from_the_arena() -> None:
+def test_a_pool_of_sglang_takes_its_buffers_from_the_flat_pool() -> None:
     layout = BankLayout(2, 3, 10, 5, 4, 6, 3)
-    arena = Arena(layout)
-    made = arena_pool_class(_pool(), arena)
-    assert made.__name__ == made.__qualname__ == "ArenaStockPool"
+    pool = FlatPool(layout)
+    made = flat_pool_class(_pool(), pool)
+    assert made.__name__ == made.__qualname__ == "FlatStockPool"
     full, streaming = made(2, 10), made(3, 5)
-    assert arena.complete
+    assert pool.complete
     buffers: list[SimpleNamespace] = [full, streaming]
     assert [len(pool.k_buffer) for pool in buffers] == [2, 3]
-    assert streaming.v_buffer[1].data_ptr() == arena.values[layout.bank_start(3)].data_ptr()
+    assert streaming.v_buffer[1].data_ptr() == pool.kv.v[layout.bank_start(3)].data_ptr()
 
 
 @pytest.mark.parametrize("odd", [{"layout_name": "hnd"}, {"v_dim": 8}])
 def test_other_layouts_are_refused(odd: dict[str, object]) -> None:
-    pool = arena_pool_class(_pool(**odd), Arena(BankLayout(2, 3, 10, 5, 4, 6, 3)))
+    pool = flat_pool_class(_pool(**odd), FlatPool(BankLayout(2, 3, 10, 5, 4, 6, 3)))
     with pytest.raises(LightTransferError, match="NHD layout"):
         pool(2, 10)

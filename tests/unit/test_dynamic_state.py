@@ -15,8 +15,8 @@ from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import DynamicState, Ranks, TableChecks, projections_of, tp_ranks
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
-from lt_sglang.memory.arena import Arena
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.flat_pool import FlatPool
 
 LAYERS, KEEP = 6, 3
 DECIDED = [Prefill(Kind.DECIDE, row=1, layer_set=2, prefix=0, extend=99, last_queries=32)]
@@ -26,9 +26,9 @@ def one_of_two_ranks(other: list[int], check: bool = True) -> DynamicState:
     """The state of a rank that chose banks 0 to 5 for layer set 2, where the other rank chose ``other``."""
     config = LightTransferConfig((0, 2, 4), mode="dynamic", keep=KEEP, check_tables=check)
     layout = BankLayout(KEEP, LAYERS - KEEP, 8, 8, 4, 1, sink_base=8)
-    arena = Arena(layout)
-    arena.take(KEEP, layout.full_rows, (1, 2), torch.float32, "cpu")
-    arena.take(LAYERS - KEEP, layout.streaming_rows, (1, 2), torch.float32, "cpu")
+    pool = FlatPool(layout)
+    pool.take(KEEP, layout.full_rows, (1, 2), torch.float32, "cpu")
+    pool.take(LAYERS - KEEP, layout.streaming_rows, (1, 2), torch.float32, "cpu")
     sets = LayerSetStore(4, config.lazy_layers, LAYERS, 16, "cpu")
     sets.bank_of[2] = torch.arange(LAYERS)
     theirs = torch.tensor([other])
@@ -39,7 +39,7 @@ def one_of_two_ranks(other: list[int], check: bool = True) -> DynamicState:
         reduce_max=lambda tensor: torch.maximum(tensor, theirs),
         reduce_min=lambda tensor: torch.minimum(tensor, theirs),
     )
-    return DynamicState(config, arena, torch.float32, sets, get_score("lighttransfer"), ranks, {})
+    return DynamicState(config, pool, torch.float32, sets, get_score("lighttransfer"), ranks, {})
 
 
 def test_equal_tables_are_counted() -> None:
@@ -114,9 +114,9 @@ def test_chunk_after_chunk_the_earlier_ones_are_remembered() -> None:
 def test_the_first_chunk_is_scored_by_more_queries() -> None:
     state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
     config = replace(state.config, decide="first-chunk")
-    other = DynamicState(config, state.arena, torch.float32, state.sets, None, state.ranks, {})
+    other = DynamicState(config, state.pool, torch.float32, state.sets, None, state.ranks, {})
     assert other.tails.count == LAST_QUERIES_FIRST_CHUNK
-    assert (other.keep, other.layout) == (KEEP, state.arena.layout)
+    assert (other.keep, other.layout) == (KEEP, state.pool.layout)
     assert [other.listed(layer) for layer in range(LAYERS)] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
 

@@ -14,6 +14,7 @@ from lt_sglang.config import LightTransferConfig
 from lt_sglang.identify.decider import _Gathered
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.kv import KV
 
 SCALE, FP8 = 0.05, torch.float8_e4m3fn
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -51,7 +52,7 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
     backend.prefill_wrapper_ragged = SimpleNamespace(forward=forward)
     backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
     backend.forward_metadata = SimpleNamespace(use_ragged=True, swa_out_cache_loc=None)
-    backend.prefill = SimpleNamespace(whole_rows=None, prefix_rows=None)
+    backend.prefill = SimpleNamespace(whole_kv_indices=None, prefix_kv_indices=None)
     scale = torch.tensor(SCALE)
     layer = SimpleNamespace(
         **{"layer_id": 0, "head_dim": DIM, "scaling": 0.25, "logit_cap": 0.0, "is_cross_attention": False},
@@ -72,22 +73,20 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
 def test_scores_read_staged_keys_with_their_scale(layer_id: int) -> None:
     layout = BankLayout(2, 2, 300, 100, 200, 64, 90)
     rows = (layout.total_rows, 1, DIM)
-    arena = SimpleNamespace(layout=layout, keys=torch.zeros(rows, dtype=torch.uint8))
-    arena.values = torch.zeros(rows, dtype=torch.uint8)
+    pool = KV(*(torch.zeros(rows, dtype=torch.uint8) for _ in range(2)))
     config = LightTransferConfig((1,), mode="dynamic", sink_tokens=4, recent_tokens=60)
     prefix, extend = 100, 20
     true = torch.randn(prefix + extend, 1, DIM)
     slots = torch.arange(1, prefix + extend + 1)
     stored = (true / SCALE).to(FP8).view(torch.uint8)
-    for part in (arena.keys, arena.values):
+    for part in pool:
         part[layout.bank_start(0) + slots] = stored
         part[layout.staging_bank_start(2) : layout.staging_bank_start(2) + prefix] = stored[:prefix]
-    state: Any = SimpleNamespace(config=config, layout=layout, arena=arena, kv_dtype=FP8)
+    state: Any = SimpleNamespace(config=config, layout=layout, pool=SimpleNamespace(kv=pool), kv_dtype=FP8)
     plan = Prefill(Kind.DECIDE, 1, 1, prefix, extend, extend)
     gathered = _Gathered(state, plan, 0, slots.to(torch.int32), "cpu")
     layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=SCALE, v_scale_float=SCALE)
     new = true[prefix:].bfloat16()
-    keys, values = gathered.selected(layer, new, new)
     wanted = true[gathered.positions.long()]
-    for found in (keys, values):
+    for found in gathered.selected(layer, KV(new, new)):
         torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.01)

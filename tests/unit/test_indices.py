@@ -10,7 +10,7 @@ import torch
 from lt_sglang.attention.indices import (
     StreamingTables,
     Windows,
-    decode_rows_reference,
+    decode_kv_indices_reference,
     lazy_lengths,
     sink_rows,
     span_slots,
@@ -26,7 +26,7 @@ def test_decode_reads_exactly_the_visible_set(sink: int, recent: int) -> None:
     batch = Batch(
         rng, sink, recent, lengths=[1, 2, recent, recent + 1, sink + recent, sink + recent + 1, 300]
     )
-    packed = decode_rows_reference(batch.rows, batch.lengths, batch.tables, batch.windows)
+    packed = decode_kv_indices_reference(batch.rows, batch.lengths, batch.tables, batch.windows)
     assert packed.dtype == torch.int32
     counts = lazy_lengths(batch.lengths, batch.windows).tolist()
     for index, got in enumerate(packed.split(counts)):
@@ -43,7 +43,7 @@ def test_attention_over_the_rows_is_streaming_attention() -> None:
         keys = torch.randn(batch.buffer_rows, 8, generator=generator, dtype=torch.float64)
         values = torch.randn(batch.buffer_rows, 8, generator=generator, dtype=torch.float64)
         query = torch.randn(len(batch.rows), 8, generator=generator, dtype=torch.float64)
-        packed = decode_rows_reference(batch.rows, batch.lengths, batch.tables, batch.windows).long()
+        packed = decode_kv_indices_reference(batch.rows, batch.lengths, batch.tables, batch.windows).long()
         counts = lazy_lengths(batch.lengths, batch.windows).tolist()
         for index, selected in enumerate(packed.split(counts)):
             length = int(batch.lengths[index])
@@ -64,7 +64,7 @@ def test_sink_rows(sink: int, recent: int) -> None:
     assert rows.shape == (3, sink)
     for index in range(3):
         # Once a request has a set, its sinks are read there, wherever the window is.
-        stored = int(batch.tables.row_of[batch.rows[index]])
+        stored = int(batch.tables.sink_set_of[batch.rows[index]])
         assert (rows[index] >= batch.windows.sink_base).all() == (stored >= 0 or sink == 0)
 
 
@@ -92,10 +92,10 @@ def test_tables_are_read_at_the_requests_rows_only() -> None:
     tables = StreamingTables(
         req_to_token=torch.tensor([[0, 0, 0], [1, 2, 3]], dtype=torch.int32),
         full_to_streaming=torch.tensor([0, 7, 8, 9]),
-        row_of=torch.tensor([-1, -1], dtype=torch.int32),
+        sink_set_of=torch.tensor([-1, -1], dtype=torch.int32),
     )
     windows = Windows(sink_tokens=1, recent_tokens=1, sink_base=100)
-    got = decode_rows_reference(torch.tensor([1]), torch.tensor([3]), tables, windows)
+    got = decode_kv_indices_reference(torch.tensor([1]), torch.tensor([3]), tables, windows)
     assert got.tolist() == [7, 9]
 
 

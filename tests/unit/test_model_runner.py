@@ -15,6 +15,7 @@ from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
+from lt_sglang.layers.prefill_plans import PrefillPlans
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.model_runner import LightTransferModelRunner
 from tests.property.cpu import Caches, Sizes, request
@@ -40,7 +41,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, sizes: Sizes | None = None) -> Any:
         "sink_store": caches.sinks,
         "prefills": caches.prefills,
         "dynamic": None,
-        "_plans": None,
+        "prefill_plans": PrefillPlans(),
         "token_to_kv_pool": caches.allocator.get_kvcache(),
         "token_to_kv_pool_allocator": caches.allocator,
         "req_to_token_pool": caches.rows,
@@ -79,7 +80,7 @@ def test_a_runner_begins_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ModelRunner, "__init__", lambda self, *a, **k: events.append((vars(self).copy(), a, k))
     )
     LightTransferModelRunner(1, lt_config=CONFIG, two=2)
-    nothing = ("sink_store", "kv_cache_configurator", "dynamic", "prefills", "_plans")
+    nothing = ("sink_store", "kv_cache_configurator", "dynamic", "prefills")
     known = {"lt_config": CONFIG, **dict.fromkeys(nothing)}
     facts, args, kwargs = events[0]
     assert known.items() <= facts.items() and (args, kwargs) == ((1,), {"two": 2})
@@ -92,7 +93,7 @@ def test_sinks_are_filled_before_the_forward_that_reads_them(monkeypatch: pytest
     assert made.forward(given, 1, two=2) == (given, (1,), {"two": 2})
     base = made.windows().sink_base
     assert base == made.caches.sizes.streaming + 1
-    index = int(made.sink_store.row_of[3])
+    index = int(made.sink_store.set_of[3])
     assert index >= 0
     rows = slice(base + 2 * index, base + 2 * index + 2)
     assert made.caches.streaming[rows].flatten().tolist() == [55, 66]
@@ -132,7 +133,7 @@ def test_a_decode_that_does_not_fit_its_graph_runs_without(monkeypatch: pytest.M
         given = batch(mode, fits=fits)
         assert made.forward(given, 7, x=8) == (given, (7,), {"x": 8})
         assert made.events[-1] == f"graphs={graphs}" and made.decode_cuda_graph_runner == "graphs"
-    made._plans = [1]
+    made.prefill_plans.put([])
     made.forward(batch(fits=False))
     del made.attn_backend.fits_graph
     made.forward(batch())
@@ -170,7 +171,7 @@ def test_a_prefill_is_planned_once_and_its_plan_forgotten(monkeypatch: pytest.Mo
     one, two = admitted("a", 20, 1), admitted("HEALTH_CHECK_b", 3, 2)
     given = extend(one, two)
     made.begin_batch(given)
-    plans = made.prefill_plans(given)
+    plans = made.prefill_plans.of(given)
     assert [(plan.kind, plan.row, plan.end) for plan in plans] == [(Kind.DECIDE, 1, 20), (Kind.DECIDED, 2, 3)]
     assert made.prefills.sets.stats.short == 0, "a health check is no short prompt"
     short = admitted("s", 2, 3)
@@ -178,9 +179,9 @@ def test_a_prefill_is_planned_once_and_its_plan_forgotten(monkeypatch: pytest.Mo
     assert made.prefills.sets.stats.short == 1
     made.begin_batch(batch(ForwardMode.DECODE, reqs=[one]))
     made.forward(given)
-    assert made._plans is None
+    assert made.prefill_plans._plans is None
     with pytest.raises(LightTransferError, match="a batch of requests runs that was not planned"):
-        made.prefill_plans(given)
+        made.prefill_plans.of(given)
 
 
 def test_the_plan_must_be_of_the_batch_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +189,11 @@ def test_the_plan_must_be_of_the_batch_that_runs(monkeypatch: pytest.MonkeyPatch
     one = admitted("a", 20, 1)
     made.begin_batch(extend(one))
     with pytest.raises(LightTransferError, match="is not the one that was planned"):
-        made.prefill_plans(extend(admitted("b", 19, 2)))
+        made.prefill_plans.of(extend(admitted("b", 19, 2)))
     later = extend(one)
     later.extend_prefix_lens_cpu, later.extend_seq_lens_cpu = [1], [19]
     with pytest.raises(LightTransferError, match="is not the one that was planned"):
-        made.prefill_plans(later)
+        made.prefill_plans.of(later)
 
 
 def test_a_warm_up_run_uses_the_default_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +204,16 @@ def test_a_warm_up_run_uses_the_default_set(monkeypatch: pytest.MonkeyPatch) -> 
         extend_prefix_lens_cpu=torch.tensor([4, 0]),
         extend_seq_lens_cpu=torch.tensor([3, 5]),
     )
-    assert made.prefill_plans(given) == [Prefill(Kind.DECIDED, 0, 0, 4, 3), Prefill(Kind.DECIDED, 0, 0, 0, 5)]
+    assert made.prefill_plans.of(given) == [
+        Prefill(Kind.DECIDED, 0, 0, 4, 3),
+        Prefill(Kind.DECIDED, 0, 0, 0, 5),
+    ]
 
 
 def test_in_static_mode_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     made = runner(monkeypatch)
     made.begin_batch(extend(admitted("a", 20, 1)))
-    assert made._plans is None
+    assert made.prefill_plans._plans is None
 
 
 def test_windows_and_tables_are_those_of_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +223,7 @@ def test_windows_and_tables_are_those_of_the_pools(monkeypatch: pytest.MonkeyPat
     tables = made.streaming_tables()
     assert tables.req_to_token is made.caches.rows.req_to_token
     assert tables.full_to_streaming is made.caches.allocator.full_to_swa_index_mapping
-    assert tables.row_of is made.sink_store.row_of
+    assert tables.sink_set_of is made.sink_store.set_of
 
 
 def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +252,7 @@ def test_sink_sets_are_made_for_every_row(monkeypatch: pytest.MonkeyPatch) -> No
     store = made.sink_store
     assert isinstance(store, SinkStore) and made.events == ["alloc"]
     assert (store.capacity, store.sink_tokens, store.device) == (5, 2, "cpu")
-    assert len(store.row_of) == made.caches.rows.req_to_token.shape[0]
+    assert len(store.set_of) == made.caches.rows.req_to_token.shape[0]
     assert allocated(monkeypatch, LightTransferConfig(()), []).sink_store is None
     dynamic = LightTransferConfig((1, 3), mode="dynamic", keep=2)
     assert allocated(monkeypatch, dynamic, [1, 3]).events == ["alloc", "dynamic"]

@@ -107,8 +107,8 @@ def dynamic(monkeypatch: pytest.MonkeyPatch, score: str = "residual-error", **fa
     made.model = torch.nn.ModuleList([layer(number) for number in range(4)])
     for number, one in enumerate(made.model):
         one.tp_q_head_num, one.tp_k_head_num = facts.get("heads", [6, 6, 6, 6])[number], 2
-    arena = SimpleNamespace(complete=facts.get("complete", True))
-    made.kv_cache_configurator = SimpleNamespace(arena=facts.get("arena", arena))
+    pool = SimpleNamespace(complete=facts.get("complete", True))
+    made.kv_cache_configurator = SimpleNamespace(flat_pool=facts.get("flat_pool", pool))
     made.kv_cache_dtype = torch.bfloat16
     text = SimpleNamespace(**facts.get("text", {}))
     made.model_config = SimpleNamespace(
@@ -141,8 +141,8 @@ def test_the_parts_of_dynamic_mode_get_what_they_need(monkeypatch: pytest.Monkey
     assert handed["LayerSetStore"] == ((rows + STORED_SETS, (1, 3), 4, rows, "cpu"), {})
     assert handed["tp_ranks"] == ((6, 12), {})
     assert handed["PrefillTracker"] == ((made.lt_config, 99, "LayerSetStore"), {})
-    (config, arena, dtype, sets, score, ranks, projections), named = handed["DynamicState"]
-    assert (config, arena) == (made.lt_config, made.kv_cache_configurator.arena) and not named
+    (config, pool, dtype, sets, score, ranks, projections), named = handed["DynamicState"]
+    assert (config, pool) == (made.lt_config, made.kv_cache_configurator.flat_pool) and not named
     assert (dtype, sets, ranks) == (torch.bfloat16, "LayerSetStore", "tp_ranks")
     assert score.name == "residual-error" and set(projections) == {0, 1, 2, 3}
     _, handed = dynamic(monkeypatch, text={"original_num_attention_heads": 9})
@@ -162,7 +162,7 @@ def test_only_scores_that_read_the_residual_stream_need_projections(monkeypatch:
     ("facts", "message"),
     [
         ({"generates": False}, "mode: dynamic needs a model that generates"),
-        ({"arena": None}, "did not build its pools from the banks"),
+        ({"flat_pool": None}, "did not build its pools from the banks"),
         ({"complete": False}, "did not build its pools from the banks"),
         (
             {"heads": [6, 6, 5, 6]},

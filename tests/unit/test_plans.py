@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lt_sglang.attention import static_flashinfer as flashinfer_backend
+from lt_sglang.attention import static_plans
 from lt_sglang.attention.flashinfer_plans import by_head, plan_decode, plan_prefill, plan_ragged
 from lt_sglang.attention.indices import Windows
-from lt_sglang.attention.static_flashinfer import LazyDecodeUpdater
+from lt_sglang.attention.static_plans import LazyDecodeUpdater
 
 UPDATER = SimpleNamespace(num_qo_heads=4, num_kv_heads=2, head_dim=8, q_data_type=None, data_type=None)
 
@@ -74,7 +74,7 @@ def test_a_static_decode_step_waits_for_both_plans_of_the_last_one(monkeypatch: 
     monkeypatch.setattr(Event, "log", log, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(flashinfer_backend, "decode_rows", lambda *_: None)
+    monkeypatch.setattr(static_plans, "decode_kv_indices", lambda *_: None)
     updater: Any = object.__new__(LazyDecodeUpdater)
     vars(updater).update(vars(UPDATER), kv_indptr=torch.zeros(2, 3, dtype=torch.int32))
     updater.kv_last_page_len = torch.ones(2, dtype=torch.int32)

@@ -44,7 +44,7 @@ def configurator(
     fields: dict[str, Any] = {
         "lt_config": config,
         "split": None,
-        "arena": None,
+        "flat_pool": None,
         "model_config": model,
         "layer_info": layers,
         "kv_cache_dtype": torch.bfloat16,
@@ -165,7 +165,7 @@ def test_sink_rows_stand_behind_the_streaming_pool(monkeypatch: pytest.MonkeyPat
     assert pool.size_swa == 300 and len(pool.full_kv_pool.k_buffer) == 2
     rows = 300 + 4 * made.split.sink_sets + 1
     assert {tuple(buffer.shape) for buffer in pool.swa_kv_pool.k_buffer} == {(rows, 2, 8)}
-    assert {len(buffer) for buffer in pool.full_kv_pool.v_buffer} == {501} and made.arena is None
+    assert {len(buffer) for buffer in pool.full_kv_pool.v_buffer} == {501} and made.flat_pool is None
     allocator = made._build_token_to_kv_pool_allocator(
         sizes=SimpleNamespace(full_max_total_num_tokens=500, swa_max_total_num_tokens=300),
         token_to_kv_pool=pool,
@@ -191,7 +191,7 @@ def test_pools_are_not_built_before_they_are_sized(monkeypatch: pytest.MonkeyPat
             )
 
 
-def test_dynamic_mode_builds_the_banks_of_one_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dynamic_mode_builds_the_banks_of_one_flat_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     made = configurator(monkeypatch, replace(CONFIG, mode="dynamic", keep=2, staging_tokens=300))
     made.config_from_budget(4 << 20)
     assert made.split is not None
@@ -199,14 +199,14 @@ def test_dynamic_mode_builds_the_banks_of_one_arena(monkeypatch: pytest.MonkeyPa
         full_max_total_num_tokens=500, swa_max_total_num_tokens=300, mha_pool_class=MHATokenToKVPool
     )
     sinks = 4 * made.split.sink_sets
-    assert made.arena is not None and made.arena.complete
-    layout = made.arena.layout
+    assert made.flat_pool is not None and made.flat_pool.complete
+    layout = made.flat_pool.layout
     assert (layout.full_banks, layout.streaming_banks, layout.full_rows) == (2, 3, 501)
     assert (layout.streaming_rows, layout.sink_base) == (301 + sinks, 301)
     assert (layout.staging_rows, layout.scratch_rows) == (300, 64)
     for bank, buffer in enumerate([*pool.full_kv_pool.k_buffer, *pool.swa_kv_pool.k_buffer]):
         buffer[1] = bank + 1
-        assert (made.arena.keys[layout.bank_start(bank) + 1] == bank + 1).all()
+        assert (made.flat_pool.kv.k[layout.bank_start(bank) + 1] == bank + 1).all()
 
 
 @pytest.mark.parametrize("what", ["draft", "hisparse"])
@@ -236,7 +236,7 @@ def test_a_stock_configurator_is_taken_over_whole() -> None:
         adopted = LightTransferKVCacheConfigurator.adopt(stock, CONFIG)
     assert type(adopted) is LightTransferKVCacheConfigurator
     assert {name: getattr(adopted, name) for name in values} == values
-    assert adopted.lt_config is CONFIG and adopted.split is None and adopted.arena is None
+    assert adopted.lt_config is CONFIG and adopted.split is None and adopted.flat_pool is None
 
 
 def test_rows_are_copied_in_every_layer_of_k_and_v() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from lt_sglang.attention import gathered
 from lt_sglang.attention.gathered import GatheredAttention
-from lt_sglang.attention.static_flashinfer import FULL, LAZY, LazyPrefillUpdater
+from lt_sglang.attention.static_plans import FULL, LAZY, LazyPrefillUpdater
+from lt_sglang.memory.kv import KV
 from tests.unit.streaming import Batch, visible
 
 SINK, RECENT = 4, 8
@@ -107,13 +108,13 @@ def test_full_layers_read_the_cached_prefix_and_new_tokens_ragged() -> None:
     assert ragged.options["causal"] is True
     assert backend.prefix.planned == (extends, PREFIXES)
     expected = [slot for i, end in enumerate(PREFIXES) for slot in full_slots(batch, i, end)]
-    assert backend.prefill.prefix_rows.tolist() == expected and backend.prefill.whole_rows is None
+    assert backend.prefill.prefix_kv_indices.tolist() == expected and backend.prefill.whole_kv_indices is None
     assert not hasattr(paged[FULL], "given")
 
 
 def test_without_ragged_full_layers_read_everything_causally() -> None:
     batch, ragged, paged, backend = plan(PREFIXES, use_ragged=False)
-    assert not hasattr(ragged, "given") and backend.prefill.prefix_rows is None
+    assert not hasattr(ragged, "given") and backend.prefill.prefix_kv_indices is None
     assert paged[FULL].spans() == [full_slots(batch, i, end) for i, end in enumerate(LENGTHS)]
     assert paged[FULL].options["causal"] is True and paged[FULL].options["window_left"] == -1
 
@@ -122,15 +123,15 @@ def test_nothing_cached_is_nothing_paged() -> None:
     _, ragged, paged, backend = plan([0, 0, 0, 0], use_ragged=True)
     assert ragged.given[0].diff().tolist() == LENGTHS
     assert not hasattr(paged[FULL], "given")
-    assert backend.prefix.planned is None and backend.prefill.prefix_rows is None
+    assert backend.prefix.planned is None and backend.prefill.prefix_kv_indices is None
 
 
 @pytest.mark.parametrize("use_ragged", [True, False])
 def test_lazy_layers_read_the_window_before_the_chunk_and_the_chunk(use_ragged: bool) -> None:
     batch, _, paged, backend = plan(PREFIXES, use_ragged)
-    assert paged[LAZY].spans() == windows_of(batch) and backend.prefill.window_rows is None
+    assert paged[LAZY].spans() == windows_of(batch) and backend.prefill.window_kv_indices is None
     assert paged[LAZY].options["causal"] is True and paged[LAZY].options["window_left"] == RECENT - 1
-    assert backend.prefill.sink_rows.shape == (len(LENGTHS), SINK)
+    assert backend.prefill.sinks.rows.shape == (len(LENGTHS), SINK)
 
 
 def test_fa3_gathers_for_all_layers() -> None:
@@ -138,10 +139,10 @@ def test_fa3_gathers_for_all_layers() -> None:
     extends = [length - prefix for length, prefix in zip(LENGTHS, PREFIXES, strict=True)]
     assert backend.whole.planned[0] == backend.window.planned[0] == extends
     expected = [full_slots(batch, i, end) for i, end in enumerate(LENGTHS)]
-    assert backend.whole.lists(backend.prefill.whole_rows) == expected
-    assert backend.window.lists(backend.prefill.window_rows) == windows_of(batch)
+    assert backend.whole.lists(backend.prefill.whole_kv_indices) == expected
+    assert backend.window.lists(backend.prefill.window_kv_indices) == windows_of(batch)
     assert not any(hasattr(wrapper, "given") for wrapper in [ragged, *paged])
-    assert backend.prefix.planned is None and backend.prefill.prefix_rows is None
+    assert backend.prefix.planned is None and backend.prefill.prefix_kv_indices is None
 
 
 def test_fa3_does_not_copy_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +151,11 @@ def test_fa3_does_not_copy_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> 
     row_bytes = 2 * 2 * 16 * 2  # of both, 2 KV heads of 16
     monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes)
     _, ragged, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
-    assert backend.prefill.whole_rows is None and backend.prefix.planned and hasattr(ragged, "given")
-    assert backend.prefill.window_rows is not None and not hasattr(paged[LAZY], "given")
+    assert backend.prefill.whole_kv_indices is None and backend.prefix.planned and hasattr(ragged, "given")
+    assert backend.prefill.window_kv_indices is not None and not hasattr(paged[LAZY], "given")
     monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes - 1)
     *_, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
-    assert backend.prefill.window_rows is None and hasattr(paged[LAZY], "given")
+    assert backend.prefill.window_kv_indices is None and hasattr(paged[LAZY], "given")
 
 
 class Dense:
@@ -205,9 +206,9 @@ def test_gathered_attention_is_that_of_the_tokens(
     updater = SimpleNamespace(num_qo_heads=2, num_kv_heads=2, head_dim=16, q_data_type=None)
     attention.plan(updater, extends, spans)
     layer = SimpleNamespace(scaling=0.25, logit_cap=0.0)
-    projected = (keys[new_rows], values[new_rows])
-    out, lse = attention.run(query, projected, (keys, values), rows, layer)
-    again, _ = attention.run(query, None, (keys, values), rows, layer)
+    projected, cache = KV(keys[new_rows], values[new_rows]), KV(keys, values)
+    out, lse = attention.run(query, projected, cache, rows, layer)
+    again, _ = attention.run(query, None, cache, rows, layer)
     torch.testing.assert_close(again, out)  # new tokens are read where they were stored, if not as projected
     token = 0
     for part, extend in zip(rows.split(spans), extends, strict=True):
@@ -219,7 +220,7 @@ def test_gathered_attention_is_that_of_the_tokens(
             torch.testing.assert_close(out[token], expected)
             torch.testing.assert_close(lse[token].exp2(), scores.exp().sum(1))
             token += 1
-    unused = (torch.full_like(keys, torch.nan), torch.full_like(values, torch.nan))
+    unused = KV(torch.full_like(keys, torch.nan), torch.full_like(values, torch.nan))
     if not any(before):
         # Nothing is gathered: it is not a number.
         torch.testing.assert_close(attention.run(query, projected, unused, rows, layer)[0], out)

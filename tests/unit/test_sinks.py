@@ -55,7 +55,7 @@ class Device:
 
     def stored(self, row: int) -> list[int] | None:
         """What the request in ``row`` reads as its sinks, or None if it reads its own slots."""
-        index = int(self.store.row_of[row])
+        index = int(self.store.set_of[row])
         if index < 0:
             return None
         first = BASE + index * self.store.sink_tokens
@@ -67,7 +67,7 @@ def request(name: str, row: int, key: str = "", first_slot: int = 1) -> Request:
 
 
 def test_the_table_is_where_and_what_it_is_said_to_be() -> None:
-    table = SinkStore(2, 3, 16, "meta").row_of
+    table = SinkStore(2, 3, 16, "meta").set_of
     assert (tuple(table.shape), table.dtype, table.device.type) == ((16,), torch.int32, "meta")
 
 
@@ -258,7 +258,7 @@ def test_without_sinks_every_request_is_safe_at_once() -> None:
     assert store.holds("a") and store.touch(())
     store.release("a")
     store.flush(10, lambda target, source: None)
-    assert store.row_of.tolist() == [-1] * 4
+    assert store.set_of.tolist() == [-1] * 4
     assert store.check_integrity() == []
 
 

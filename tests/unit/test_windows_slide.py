@@ -92,14 +92,14 @@ def test_a_set_that_is_found_late_frees_the_slots_that_held_the_sinks(mode: str,
     made.admit(req)
     for _ in range(3):
         assert made.run_chunk(req)
-    assert made.store.row_of[req.kv.req_pool_idx] == -1
+    assert made.store.set_of[req.kv.req_pool_idx] == -1
     own = made.sinks_of(req)
     reads_all(made, req)
     made.check()
     made.finish(first)
     while req.prefix_len < LONG:
         assert made.run_chunk(req)
-    assert made.store.row_of[req.kv.req_pool_idx] == 0
+    assert made.store.set_of[req.kv.req_pool_idx] == 0
     assert not set(made.sinks_of(req)) & set(own)
     assert req.kv.swa_evict_floor == 0
     reads_all(made, req)
@@ -119,10 +119,10 @@ def test_a_set_that_is_found_late_in_decode() -> None:
     assert made.prefill(first) and made.prefill(req)
     assert made.decode(req, 40)
     reads_all(made, req)
-    assert made.store.row_of[req.kv.req_pool_idx] == -1
+    assert made.store.set_of[req.kv.req_pool_idx] == -1
     made.finish(first)
     assert made.decode(req, 2 * INTERVAL)
-    assert made.store.row_of[req.kv.req_pool_idx] == 0
+    assert made.store.set_of[req.kv.req_pool_idx] == 0
     reads_all(made, req)
     made.check()
     made.finish(req)
@@ -140,7 +140,7 @@ def test_a_set_that_is_found_before_the_window_has_slid() -> None:
     made.finish(first)
     made.tree.evict_sliding_windows(req, WINDOW + 2, eviction_interval=100)
     made.flush()
-    assert req.kv.swa_evict_floor == 0 and made.store.row_of[req.kv.req_pool_idx] == 0
+    assert req.kv.swa_evict_floor == 0 and made.store.set_of[req.kv.req_pool_idx] == 0
     made.check()
     assert made.decode(req, 60)
     reads_all(made, req)

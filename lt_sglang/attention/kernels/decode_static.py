@@ -13,64 +13,62 @@ from lt_sglang.attention.indices import StreamingTables, Windows
 
 
 @triton.jit
-def _decode_rows(  # type: ignore[no-untyped-def]
+def _decode_kv_indices(  # type: ignore[no-untyped-def]
     out_ptr,
-    indptr_ptr,
-    rows_ptr,
+    kv_indptr_ptr,
+    req_pool_indices_ptr,
     seq_lens_ptr,
-    req_to_token_ptr,
-    req_to_token_stride,
-    full_to_streaming_ptr,
-    row_of_ptr,
+    tables,
+    context,
     sink_base,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
-    row = tl.load(rows_ptr + request).to(tl.int64)
+    row = tl.load(req_pool_indices_ptr + request).to(tl.int64)
     length = tl.load(seq_lens_ptr + request).to(tl.int32)
-    sink_set = tl.load(row_of_ptr + row).to(tl.int64)
-    start = tl.load(indptr_ptr + request).to(tl.int64)
+    sink_set = tl.load(tables.sink_set_of + row).to(tl.int64)
+    start = tl.load(kv_indptr_ptr + request).to(tl.int64)
     first = tl.maximum(length - RECENT, 0)
     sinks = tl.minimum(first, SINK)
     item = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = item < tl.minimum(length, SINK + RECENT)
     is_sink = item < sinks
     position = tl.where(is_sink, item, first + item - sinks)
-    full = tl.load(req_to_token_ptr + row * req_to_token_stride + position, mask=valid, other=0)
-    slot = tl.load(full_to_streaming_ptr + full.to(tl.int64), mask=valid, other=0)
+    full = tl.load(tables.req_to_token + row * context + position, mask=valid, other=0)
+    slot = tl.load(tables.full_to_streaming + full.to(tl.int64), mask=valid, other=0)
     stored = sink_base + sink_set * SINK + item
     slot = tl.where(is_sink & (sink_set >= 0), stored, slot)
     tl.store(out_ptr + start + item, slot.to(tl.int32), mask=valid)
 
 
-def decode_rows(
+def decode_kv_indices(
     out: torch.Tensor,
-    indptr: torch.Tensor,
-    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     tables: StreamingTables,
     windows: Windows,
 ) -> None:
-    """Write what ``indices.decode_rows_reference`` returns into ``out`` (int32), with no host sync.
+    """Write what ``indices.decode_kv_indices_reference`` returns into ``out``, with no host sync.
 
     Args:
-        out: int32, at least indptr[bs] elements.
-        indptr: int32 [bs + 1], exclusive sums of ``lazy_lengths``.
-        rows: int [bs], request rows. seq_lens: int [bs].
+        out: int32, at least kv_indptr[bs] elements.
+        kv_indptr: int32 [bs + 1], exclusive sums of ``lazy_lengths``.
+        req_pool_indices, seq_lens: int [bs].
+        tables: where positions live.
+        windows: w_sink and w_recent.
     """
     block = min(1024, triton.next_power_of_2(windows.lazy_tokens))
-    grid = (len(rows), triton.cdiv(windows.lazy_tokens, block))
-    _decode_rows[grid](
+    grid = (len(req_pool_indices), triton.cdiv(windows.lazy_tokens, block))
+    _decode_kv_indices[grid](
         out,
-        indptr,
-        rows,
+        kv_indptr,
+        req_pool_indices,
         seq_lens,
-        tables.req_to_token,
+        tables,
         tables.req_to_token.stride(0),
-        tables.full_to_streaming,
-        tables.row_of,
         windows.sink_base,
         SINK=windows.sink_tokens,
         RECENT=windows.recent_tokens,

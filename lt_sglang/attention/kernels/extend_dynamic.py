@@ -2,108 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from lt_sglang.attention.indices import Windows
-from lt_sglang.attention.kernels.banks import bank_row
+from lt_sglang.attention.kernels.banks import LayerBanks, bank_row
 from lt_sglang.attention.kernels.requests import DECIDED, Requests
-from lt_sglang.attention.kernels.tiles import make_tiles
-from lt_sglang.memory.banks import BankLayout
+from lt_sglang.attention.kernels.tiles import Tiles, make_tiles
 
 LIST_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["requests"])
-def _list_pointers(  # type: ignore[no-untyped-def]
+def _extend_kv_indptr(  # type: ignore[no-untyped-def]
     out_ptr,
-    bank_of_ptr,
-    kind_ptr,
-    layer_set_ptr,
     lengths_ptr,
+    given,
+    banks,
     requests,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
-    WHICH: tl.constexpr,
+    LAZY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer = tl.program_id(0)
     item = tl.arange(0, BLOCK)
     valid = item < requests
-    kind = tl.load(kind_ptr + item, mask=valid, other=0)
-    table = tl.load(layer_set_ptr + item, mask=valid, other=0).to(tl.int64) * LAYERS
+    kind = tl.load(given.kind + item, mask=valid, other=0)
+    table = tl.load(given.layer_set + item, mask=valid, other=0).to(tl.int64) * LAYERS
     length = tl.load(lengths_ptr + item, mask=valid, other=0)
     before = tl.zeros([BLOCK], tl.int32)
     count = length
     for current in range(0, layer + 1):
         before += tl.where(current > 0, count, 0)
-        if WHICH != 2:
-            bank = tl.load(bank_of_ptr + table + current, mask=valid, other=0)
-            full = (kind != DECIDED) | (bank < FULL_BANKS)
-            count = tl.where(full == (WHICH == 0), length, 0)
+        bank = tl.load(banks.bank_of + table + current, mask=valid, other=0)
+        lazy = (kind == DECIDED) & (bank >= FULL_BANKS)
+        count = tl.where(lazy == LAZY, length, 0)
     start = tl.sum(tl.where(valid, before, 0))
     ends = start + tl.cumsum(tl.where(valid, count, 0))
     tl.store(out_ptr + layer * requests + item + 1, ends, mask=valid)
     tl.store(out_ptr, 0, mask=layer == 0)
 
 
-FULL_ONLY, LAZY_ONLY, EVERY = 0, 1, 2
-
-
-def list_pointers(
-    bank_of: torch.Tensor, given: Requests, lengths: torch.Tensor, full_banks: int, which: int
+def extend_kv_indptr(
+    banks: LayerBanks, given: Requests, lengths: torch.Tensor, *, lazy: bool
 ) -> torch.Tensor:
-    """int32 [L * bs + 1]: where each layer's list of each request begins, as ``kernels.decode_pointers``.
+    """int32 [L * bs + 1]: where each layer's list of each request begins, as ``decode_kv_indptr``.
 
-    lengths: int32 [bs], a list's length where it is not empty. which: FULL_ONLY: layers with full attention
-    (undecided requests have no others); LAZY_ONLY: lazy layers; EVERY: all.
+    Args:
+        banks: where the layers of the requests are.
+        given: the requests of the batch.
+        lengths: int32 [bs], a list's length where it is not empty.
+        lazy: lists of lazy layers, else of those with full attention (undecided requests have no others).
     """
-    layers, requests = bank_of.shape[1], len(lengths)
+    layers, requests = banks.layout.layers, len(lengths)
     out = torch.empty(layers * requests + 1, dtype=torch.int32, device=lengths.device)
-    _list_pointers[(layers,)](
+    _extend_kv_indptr[(layers,)](
         out,
-        bank_of,
-        given.kind,
-        given.layer_set,
         lengths,
+        given,
+        banks.args,
         requests,
         LAYERS=layers,
-        FULL_BANKS=full_banks,
-        WHICH=which,
+        FULL_BANKS=banks.layout.full_banks,
+        LAZY=lazy,
         BLOCK=triton.next_power_of_2(max(requests, 16)),
     )
     return out
 
 
+@triton.jit
+def _undecided_row(  # type: ignore[no-untyped-def]
+    given, banks, request, position, layer, full, FULL_BANKS: tl.constexpr
+):
+    """Where an undecided request's positions are: a full bank, or the staging bank and scratch rows."""
+    prefix = tl.load(given.prefix + request)
+    staged = banks.staging_start + (layer - FULL_BANKS) * banks.staging_rows + position
+    scratch = banks.scratch_start + tl.load(given.token + request) + position - prefix
+    late = tl.where(position < prefix, staged, scratch)
+    return tl.where(layer < FULL_BANKS, layer * banks.full_rows + full, late)
+
+
 @triton.jit(do_not_specialize=["requests"])
-def _extend_lists(  # type: ignore[no-untyped-def]
+def _extend_kv_indices(  # type: ignore[no-untyped-def]
     out_ptr,
-    pointer_ptr,
+    kv_indptr_ptr,
     tile_ptr,
-    bank_of_ptr,
-    kind_ptr,
-    layer_set_ptr,
-    prefix_ptr,
-    token_ptr,
-    offset_ptr,
-    sink_set_ptr,
     first_ptr,
-    full_ptr,
-    streaming_ptr,
+    given,
+    banks,
     requests,
-    full_rows,
-    streaming_start,
-    streaming_rows,
-    staging_start,
-    staging_rows,
-    scratch_start,
-    sink_base,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
-    SINK: tl.constexpr,
-    RECENT: tl.constexpr,
-    WHICH: tl.constexpr,
+    LAZY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.load(tile_ptr + tl.program_id(0) * 3)
@@ -112,86 +105,134 @@ def _extend_lists(  # type: ignore[no-untyped-def]
     item = tl.arange(0, BLOCK)
     valid = item < count
     position = position0 + item
-    kind = tl.load(kind_ptr + request)
-    banks = bank_of_ptr + tl.load(layer_set_ptr + request).to(tl.int64) * LAYERS
-    prefix = tl.load(prefix_ptr + request)
-    offset = tl.load(offset_ptr + request)
-    full = tl.load(full_ptr + offset + position, mask=valid, other=0)
-    streaming = tl.load(streaming_ptr + offset + position, mask=valid, other=0)
-    if WHICH == 2:
-        # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
-        sink_set = tl.load(sink_set_ptr + request)
-        stored = (position < SINK) & (position < prefix - RECENT) & (sink_set >= 0)
-        streaming = tl.where(stored, sink_base + sink_set * SINK + position, streaming)
-    waiting = scratch_start + tl.load(token_ptr + request) + position - prefix
+    decided = tl.load(given.kind + request) == DECIDED
+    of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
+    offset = tl.load(given.offset + request)
+    full = tl.load(given.full + offset + position, mask=valid, other=0)
+    streaming = tl.load(given.streaming + offset + position, mask=valid, other=0)
     element = position - tl.load(first_ptr + request)
     for layer in range(0, LAYERS):
         bank = layer
-        if kind == DECIDED:
-            bank = tl.load(banks + layer)
-        row = bank_row(bank, full, streaming, FULL_BANKS, full_rows, streaming_start, streaming_rows)
-        if (kind != DECIDED) & (layer >= FULL_BANKS):
-            staged = staging_start + (layer - FULL_BANKS) * staging_rows + position
-            row = tl.where(position < prefix, staged, waiting)
-        is_full = (kind != DECIDED) | (bank < FULL_BANKS)
-        if (WHICH == 2) | (is_full == (WHICH == 0)):
-            start = tl.load(pointer_ptr + layer * requests + request).to(tl.int64)
+        if decided:
+            bank = tl.load(of + layer)
+        if (decided & (bank >= FULL_BANKS)) == LAZY:
+            row = bank_row(banks, bank, full, streaming, FULL_BANKS)
+            if not decided:
+                row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)
+            start = tl.load(kv_indptr_ptr + layer * requests + request).to(tl.int64)
             tl.store(out_ptr + start + element, row, mask=valid)
 
 
-def extend_lists(
-    size: int,
-    pointers: torch.Tensor,
+def extend_kv_indices(
+    banks: LayerBanks,
+    given: Requests,
     firsts: list[int],
     ends: list[int],
-    given: Requests,
-    bank_of: torch.Tensor,
-    windows: Windows,
-    layout: BankLayout,
-    which: int,
+    kv_indptr: torch.Tensor,
+    *,
+    lazy: bool,
 ) -> torch.Tensor:
-    """The rows that every layer reads in a prefill; int32 [size].
+    """The rows that some layers read in a prefill; int32 [at least kv_indptr[-1]].
 
     Args:
-        size: at least pointers[-1]; known on the host.
-        pointers: from ``list_pointers`` with the same ``which``.
-        firsts, ends: positions that each request's lists cover. With EVERY, a lazy layer's rows are right
-            within the window before the prefix's end, and all if the prefix is no longer than sink + recent.
+        banks: where the layers of the requests are.
+        given: the requests of the batch.
+        firsts, ends: positions that each request's lists cover, where they are not empty.
+        kv_indptr: from ``extend_kv_indptr`` with the same ``lazy``.
+        lazy: lists of lazy layers, else of those with full attention.
     """
-    device = pointers.device
+    layout, device = banks.layout, kv_indptr.device
+    size = (sum(ends) - sum(firsts)) * layout.layers
     out = torch.empty(max(size, 1), dtype=torch.int32, device=device)
-    runs = [(request, first, end) for request, (first, end) in enumerate(zip(firsts, ends, strict=True))]
-    tiles = make_tiles(runs, LIST_BLOCK, device)
-    if tiles.number == 0:
-        return out
-    first = torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True)
-    _extend_lists[(tiles.number,)](
-        out,
-        pointers,
-        tiles.table,
-        bank_of,
-        given.kind,
-        given.layer_set,
-        given.prefix,
-        given.token,
-        given.offset,
-        given.sink_set,
-        first,
-        given.full,
-        given.streaming,
-        len(firsts),
-        layout.full_rows,
-        layout.streaming_start,
-        layout.streaming_rows,
-        layout.staging_start,
-        layout.staging_rows,
-        layout.scratch_start,
-        windows.sink_base,
-        LAYERS=layout.layers,
-        FULL_BANKS=layout.full_banks,
-        SINK=windows.sink_tokens,
-        RECENT=windows.recent_tokens,
-        WHICH=which,
-        BLOCK=LIST_BLOCK,
-    )
+    tiles = _tiles(firsts, ends, device)
+    if tiles.number:
+        first = torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True)
+        _extend_kv_indices[(tiles.number,)](
+            out,
+            kv_indptr,
+            tiles.table,
+            first,
+            given,
+            banks.args,
+            len(firsts),
+            LAYERS=layout.layers,
+            FULL_BANKS=layout.full_banks,
+            LAZY=lazy,
+            BLOCK=LIST_BLOCK,
+        )
     return out
+
+
+@triton.jit
+def _every_kv_indices(  # type: ignore[no-untyped-def]
+    out_ptr,
+    layer_stride,
+    tile_ptr,
+    shift_ptr,
+    given,
+    banks,
+    LAYERS: tl.constexpr,
+    FULL_BANKS: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.load(tile_ptr + tl.program_id(0) * 3)
+    position0 = tl.load(tile_ptr + tl.program_id(0) * 3 + 1)
+    count = tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
+    item = tl.arange(0, BLOCK)
+    valid = item < count
+    position = position0 + item
+    decided = tl.load(given.kind + request) == DECIDED
+    of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
+    offset = tl.load(given.offset + request)
+    full = tl.load(given.full + offset + position, mask=valid, other=0)
+    streaming = tl.load(given.streaming + offset + position, mask=valid, other=0)
+    # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
+    sink_set = tl.load(given.sink_set + request)
+    stored = (position < SINK) & (position < tl.load(given.prefix + request) - RECENT) & (sink_set >= 0)
+    streaming = tl.where(stored, banks.sink_base + sink_set * SINK + position, streaming)
+    out = out_ptr + tl.load(shift_ptr + request) + position
+    for layer in range(0, LAYERS):
+        if decided:
+            row = bank_row(banks, tl.load(of + layer), full, streaming, FULL_BANKS)
+        else:
+            row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)
+        tl.store(out, row, mask=valid)
+        out += layer_stride
+
+
+def every_kv_indices(banks: LayerBanks, given: Requests, firsts: list[int], ends: list[int]) -> torch.Tensor:
+    """The rows of positions ``firsts`` to ``ends`` in every layer; int32 [L, sum of lengths].
+
+    A lazy layer's rows are right within the window before the prefix's end, and all if the prefix is no
+    longer than sink + recent.
+    """
+    layout, device = banks.layout, given.kind.device
+    total = sum(ends) - sum(firsts)
+    out = torch.empty((layout.layers, total), dtype=torch.int32, device=device)
+    tiles = _tiles(firsts, ends, device)
+    if tiles.number:
+        shifts, at = [], 0
+        for first, end in zip(firsts, ends, strict=True):
+            shifts.append(at - first)
+            at += end - first
+        _every_kv_indices[(tiles.number,)](
+            out,
+            total,
+            tiles.table,
+            torch.tensor(shifts, dtype=torch.int32).to(device, non_blocking=True),
+            given,
+            banks.args,
+            LAYERS=layout.layers,
+            FULL_BANKS=layout.full_banks,
+            SINK=banks.windows.sink_tokens,
+            RECENT=banks.windows.recent_tokens,
+            BLOCK=LIST_BLOCK,
+        )
+    return out
+
+
+def _tiles(firsts: Sequence[int], ends: Sequence[int], device: torch.device) -> Tiles:
+    runs = [(request, first, end) for request, (first, end) in enumerate(zip(firsts, ends, strict=True))]
+    return make_tiles(runs, LIST_BLOCK, device)

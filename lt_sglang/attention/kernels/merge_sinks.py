@@ -7,23 +7,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from lt_sglang.attention.indices import Windows
+from lt_sglang.attention.kernels.banks import LayerBanks
 from lt_sglang.identify.scores.reference import LOG2E
+from lt_sglang.memory.kv import KV
+
+TILE_QUERIES = 64
+
+
+class SinkTiles(NamedTuple):
+    """Runs of up to TILE_QUERIES consecutive queries of one request that see sinks; int32 [number] each.
+
+    token: the run's first row in the batch. position: its first position in the request. count: its queries.
+    """
+
+    request: torch.Tensor
+    token: torch.Tensor
+    position: torch.Tensor
+    count: torch.Tensor
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.request)
 
 
 @dataclass(frozen=True)
-class Banks:
-    """Which bank holds one layer of each request (memory/banks.py). of: int32 [bs]."""
+class Sinks:
+    """Where a batch's sinks are and who sees them. rows: int [bs, w_sink], from ``indices.sink_rows``."""
+
+    rows: torch.Tensor
+    tiles: SinkTiles
+    windows: Windows
+
+
+class Scales(NamedTuple):
+    """softmax: of the scores. k, v: of an fp8 KV cache."""
+
+    softmax: float
+    k: float = 1.0
+    v: float = 1.0
+
+    @classmethod
+    def of(cls, layer: Any) -> Scales:
+        """Those of SGLang's RadixAttention."""
+        return cls(layer.scaling, layer.k_scale_float or 1.0, layer.v_scale_float or 1.0)
+
+
+class BankColumn(NamedTuple):
+    """Which bank holds one layer of each request. of: int32 [bs], ``stride`` elements apart."""
 
     of: torch.Tensor
-    full_banks: int
+    stride: int
     streaming_start: int
     streaming_rows: int
+
+    @classmethod
+    def of_layer(cls, banks: LayerBanks, of: torch.Tensor) -> BankColumn:
+        """``of``: int32 [bs], a view."""
+        return cls(of, of.stride(0), banks.layout.streaming_start, banks.layout.streaming_rows)
+
+
+class _Strides(NamedTuple):
+    """Elements from one row to the next."""
+
+    query: int
+    k: int
+    v: int
 
 
 @triton.jit
@@ -32,23 +88,12 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     window_ptr,
     lse_ptr,
     query_ptr,
-    key_ptr,
-    value_ptr,
+    cache,
     sink_rows_ptr,
-    tile_request_ptr,
-    tile_token_ptr,
-    tile_position_ptr,
-    tile_count_ptr,
-    query_token_stride,
-    key_row_stride,
-    value_row_stride,
-    scale_log2,
-    key_scale,
-    value_scale,
-    bank_ptr,
-    bank_stride,
-    streaming_start,
-    streaming_rows,
+    tiles,
+    strides,
+    scales,
+    banks,
     HAS_BANKS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -62,22 +107,22 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    count = tl.load(tile_count_ptr + tile)
-    position0 = tl.load(tile_position_ptr + tile)
-    request = tl.load(tile_request_ptr + tile).to(tl.int64)
-    token = tl.load(tile_token_ptr + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
+    count = tl.load(tiles.count + tile)
+    position0 = tl.load(tiles.position + tile)
+    request = tl.load(tiles.request + tile).to(tl.int64)
+    token = tl.load(tiles.token + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
     position = position0 + tl.arange(0, BLOCK_Q)
     in_tile = tl.arange(0, BLOCK_Q) < count
     base = tl.zeros([], tl.int64)
     if HAS_BANKS:
-        bank = tl.load(bank_ptr + request * bank_stride)
+        bank = tl.load(banks.of + request * banks.stride)
         in_tile = in_tile & (bank >= FULL_BANKS)
-        base = (streaming_start + (bank - FULL_BANKS) * streaming_rows).to(tl.int64)
+        base = (banks.streaming_start + (bank - FULL_BANKS) * banks.streaming_rows).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < DIM
     kv_head = head // GROUP
     query = tl.load(
-        query_ptr + token[:, None] * query_token_stride + head * DIM + dim[None, :],
+        query_ptr + token[:, None] * strides.query + head * DIM + dim[None, :],
         mask=in_tile[:, None] & in_dim[None, :],
         other=0.0,
     )
@@ -94,22 +139,22 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
         real = real & (base >= 0)  # the row of a request that is full here is nowhere
         row = base + tl.load(sink_rows_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
         key = tl.load(
-            key_ptr + row[None, :] * key_row_stride + kv_head * DIM + dim[:, None],
+            cache.k + row[None, :] * strides.k + kv_head * DIM + dim[:, None],
             mask=real[None, :] & in_dim[:, None],
             other=0.0,
         )
-        score = tl.dot(query, key.to(query.dtype)) * (scale_log2 * key_scale)
+        score = tl.dot(query, key.to(query.dtype)) * (scales.softmax * scales.k)
         seen = real[None, :] & (position[:, None] - sink[None, :] >= RECENT)
         score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         value = tl.load(
-            value_ptr + row[:, None] * value_row_stride + kv_head * DIM + dim[None, :],
+            cache.v + row[:, None] * strides.v + kv_head * DIM + dim[None, :],
             mask=real[:, None] & in_dim[None, :],
             other=0.0,
         )
-        mixed = tl.dot(weight.to(query.dtype), value.to(query.dtype)) * value_scale
+        mixed = tl.dot(weight.to(query.dtype), value.to(query.dtype)) * scales.v
         acc = acc * shrink[:, None] + mixed
         total = total * shrink + tl.sum(weight, 1)
         top = new_top
@@ -117,18 +162,18 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & in_dim[None, :])
 
 
-def _unpacked_sinks(
-    keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, banks: Banks | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Banks | None]:
+def _unpacked(
+    cache: KV, rows: torch.Tensor, banks: BankColumn | None, full_banks: int, dtype: torch.dtype
+) -> tuple[KV, torch.Tensor, BankColumn | None]:
     """The sinks alone, in ``dtype``: Triton reads fp8 e4m3 from sm89 on only, and they are few."""
     at = rows.to(torch.int64)
     if banks is not None:
-        start = banks.streaming_start + (banks.of.to(torch.int64) - banks.full_banks) * banks.streaming_rows
+        start = banks.streaming_start + (banks.of.to(torch.int64) - full_banks) * banks.streaming_rows
         at = (at + start[:, None]).clamp(min=0)
-        banks = Banks(banks.of, banks.full_banks, 0, 0)
+        banks = banks._replace(streaming_start=0, streaming_rows=0)
     flat = at.flatten()
-    unpacked = [part.view(torch.uint8)[flat].view(part.dtype).to(dtype) for part in (keys, values)]
-    return unpacked[0], unpacked[1], torch.arange(len(flat), device=rows.device).view_as(at), banks
+    unpacked = KV(*(part.view(torch.uint8)[flat].view(part.dtype).to(dtype) for part in cache))
+    return unpacked, torch.arange(len(flat), device=rows.device).view_as(at), banks
 
 
 @torch.no_grad()
@@ -136,16 +181,11 @@ def merge_sinks(
     out: torch.Tensor,
     lse: torch.Tensor,
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rows: torch.Tensor,
-    tiles: SinkTiles,
-    windows: Windows,
-    scale: float,
-    key_scale: float = 1.0,
-    value_scale: float = 1.0,
+    cache: KV,
+    sinks: Sinks,
+    scales: Scales,
     window: torch.Tensor | None = None,
-    banks: Banks | None = None,
+    banks: tuple[BankColumn, int] | None = None,
 ) -> None:
     """Add the sinks to attention that saw the window only; changes ``out`` in place.
 
@@ -153,68 +193,42 @@ def merge_sinks(
         out: [tokens, heads, dim], the window's attention output, unless ``window`` is that.
         lse: float32 [tokens, heads], its log-sum-exp to base 2 (FlashInfer's).
         query: [tokens, heads, dim], last dimension contiguous.
-        keys, values: [rows, kv heads, dim], a lazy layer's streaming buffers; in dynamic mode the arena.
-        rows: int [bs, w_sink], from ``indices.sink_rows``.
-        tiles: which queries belong to which request, from ``make_sink_tiles``.
-        scale: softmax scale; key_scale, value_scale: of an fp8 KV cache.
+        cache: a lazy layer's streaming buffers; in dynamic mode the flat pool.
+        sinks: of the batch.
+        scales: of the layer.
         window: the window's attention output; ``out`` then is written only where it counts.
-        banks: in dynamic mode, the layer's bank by request; those that are full in this layer are left alone.
+        banks: in dynamic mode, the layer's bank by request, and P; requests that are full in this layer are
+            left alone.
     """
     tokens, heads, dim = query.shape
-    if tiles.number == 0 or tokens == 0:
+    if sinks.tiles.number == 0 or tokens == 0:
         return
-    if keys.element_size() == 1:
-        keys, values, rows, banks = _unpacked_sinks(keys, values, rows, banks, query.dtype)
-    _merge_sinks[(tiles.number, heads)](
+    column, full_banks = banks or (None, 0)
+    rows = sinks.rows
+    if cache.k.element_size() == 1:
+        cache, rows, column = _unpacked(cache, rows, column, full_banks, query.dtype)
+    _merge_sinks[(sinks.tiles.number, heads)](
         out,
         out if window is None else window,
         lse,
         query,
-        keys,
-        values,
+        cache,
         rows,
-        tiles.request,
-        tiles.token,
-        tiles.position,
-        tiles.count,
-        query.stride(0),
-        keys.stride(0),
-        values.stride(0),
-        scale * LOG2E,
-        key_scale,
-        value_scale,
-        rows if banks is None else banks.of,
-        0 if banks is None else banks.of.stride(0),
-        0 if banks is None else banks.streaming_start,
-        0 if banks is None else banks.streaming_rows,
-        HAS_BANKS=banks is not None,
-        FULL_BANKS=0 if banks is None else banks.full_banks,
+        tiles=sinks.tiles,
+        strides=_Strides(query.stride(0), cache.k.stride(0), cache.v.stride(0)),
+        scales=scales._replace(softmax=scales.softmax * LOG2E),
+        banks=BankColumn(rows, 0, 0, 0) if column is None else column,
+        HAS_BANKS=column is not None,
+        FULL_BANKS=full_banks,
         HEADS=heads,
-        GROUP=heads // keys.shape[1],
-        SINK=windows.sink_tokens,
-        RECENT=windows.recent_tokens,
+        GROUP=heads // cache.k.shape[1],
+        SINK=sinks.windows.sink_tokens,
+        RECENT=sinks.windows.recent_tokens,
         DIM=dim,
         BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
         BLOCK_Q=TILE_QUERIES,
-        BLOCK_S=min(64, max(16, triton.next_power_of_2(windows.sink_tokens))),
+        BLOCK_S=min(64, max(16, triton.next_power_of_2(sinks.windows.sink_tokens))),
     )
-
-
-TILE_QUERIES = 64
-
-
-class SinkTiles:
-    """Runs of up to TILE_QUERIES consecutive queries of one request that see sinks.
-
-    request, token, position, count: int32 [number]; token is the run's first row in the batch,
-    position its first position in the request.
-    """
-
-    def __init__(self, runs: list[tuple[int, int, int, int]], device: torch.device | str) -> None:
-        self.number = len(runs)
-        table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4).t().contiguous()
-        table = table.to(device, non_blocking=True)
-        self.request, self.token, self.position, self.count = table.unbind(0)
 
 
 def make_sink_tiles(
@@ -238,4 +252,7 @@ def make_sink_tiles(
         for offset in range(skip, extend, TILE_QUERIES):
             runs.append((request, token + offset, prefix + offset, min(TILE_QUERIES, extend - offset)))
         token += extend
-    return SinkTiles(runs if windows.sink_tokens or every is not None else [], device)
+    if not windows.sink_tokens and every is None:
+        runs = []
+    table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4).t().contiguous()
+    return SinkTiles(*table.to(device, non_blocking=True).unbind(0))

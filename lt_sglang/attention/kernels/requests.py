@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,10 +12,12 @@ DECIDE: tl.constexpr = tl.constexpr(1)
 STAGE: tl.constexpr = tl.constexpr(2)
 
 
-@dataclass(frozen=True)
-class Requests:
-    """The requests of a prefill batch on the device; see the module's text. All int32.
+class Requests(NamedTuple):
+    """The requests of a prefill batch on the device. All int32, [requests] but for the last two.
 
+    kind: layers/prefill.py. layer_set: row of ``bank_of``. prefix: tokens before this chunk. token: first row
+    of its new tokens in the batch. offset: of its positions in ``full`` and ``streaming``. sink_set: or -1.
+    deciding: number among those that decide, or -1.
     full, streaming: [sum of lengths], slot of every position; streaming 0 where there is none.
     """
 

@@ -14,14 +14,11 @@ import torch
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.banks import MAX_ROWS, BankLayout
+from lt_sglang.memory.kv import KV
 
 
-class Arena:
-    """The tensors of a layout; allocated when the first pool asks for its buffers.
-
-    Attributes:
-        keys, values: [layout.total_rows, kv heads, dim], in the KV cache's dtype; row 0 of a bank is padding.
-    """
+class FlatPool:
+    """The K and V of a layout's banks; allocated when the first of SGLang's pools asks for its buffers."""
 
     def __init__(self, layout: BankLayout) -> None:
         if layout.total_rows > MAX_ROWS:
@@ -30,7 +27,7 @@ class Arena:
                 f"({MAX_ROWS}); lower --mem-fraction-static or --max-total-tokens"
             )
         self.layout = layout
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers: KV | None = None
         self._taken = 0
 
     @property
@@ -39,16 +36,10 @@ class Arena:
         return self._taken == self.layout.staging_start
 
     @property
-    def keys(self) -> torch.Tensor:
-        """K of every bank."""
+    def kv(self) -> KV:
+        """Every bank: layout.total_rows rows of the KV cache's dtype; row 0 of a bank is padding."""
         assert self._buffers is not None
-        return self._buffers[0]
-
-    @property
-    def values(self) -> torch.Tensor:
-        """V of every bank."""
-        assert self._buffers is not None
-        return self._buffers[1]
+        return self._buffers
 
     def take(
         self, banks: int, rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: str
@@ -56,7 +47,7 @@ class Arena:
         """The next ``banks`` banks of ``rows`` rows as K and V buffers; full banks are taken first."""
         if self._buffers is None:
             whole = (self.layout.total_rows, *shape)
-            self._buffers = (
+            self._buffers = KV(
                 torch.zeros(whole, dtype=dtype, device=device),
                 torch.zeros(whole, dtype=dtype, device=device),
             )
@@ -65,25 +56,25 @@ class Arena:
             raise LightTransferError("KV pools: SGLang built its pools in an unexpected order or size")
         starts = [self._taken + bank * rows for bank in range(banks)]
         self._taken += banks * rows
-        keys, values = self._buffers
-        return [keys[at : at + rows] for at in starts], [values[at : at + rows] for at in starts]
+        k, v = self._buffers
+        return [k[at : at + rows] for at in starts], [v[at : at + rows] for at in starts]
 
 
-def arena_pool_class(pool_class: type, arena: Arena) -> type:
-    """``pool_class`` (an MHATokenToKVPool) whose buffers are banks of ``arena``."""
+def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
+    """``pool_class`` (an MHATokenToKVPool) whose buffers are banks of ``flat``."""
 
     base: Any = pool_class
 
-    class ArenaKVPool(base):
+    class FlatKVPool(base):
         def _create_buffers_normal(self) -> None:
             k_shape, v_shape = self._kv_buffer_shapes()
             if self.kv_cache_layout != "nhd" or k_shape != v_shape:
                 raise LightTransferError(
                     f"KV pools: dynamic mode needs the NHD layout, SGLang chose {self.kv_cache_layout}"
                 )
-            self.k_buffer, self.v_buffer = arena.take(
+            self.k_buffer, self.v_buffer = flat.take(
                 self.layer_num, k_shape[0], tuple(k_shape[1:]), self.store_dtype, self.device
             )
 
-    ArenaKVPool.__name__ = ArenaKVPool.__qualname__ = f"Arena{pool_class.__name__}"  # for SGLang's logs
-    return ArenaKVPool
+    FlatKVPool.__name__ = FlatKVPool.__qualname__ = f"Flat{pool_class.__name__}"  # for SGLang's logs
+    return FlatKVPool
