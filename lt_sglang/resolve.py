@@ -64,6 +64,8 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     args = resolving_view(server_args)
     if not is_requested(args):
+        # A stock engine in a process that has started one of ours: its children are stock, too.
+        os.environ.pop(ACTIVE_VARIABLE, None)
         return
     check_server_args(args)
     from sglang.srt.utils.hf_transformers_utils import get_config
@@ -112,11 +114,10 @@ def _guard_keys(server_args: Any, args: Any) -> None:
             command = re.sub(rf"(?<=[ =]){re.escape(value)}(?= |$)", HIDDEN, command)
         server_args._launch_command = command
     # Other nodes have no routes.
-    if args.node_rank == 0 and (args.admin_api_key is None or args.tokenizer_worker_num > 1):
+    if args.node_rank == 0 and args.admin_api_key is None:
         logger.warning(
             "LightTransfer: SGLang's HTTP server leaves its admin routes (/flush_cache, /abort_request, "
-            "/update_weights_from_disk and others) open to every client; --admin-api-key closes them, with "
-            "one --tokenizer-worker-num"
+            "/update_weights_from_disk and others) open to every client; --admin-api-key closes them"
         )
 
 

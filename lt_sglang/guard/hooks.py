@@ -1,4 +1,8 @@
-"""The functions that put the guard around SGLang's; lt_sglang/hooks/table.py says which and why."""
+"""The functions that put the guard around SGLang's; lt_sglang/hooks/table.py says which and why.
+
+Those of a launcher's process leave the requests of a stock engine in it alone. ``hide_source`` and
+``auth_level`` do not know the server, and do it no harm.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,22 @@ from lt_sglang.guard import requests, tokenized
 from lt_sglang.guard.stop_regex import MOST_TOKENS
 from lt_sglang.names import is_requested
 
+# Compiled grammars that a scheduler keeps. One that the guard lets pass takes up to 50 MB for 49,000 tokens.
+MOST_GRAMMARS = 128
+
 
 def normalize_request(original: Callable[[Any], None], obj: Any) -> None:
     """Check a request of /generate, and of every route that makes one."""
-    if guard.is_on():
+    if getattr(obj, "lt_guarded", False):
         requests.normalize(original, obj)
     else:
         original(obj)
+
+
+def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
+    """Remember whose request it is; a process may have a stock engine besides."""
+    obj.lt_guarded = guard.is_on() and is_requested(manager.server_args)
+    return original(manager, obj, request)
 
 
 def create_tokenized(original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,19 +41,25 @@ def create_tokenized(original: Callable[..., Any], manager: Any, obj: Any, *args
         if limits is None:
             limits = manager.lt_limits = limits_of(manager)
         tokenized.check_tokenized(limits, obj, made)
-        _bound_search(getattr(made, "sampling_params", None))
+        _bound_stops(getattr(made, "sampling_params", None), limits.vocab_size)
     return made
 
 
-def _bound_search(params: Any) -> None:
-    """Of a long answer SGLang then searches the end alone, after every token."""
+def _bound_stops(params: Any, vocab_size: int) -> None:
+    """Stop at what can come alone, and search the end of a long answer alone.
+
+    A token outside the vocabulary never comes. But where any request of the batch has min_new_tokens, SGLang
+    writes to its place among the logits, and the scheduler ends.
+    """
     if getattr(params, "stop_regex_strs", None):
         params.stop_regex_max_len = min(params.stop_regex_max_len, MOST_TOKENS)
+    if getattr(params, "stop_token_ids", None):
+        params.stop_token_ids = {token for token in params.stop_token_ids if 0 <= token < vocab_size}
 
 
 def limits_of(manager: Any) -> tokenized.Limits:
     """What this server's requests are held against."""
-    from sglang.srt.runtime_context import get_disagg, get_memory, get_observability, get_schedule
+    from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
     model = manager.model_config
     allowed = get_observability().tokenizer_metrics_allowed_custom_labels
@@ -48,7 +67,6 @@ def limits_of(manager: Any) -> tokenized.Limits:
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         takes_embeds=str(model.dtype) == "torch.bfloat16",
-        disaggregated=get_disagg().disaggregation_mode != "null",
         pooling=bool(get_memory().disable_radix_cache) and get_schedule().chunked_prefill_size == -1,
         labels=frozenset(allowed or ()) if manager.enable_metrics else None,
     )
@@ -58,20 +76,21 @@ def refuse_expert_recording(original: Callable[[Any], Any], manager: Any) -> Any
     """Start, stop or dump a record of experts only where there is a recorder."""
     from sglang.srt.runtime_context import get_exec
 
-    if guard.is_on() and get_exec().moe.expert_distribution_recorder_mode is None:
+    if (
+        guard.is_on()
+        and is_requested(manager.server_args)
+        and get_exec().moe.expert_distribution_recorder_mode is None
+    ):
         raise _bad_request("no record of experts is kept; start with --expert-distribution-recorder-mode")
     return original(manager)
 
 
 def refuse_memory_release(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
-    """Give memory back, or take it again, only where the memory saver holds it and nobody needs it."""
-    from sglang.srt.arg_groups.overrides import resolving_view
-
-    if guard.is_on():
-        if not resolving_view(manager.server_args).enable_memory_saver:
-            raise _bad_request("memory cannot be given back; start with --enable-memory-saver")
-        if manager.rid_to_state and not manager.is_pause:
-            raise _bad_request("requests are running; wait for them or pause generation first")
+    """Memory is not given back: the memory saver is refused with lazy layers."""
+    if guard.is_on() and is_requested(manager.server_args):
+        raise _bad_request(
+            "memory cannot be given back; --enable-memory-saver does not work with lazy layers"
+        )
     return original(manager, obj, request)
 
 
@@ -79,6 +98,13 @@ def _bad_request(sentence: str) -> Exception:
     from fastapi import HTTPException
 
     return HTTPException(status_code=400, detail=sentence)
+
+
+def set_grammar(original: Callable[..., None], backend: Any, key: tuple[str, str], value: Any) -> None:
+    """Keep so many compiled grammars, all of the same ones in every rank; SGLang keeps each for ever."""
+    if len(backend.cache) >= MOST_GRAMMARS and key not in backend.cache:
+        backend.reset()
+    original(backend, key, value)
 
 
 def clear_session_node(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -> None:
@@ -101,7 +127,8 @@ def clear_session_node(original: Callable[..., None], node: Any, req_dict: dict[
 def abort_family(original: Callable[..., None], manager: Any, rid: str = "", abort_all: bool = False) -> None:
     """End the request of this name, or those that SGLang made of it."""
     state = manager.rid_to_state.get(rid)
-    if abort_all or not rid or (state is not None and state.dispatched):
+    whole = abort_all or not rid or (state is not None and state.dispatched)
+    if whole or not is_requested(manager.server_args):
         original(manager, rid, abort_all)
         return
     found = False

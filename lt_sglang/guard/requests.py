@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lt_sglang.guard.grammar import check_grammars
 from lt_sglang.guard.stop_regex import check_stop_regex
 from lt_sglang.guard.wire import check_value, hints
 
@@ -87,6 +88,7 @@ def check_sampling_params(params: dict[str, Any]) -> None:
     patterns = params.get("stop_regex")
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
         check_stop_regex(pattern)
+    check_grammars(params)
 
 
 def _sampling_params(given: Any) -> Iterator[dict[str, Any]]:

@@ -24,15 +24,14 @@ class Limits:
     """What a request is held against.
 
     vocab_size, hidden_size: of the model, in tokens and floats. takes_embeds: whether its weights are
-    bfloat16, the only type SGLang turns input_embeds into. disaggregated: whether prefill and decode are
-    apart. pooling: whether positions may be read out of a prompt, which needs whole prompts and no prefix
-    cache. labels: names custom_labels may use, None where metrics are off and all are ignored.
+    bfloat16, the only type SGLang turns input_embeds into. pooling: whether positions may be read out of a
+    prompt, which needs whole prompts and no prefix cache. labels: names custom_labels may use, None where
+    metrics are off and all are ignored.
     """
 
     vocab_size: int
     hidden_size: int
     takes_embeds: bool
-    disaggregated: bool = False
     pooling: bool = False
     labels: frozenset[str] | None = None
 
@@ -44,14 +43,15 @@ def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
     """
     check_message(tokenized)
     length = _check_prompt(limits, tokenized)
-    _check_sampling(limits, tokenized.sampling_params)
+    _check_sampling(tokenized.sampling_params)
     _check_positions(limits, tokenized, length)
     _check_overrides(limits, tokenized.positional_embed_overrides, length)
     _check_labels(limits, getattr(obj, "custom_labels", None))
     if hasattr(tokenized, "return_logprob"):
         _check_logprobs(limits, tokenized)
         _check_session(tokenized)
-        _check_disaggregation(limits, tokenized)
+        if tokenized.bootstrap_host is not None:
+            raise ValueError("bootstrap_host: prefill and decode are not disaggregated here; leave it out")
 
 
 def _check_prompt(limits: Limits, tokenized: Any) -> int:
@@ -95,12 +95,7 @@ def _check_embeds(limits: Limits, embeds: Any) -> int:
     return len(values)
 
 
-def _check_sampling(limits: Limits, params: Any) -> None:
-    outside = [t for t in params.stop_token_ids or () if not 0 <= t < limits.vocab_size]
-    if outside:
-        raise ValueError(
-            f"stop_token_ids: {outside[0]} is not a token; allowed are 0 to {limits.vocab_size - 1}"
-        )
+def _check_sampling(params: Any) -> None:
     for name in ("top_k", "min_new_tokens", "stream_interval"):
         value = getattr(params, name)
         if value is not None and value > INT32_MOST:
@@ -178,8 +173,3 @@ def _check_session(tokenized: Any) -> None:
         raise ValueError("session_params: a session takes text or input_ids, not input_embeds")
     if session.replace and session.rid is None:
         raise ValueError("session_params.replace: name the request to replace in session_params.rid")
-
-
-def _check_disaggregation(limits: Limits, tokenized: Any) -> None:
-    if tokenized.bootstrap_host is not None and not limits.disaggregated:
-        raise ValueError("bootstrap_host: prefill and decode are not disaggregated here; leave it out")

@@ -24,6 +24,14 @@ LAUNCHER_ONLY: dict[str, bool] = {"in_scheduler": False, "in_launcher": True}
 
 # Left out by LT_SGLANG_GUARD=off, but for the aborts. tests/fuzz/corpus/bodies.json has what each is for.
 GUARD: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        parameters=("self", "obj", "request"),
+        wrapper=guard.generate_request,
+        why="a request does not know its engine, of which a process may have several",
+        delete_when="normalize_batch_and_arguments needs no hook",
+        **LAUNCHER_ONLY,
+    ),
     *(
         Hook(
             target=f"sglang.srt.managers.io_struct.{kind}.normalize_batch_and_arguments",
@@ -90,6 +98,13 @@ GUARD: tuple[Hook, ...] = (
         why="with this FastAPI, SGLang does not see the level of routes that come from a router",
         delete_when="/scale_elastic_ep answers 401 without the admin key",
         **LAUNCHER_ONLY,
+    ),
+    Hook(
+        target="sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.set_cache",
+        parameters=("self", "key", "value"),
+        wrapper=guard.set_grammar,
+        why="SGLang keeps every grammar that was ever asked for; a client fills the memory with them",
+        delete_when="SGLang's cache of grammars has a bound",
     ),
     Hook(
         target="sglang.srt.session.session_controller.SessionReqNode.clear",

@@ -134,7 +134,9 @@ def run_http_server(
 
     from lt_sglang.launch.gate import guard
 
-    warm_up = guard(http_server.app, tokenizer_manager, execute_warmup_func)
+    warm_up = execute_warmup_func
+    if is_requested(server_args):
+        warm_up = guard(http_server.app, tokenizer_manager, execute_warmup_func)
     return original(
         server_args,
         tokenizer_manager,
@@ -186,6 +188,8 @@ def publish_metrics(original: Callable[..., None], reporter: Any, is_idle: bool,
 def hide_keys(original: Callable[[Any], dict[str, Any]], args: Any) -> dict[str, Any]:
     """Leave keys and passwords out of the server arguments that /server_info and the log show."""
     shown = original(args)
+    if not is_requested(args):
+        return shown
     return shown | {name: HIDDEN for name in KEYS if shown.get(name)}
 
 

@@ -156,7 +156,12 @@ def test_the_server_takes_it_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert seen.get("admin_api_key") == (key or None)
 
 
-def test_keys_are_hidden() -> None:
-    shown = hide_keys(lambda args: {"port": 1, **dict.fromkeys(KEYS, "sesame")}, None)
-    assert shown == {"port": 1, **dict.fromkeys(KEYS, HIDDEN)}
-    assert hide_keys(lambda args: dict.fromkeys(KEYS), None) == dict.fromkeys(KEYS)
+@pytest.mark.parametrize(("backend", "ours"), [("lighttransfer", True), ("fa3", False)])
+def test_keys_are_hidden(backend: str, ours: bool) -> None:
+    """Of our own servers; a stock engine may run in the same process."""
+    args = SimpleNamespace(
+        attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
+    )
+    shown = hide_keys(lambda args: {"port": 1, **dict.fromkeys(KEYS, "sesame")}, args)
+    assert shown == {"port": 1, **dict.fromkeys(KEYS, HIDDEN if ours else "sesame")}
+    assert hide_keys(lambda args: dict.fromkeys(KEYS), args) == dict.fromkeys(KEYS)

@@ -162,15 +162,19 @@ def test_in_front_of_sglang_itself() -> None:
             return self.server_status == ServerStatus.Up
 
     class Args:
+        attention_backend = "lighttransfer"
+        prefill_attention_backend = decode_attention_backend = None
+
         def url(self, port: int | None = None) -> str:
             return "http://testserver"
 
     manager: Any = Manager()
+    served: Any = Args()
     warmed: list[str] = []
     before = list(http_server.app.user_middleware), http_server.get_global_state()
 
     def original(*args: Any, execute_warmup_func: Any, launch_callback: Any) -> str:
-        assert args == ("args", manager, "templates", "ports", ["info"], None) and launch_callback is None
+        assert args == (served, manager, "templates", "ports", ["info"], None) and launch_callback is None
         assert execute_warmup_func(Args())
         return "served"
 
@@ -181,7 +185,7 @@ def test_in_front_of_sglang_itself() -> None:
     try:
         http_server.set_global_state(http_server._GlobalState(manager, None, {}))
         done = run_http_server(
-            original, "args", manager, "templates", "ports", ["info"], None, execute_warmup_func=warm_up
+            original, served, manager, "templates", "ports", ["info"], None, execute_warmup_func=warm_up
         )
         assert done == "served"
         client = TestClient(http_server.app, raise_server_exceptions=False)  # without its lifespan

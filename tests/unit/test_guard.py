@@ -68,6 +68,9 @@ GOOD: list[dict[str, Any]] = [
     # Ignored by the scheduler where no log-probabilities are asked for.
     {"logprob_start_len": -2, "top_logprobs_num": -1},
     {"sampling_params": sampling(stop_token_ids=[0, VOCABULARY - 1])},
+    # Never sent; test_stop_tokens_that_cannot_come_are_left_out.
+    {"sampling_params": sampling(stop_token_ids=[VOCABULARY])},
+    {"sampling_params": sampling(stop_token_ids=[-1])},
     {"sampling_params": sampling(logit_bias={"0": -100.0, "5": 100.0}, top_k=2**31 - 1)},
     {"sampling_params": sampling(custom_params={"lighttransfer": True, "a": [1, 2], "b": {"c": 1.5}})},
     {"input_ids": array("q"), "session_params": SessionParams(id="s")},
@@ -85,8 +88,6 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("logprob_start_len", {"return_logprob": True, "logprob_start_len": "0"}),
     ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}),
     ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": -1}),
-    ("stop_token_ids", {"sampling_params": sampling(stop_token_ids=[VOCABULARY])}),
-    ("stop_token_ids", {"sampling_params": sampling(stop_token_ids=[-1])}),
     ("top_k", {"sampling_params": sampling(top_k=2**31)}),
     ("min_new_tokens", {"sampling_params": sampling(max_new_tokens=None, min_new_tokens=2**31)}),
     ("stream_interval", {"sampling_params": sampling(stream_interval=-1)}),
@@ -151,8 +152,8 @@ def test_float32_and_float16_weights_take_no_embeds() -> None:
 
 
 def test_what_a_server_was_started_for_is_not_refused() -> None:
-    limits = Limits(VOCABULARY, HIDDEN, True, disaggregated=True, pooling=True, labels=frozenset({"team"}))
-    check(limits, SimpleNamespace(custom_labels={"team": "a"}), bootstrap_host="10.0.0.1", bootstrap_room=1)
+    limits = Limits(VOCABULARY, HIDDEN, True, pooling=True, labels=frozenset({"team"}))
+    check(limits, SimpleNamespace(custom_labels={"team": "a"}), bootstrap_room=1)
     check(limits, token_indices_to_pool=[0, 2], return_logprob=True)
     with pytest.raises(ValueError, match="^custom_labels: 'model_name' is not allowed; allowed are team"):
         check(limits, SimpleNamespace(custom_labels={"model_name": "a"}))
@@ -251,5 +252,57 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert guard.is_on() == on
     monkeypatch.setenv(guard.SWITCH, "off")
     obj = GenerateReqInput(input_ids=[1], rid="HEALTH_CHECK_a")
+    manager = SimpleNamespace(server_args=requested())
+    hooks.generate_request(lambda manager, obj, request: None, manager, obj)
     hooks.normalize_request(getattr(NORMALIZE, "__wrapped__", NORMALIZE), obj)
     assert obj.is_single
+
+
+def requested(backend: str = "lighttransfer") -> Any:
+    """Server arguments that ask for a backend."""
+    return SimpleNamespace(
+        attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
+    )
+
+
+@pytest.mark.parametrize(("backend", "ours"), [("lighttransfer", True), ("fa3", False)])
+def test_a_stock_engine_beside_ours_is_not_guarded(backend: str, ours: bool) -> None:
+    manager = SimpleNamespace(server_args=requested(backend), lt_limits=LIMITS)
+    obj = GenerateReqInput(input_ids=[1], rid="HEALTH_CHECK_a")
+    seen: list[Any] = []
+    hooks.generate_request(lambda *given: seen.append(given), manager, obj, "request")
+    assert seen == [(manager, obj, "request")]
+    stock = getattr(NORMALIZE, "__wrapped__", NORMALIZE)
+    bad = message(input_ids=array("q", [VOCABULARY]))
+    if ours:
+        with pytest.raises(ValueError, match="^rid:"):
+            hooks.normalize_request(stock, obj)
+        with pytest.raises(ValueError, match="^input_ids:"):
+            hooks.create_tokenized(lambda *given: bad, manager, obj)
+        return
+    hooks.normalize_request(stock, obj)
+    assert obj.is_single and not hasattr(obj, "lt_families")
+    assert hooks.create_tokenized(lambda *given: bad, manager, obj) is bad
+
+
+@pytest.mark.parametrize(("given", "left"), [([-1, 5, VOCABULARY], {5}), ([VOCABULARY], set()), (None, None)])
+def test_stop_tokens_that_cannot_come_are_left_out(given: list[int] | None, left: set[int] | None) -> None:
+    """With min_new_tokens in the batch, SGLang's scheduler ends at one outside the vocabulary."""
+    manager = SimpleNamespace(server_args=requested(), lt_limits=LIMITS)
+    made = message(sampling_params=sampling(stop_token_ids=given))
+    assert hooks.create_tokenized(lambda *given: made, manager, SimpleNamespace()) is made
+    assert made.sampling_params.stop_token_ids == left
+
+
+def test_compiled_grammars_are_kept_up_to_a_number() -> None:
+    from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
+
+    stock = BaseGrammarBackend.set_cache
+    stock = getattr(stock, "__wrapped__", stock)
+    backend: Any = BaseGrammarBackend()
+    for number in range(hooks.MOST_GRAMMARS):
+        hooks.set_grammar(stock, backend, ("regex", str(number)), number)
+    hooks.set_grammar(stock, backend, ("regex", "0"), "again")
+    assert len(backend.cache) == hooks.MOST_GRAMMARS and backend.cache["regex", "0"] == "again"
+    hooks.set_grammar(stock, backend, ("regex", "new"), "new")
+    assert backend.cache == {("regex", "new"): "new"}

@@ -18,7 +18,10 @@ NORMALIZE = GenerateReqInput.normalize_batch_and_arguments
 class Manager:
     """What of TokenizerManager an abort touches; ``ended`` are the names sent to the scheduler."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "lighttransfer") -> None:
+        self.server_args = SimpleNamespace(
+            attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
+        )
         self.rid_to_state: dict[str, Any] = {}
         self.ended: list[str] = []
 
@@ -54,6 +57,15 @@ def test_one_request() -> None:
     manager = Manager()
     for rid in ("r1", "r1_retry", "r10"):
         manager.add(request(rid))
+    manager.abort_request("r1")
+    assert manager.ended == ["r1"]
+
+
+def test_a_stock_engine_in_this_process_ends_what_it_is_told_to() -> None:
+    manager = Manager("fa3")
+    obj = request("r1", prompts=2)
+    for index in range(2):
+        manager.add(obj[index])
     manager.abort_request("r1")
     assert manager.ended == ["r1"]
 

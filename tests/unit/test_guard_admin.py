@@ -62,46 +62,38 @@ def test_where_a_route_is_written_is_not_told() -> None:
     assert hooks.hide_source(getattr(stock, "__wrapped__", stock), error) == ""
 
 
-@pytest.mark.parametrize(
-    ("saver", "running", "paused", "sentence"),
-    [
-        (False, False, False, "--enable-memory-saver"),
-        (True, True, False, "requests are running"),
-        (True, True, True, None),
-        (True, False, False, None),
-    ],
-)
-def test_memory_is_released_only_where_it_can_be(
-    saver: bool, running: bool, paused: bool, sentence: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda args: args)
-    manager = SimpleNamespace(
-        server_args=SimpleNamespace(enable_memory_saver=saver),
-        rid_to_state={"r": 1} if running else {},
-        is_pause=paused,
+def manager(backend: str = "lighttransfer") -> Any:
+    """What of TokenizerManager says whose requests it takes."""
+    args = SimpleNamespace(
+        attention_backend=backend, prefill_attention_backend=None, decode_attention_backend=None
     )
+    return SimpleNamespace(server_args=args)
+
+
+def test_memory_is_not_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--enable-memory-saver is refused (test_refusals.py); a stock engine in this process may have it."""
     calls: list[Any] = []
 
-    def release() -> None:
+    def release(manager: Any) -> None:
         hooks.refuse_memory_release(lambda *given: calls.append(given), manager, "body", None)
 
-    if sentence is None:
-        release()
-        assert calls == [(manager, "body", None)]
-        return
     with pytest.raises(HTTPException) as caught:
-        release()
-    assert caught.value.status_code == 400 and sentence in caught.value.detail
+        release(manager())
+    assert caught.value.status_code == 400 and "--enable-memory-saver" in caught.value.detail
     assert not calls
+    stock = manager("fa3")
+    release(stock)
+    assert calls == [(stock, "body", None)]
     monkeypatch.setenv("LT_SGLANG_GUARD", "off")
-    release()
-    assert calls
+    release(manager())
+    assert len(calls) == 2
 
 
 def test_experts_are_recorded_only_where_there_is_a_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = SimpleNamespace(expert_distribution_recorder_mode=None)
     monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(moe=mode))
     with pytest.raises(HTTPException, match="no record of experts"):
-        hooks.refuse_expert_recording(lambda manager: manager, "manager")
+        hooks.refuse_expert_recording(lambda manager: manager, manager())
+    assert hooks.refuse_expert_recording(lambda manager: 5, manager("fa3")) == 5
     mode.expert_distribution_recorder_mode = "stat"
-    assert hooks.refuse_expert_recording(lambda manager: manager, "manager") == "manager"
+    assert hooks.refuse_expert_recording(lambda manager: 5, manager()) == 5

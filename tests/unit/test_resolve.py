@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.names import BACKEND, is_requested
-from lt_sglang.resolve import load_config, model_overrides
+from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, is_requested
+from lt_sglang.resolve import apply_config, load_config, model_overrides
 
 KNOWN = "cxdu/QwQ-32B-LightTransfer"
 
@@ -78,3 +79,15 @@ def test_requested_by_any_backend_flag(field: str) -> None:
     assert not is_requested(args)
     setattr(args, field, BACKEND)
     assert is_requested(args)
+
+
+def test_a_stock_engine_after_ours_starts_stock_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine of ours left in the environment would put our hooks into its schedulers."""
+    monkeypatch.setattr("sglang.srt.arg_groups.overrides.resolving_view", lambda args: args)
+    monkeypatch.setenv(ACTIVE_VARIABLE, "1")
+    stock = SimpleNamespace(
+        attention_backend="fa3", prefill_attention_backend=None, decode_attention_backend=None
+    )
+    resolved: list[Any] = []
+    apply_config(stock, resolved.append)
+    assert resolved == [stock] and ACTIVE_VARIABLE not in os.environ

@@ -1,0 +1,445 @@
+"""Whether a grammar can be read in too many ways, judged by the grammar alone.
+
+XGrammar tries every token that may follow on the scheduler's thread, and keeps an entry for each way to read
+the answer so far. ``((-+)+)+`` reads a row of dashes in 2 ** n ways, and one step takes for ever. XGrammar
+writes any grammar (a JSON schema, a regular expression, EBNF, a structural tag) as plain rules; those are read
+here. A character is one of 0 to 255, or "another"; sets of them are the bits of a number.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+OTHER = 256
+ALL = (1 << (OTHER + 1)) - 1
+# Most bits of ways to divide a text among neighbours with ends of their own: .{1,8}.{1,8} has six.
+MOST_BITS = 6.0
+# Most neighbours of that kind, whatever they match.
+MOST_NEIGHBOURS = 64
+# Counts are added up, once for each kind of character and repeat; XGrammar compiles none beyond LONG_COUNT.
+MOST_COUNTED = 2048
+LONG_COUNT = 128
+MOST_EXPANDED = 512
+# Most sets of characters for which every rule is looked at.
+MOST_SETS = 64
+
+
+class Ambiguous(ValueError):
+    """A grammar that may take too long; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an alternative: a character of ``chars``, any number of them, or a rule, repeated.
+
+    most: of the repeats; -1 for no end.
+    """
+
+    chars: int = 0
+    star: bool = False
+    rule: str = ""
+    least: int = 1
+    most: int = 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of repeats is not fixed."""
+        return self.least != self.most
+
+
+@dataclass
+class Rule:
+    """A rule's alternatives, and what is known of the texts it matches.
+
+    nullable: the empty one is among them. first: characters they begin with. reach: characters that may
+    follow one of them and make a longer one. alphabet: all their characters.
+    """
+
+    alternatives: list[tuple[Part, ...]] = field(default_factory=list)
+    nullable: bool = False
+    first: int = 0
+    reach: int = 0
+    alphabet: int = 0
+
+
+def check(text: str, expanded: bool = False) -> None:
+    """Raise Ambiguous for a grammar, as XGrammar writes it, that may take too long.
+
+    expanded: whether it is the pattern of a JSON string, whose counted repeats XGrammar writes out.
+    """
+    grammar = Grammar(parse(text))
+    grammar.check_counts()
+    if expanded:
+        grammar.check_expansion()
+    for name, rule in grammar.rules.items():
+        for parts in rule.alternatives:
+            grammar.check_loops(name, parts)
+            grammar.check_neighbours(parts)
+
+
+class Grammar:
+    """Rules, and the questions ``check`` asks of them."""
+
+    def __init__(self, rules: dict[str, Rule]) -> None:
+        self.rules = rules
+        self._users: dict[str, set[str]] = {name: set() for name in rules}
+        for name, rule in rules.items():
+            for parts in rule.alternatives:
+                for part in parts:
+                    if part.rule:
+                        self._users[part.rule].add(name)
+        groups = self._groups()
+        self._group = {name: number for number, names in enumerate(groups) for name in names}
+        self._order = [name for names in groups for name in names]
+        self._ways_of: dict[str, float] = {}
+        self._matched: dict[int, dict[str, bool]] = {}
+        for names in groups:
+            self._spread(names, self._learn)
+
+    def nullable(self, part: Part) -> bool:
+        """Whether ``part`` may match nothing."""
+        return part.star or bool(part.rule and (part.least == 0 or self.rules[part.rule].nullable))
+
+    def first(self, part: Part) -> int:
+        """The characters that ``part`` may begin with."""
+        return self.rules[part.rule].first if part.rule else part.chars
+
+    def alphabet(self, part: Part) -> int:
+        """All characters of ``part``."""
+        return self.rules[part.rule].alphabet if part.rule else part.chars
+
+    def reach(self, part: Part) -> int:
+        """The characters that may follow a match of ``part`` within a longer one."""
+        if not part.rule:
+            return part.chars if part.star else 0
+        rule = self.rules[part.rule]
+        return rule.reach | (rule.first if part.varies else 0)
+
+    def first_of(self, parts: Sequence[Part]) -> int:
+        """The characters that a sequence may begin with."""
+        found = 0
+        for part in parts:
+            found |= self.first(part)
+            if not self.nullable(part):
+                break
+        return found
+
+    def _overlaps(self, parts: Sequence[Part]) -> list[int]:
+        """Behind each part: the characters that may belong to it, or to those before it, or to the next."""
+        following = [first for first, _ in self._rests(parts)[1:]]
+        before = 0
+        for index, part in enumerate(parts):
+            before = self._reach_on(before, part)
+            following[index] &= before
+        return following
+
+    def _reach_on(self, before: int, part: Part) -> int:
+        """The reach of a sequence that goes on with ``part``, ``before`` being its reach so far."""
+        return self.reach(part) | (before | self.first(part) if self.nullable(part) else 0)
+
+    def check_counts(self) -> None:
+        """Raise Ambiguous where counted repeats of many characters would take minutes to compile."""
+        counted = {
+            (self.alphabet(part), part.least, part.most)
+            for rule in self.rules.values()
+            for parts in rule.alternatives
+            for part in parts
+            if max(part.least, part.most) > 1 and self.alphabet(part) >> OTHER
+        }
+        total = sum(min(max(least, most), LONG_COUNT) for _, least, most in counted)
+        if total > MOST_COUNTED:
+            raise Ambiguous(
+                f"its counted repeats (maxLength, {{m,n}}) add up to {total}; at most {MOST_COUNTED} are "
+                f"allowed, each different one counted once and as at most {LONG_COUNT}"
+            )
+
+    def check_expansion(self) -> None:
+        """Raise Ambiguous where counted repeats within each other make a pattern too long."""
+        total = self._length("root", frozenset())
+        if total > MOST_EXPANDED:
+            raise Ambiguous(
+                f"the repeats of a pattern multiply to {total} characters; {MOST_EXPANDED} are allowed"
+            )
+
+    def _length(self, name: str, within: frozenset[str]) -> int:
+        if name in within:
+            return 0
+        within = within | {name}
+        return max(
+            sum(
+                min(max(part.least, part.most, 1), LONG_COUNT) * self._length(part.rule, within)
+                if part.rule
+                else part.chars >> OTHER
+                for part in parts
+            )
+            for parts in self.rules[name].alternatives
+        )
+
+    def check_loops(self, name: str, parts: Sequence[Part]) -> None:
+        """Raise Ambiguous where one round of a loop may end, and the next begin, anywhere."""
+        for part in parts:
+            if not part.rule or part.most in (0, 1):
+                continue
+            rule = self.rules[part.rule]
+            overlap = rule.reach & rule.first
+            if rule.nullable or (overlap and self._made_of([Part(rule=part.rule)], overlap)):
+                raise Ambiguous(_LOOP)
+        own = [
+            index
+            for index, part in enumerate(parts)
+            if part.rule and self._group[part.rule] == self._group[name]
+        ]
+        if not own or not self._recursive(name):
+            return
+        rest = [*parts[: own[-1]], *parts[own[-1] + 1 :]]
+        if rest and all(self.nullable(part) for part in rest):
+            raise Ambiguous(_LOOP)
+        overlaps = self._overlaps(parts)
+        for index in own:
+            # What stands before a round, and may take a part of it.
+            if index and overlaps[index - 1] and self._made_of(rest, overlaps[index - 1]):
+                raise Ambiguous(_LOOP)
+
+    def check_neighbours(self, parts: Sequence[Part]) -> None:
+        """Raise Ambiguous where a text may be divided among neighbours in many ways."""
+        bits, count = 0.0, 0
+        overlaps = self._overlaps(parts)
+        for index, part in enumerate(parts[:-1]):
+            overlap = overlaps[index]
+            if not overlap:
+                bits, count = 0.0, 0
+            if not part.rule or not overlap:
+                continue
+            count += 1
+            wide = overlap >> OTHER
+            bits += self._ways(part) if wide else 0.0
+            last = self._ways(parts[index + 1]) if wide else 0.0
+            if bits + last > MOST_BITS or count > MOST_NEIGHBOURS:
+                raise Ambiguous(
+                    "it divides one text among several repeats or options in too many ways; write one repeat "
+                    "for neighbours that match the same characters"
+                )
+
+    def _ways(self, part: Part) -> float:
+        """Binary logarithm of the lengths that counted repeats and options allow ``part``."""
+        if not part.rule:
+            return 0.0
+        rule = self.rules[part.rule]
+        if part.rule not in self._ways_of:
+            self._ways_of[part.rule] = 0.0  # what it takes of itself counts once
+            ways = (sum(self._ways(one) for one in parts) for parts in rule.alternatives)
+            self._ways_of[part.rule] = max(ways, default=0.0) + float(rule.nullable)
+        most = LONG_COUNT if part.most < 0 else min(part.most, LONG_COUNT)
+        return self._ways_of[part.rule] + math.log2(max(1, most - min(part.least, most) + 1))
+
+    def _recursive(self, name: str) -> bool:
+        return any(
+            part.rule and self._group[part.rule] == self._group[name]
+            for parts in self.rules[name].alternatives
+            for part in parts
+        )
+
+    def _made_of(self, parts: Sequence[Part], chars: int) -> bool:
+        """Whether ``parts`` match a text of ``chars`` alone, or nothing."""
+        known = self._matched.get(chars)
+        if known is None:
+            if len(self._matched) == MOST_SETS:
+                raise Ambiguous("it has too many repeats of different characters that follow each other")
+            known = self._matched[chars] = dict.fromkeys(self.rules, False)
+
+            def learn(name: str) -> bool:
+                if known[name] or not any(all(map(matches, one)) for one in self.rules[name].alternatives):
+                    return False
+                known[name] = True
+                return True
+
+        def matches(part: Part) -> bool:
+            if part.star or (part.rule and part.least == 0):
+                return True
+            return known[part.rule] if part.rule else bool(part.chars & chars)
+
+        if not any(known.values()):
+            self._spread(self._order, learn)
+        return all(map(matches, parts))
+
+    def _spread(self, names: Iterable[str], learn: Callable[[str], bool]) -> None:
+        """Call ``learn`` for each rule, and again for those that use one of which something was learnt."""
+        those = dict.fromkeys(names)
+        waiting = dict(those)
+        while waiting:
+            name = next(iter(waiting))
+            del waiting[name]
+            if learn(name):
+                waiting |= {user: None for user in self._users[name] if user in those}
+
+    def _learn(self, name: str) -> bool:
+        """Take what is known of the parts of a rule into account; whether that is news."""
+        rule = self.rules[name]
+        before = (rule.nullable, rule.first, rule.reach, rule.alphabet)
+        for parts in rule.alternatives:
+            rule.nullable |= all(self.nullable(part) for part in parts)
+            rule.first |= self.first_of(parts)
+            reach = 0
+            for part in parts:
+                rule.alphabet |= self.alphabet(part)
+                reach = self._reach_on(reach, part)
+            rule.reach |= reach
+        if len(rule.alternatives) > 1:
+            rule.reach |= self._longer(rule.alternatives)
+        return before != (rule.nullable, rule.first, rule.reach, rule.alphabet)
+
+    def _longer(self, alternatives: Sequence[tuple[Part, ...]]) -> int:
+        """The characters with which a match of one alternative may become one of another."""
+        found = 0
+        waiting = [([(parts, self._rests(parts)) for parts in alternatives], 0)]
+        while waiting:
+            those, index = waiting.pop()
+            if len(those) < 2:
+                continue
+            heads: dict[Part, list[tuple[tuple[Part, ...], list[tuple[int, bool]]]]] = {}
+            ended = False
+            for parts, rests in those:
+                if index < len(parts):
+                    heads.setdefault(parts[index], []).append((parts, rests))
+                ended |= rests[index][1]
+            seen = clash = 0
+            for same in heads.values():
+                begins = 0
+                for _, rests in same:
+                    begins |= rests[index][0]
+                clash |= seen & begins
+                seen |= begins
+            if ended:
+                found |= seen
+            for head, same in heads.items():
+                waiting.append((same, index + 1))
+                if not any(clash & rests[index][0] for _, rests in same):
+                    continue
+                if head.rule:
+                    found |= self.alphabet(head)
+                for parts, _ in same:
+                    for part in parts[index + 1 :]:
+                        found |= self.alphabet(part)
+        return found
+
+    def _rests(self, parts: Sequence[Part]) -> list[tuple[int, bool]]:
+        """From each part on, and behind the last: what may begin the rest, and whether it may be empty."""
+        found = [(0, True)]
+        for part in reversed(parts):
+            first, nullable = found[-1]
+            empty = self.nullable(part)
+            found.append((self.first(part) | (first if empty else 0), nullable and empty))
+        return found[::-1]
+
+    def _groups(self) -> list[set[str]]:
+        """Rules that contain each other, a set each; those that others contain come first."""
+        import networkx  # type: ignore[import-untyped]
+
+        graph = networkx.DiGraph()
+        graph.add_nodes_from(self.rules)
+        graph.add_edges_from((user, name) for name, users in self._users.items() for user in users)
+        return list(networkx.strongly_connected_components(graph))
+
+
+_LOOP = (
+    "one round of a repeat can end, and the next begin, at any character, as in (a+)+ or (a*b?)*; give the "
+    "rounds a separator, as in a+(,a+)*, or write one repeat, as in [ab]*"
+)
+
+
+_TOKEN = re.compile(
+    r"""\s+ | (?P<string>"(?:[^"\\]|\\.)*") | (?P<set>\[(?:[^\]\\]|\\.)*\])(?P<star>\*?)
+    | (?P<name>\w+)(?:\{(?P<least>\d+),\ (?P<most>-?\d+)\})? | (?P<mark>[()|=])""",
+    re.VERBOSE | re.DOTALL,
+)
+_RULE = re.compile(r"^(\w+) ::= ", re.MULTILINE)
+_CHARACTER = re.compile(r"\\x..|\\u....|\\U........|\\.|.", re.DOTALL)
+_ESCAPES = {
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+    "f": "\f",
+    "v": "\v",
+    "a": "\a",
+    "b": "\b",
+    "e": "\x1b",
+    "0": "\0",
+}
+
+
+def parse(text: str) -> dict[str, Rule]:
+    """XGrammar's rules; a rule of another kind, such as TagDispatch, counts as matching nothing."""
+    begins = list(_RULE.finditer(text))
+    ends = [found.start() for found in begins[1:]] + [len(text)]
+    rules = {found[1]: Rule() for found in begins}
+    for found, end in zip(begins, ends, strict=True):
+        body = text[found.end() : end]
+        if body.startswith("("):
+            rules[found[1]].alternatives = list(_alternatives(body, rules))
+        else:
+            rules[found[1]].alternatives = [()]
+    return rules
+
+
+def _alternatives(body: str, rules: dict[str, Rule]) -> Iterator[tuple[Part, ...]]:
+    parts: list[Part] = []
+    depth = place = 0
+    while place < len(body):
+        found = _TOKEN.match(body, place)
+        if found is None:
+            raise Ambiguous(f"{body[place : place + 20]!r} is unknown to this version")
+        place = found.end()
+        if found["mark"]:
+            depth += {"(": 1, ")": -1}.get(found["mark"], 0)
+            if depth < 2 and found["mark"] == ")":
+                if depth == 0:
+                    return  # a lookahead may follow
+                yield tuple(parts)
+                parts = []
+        elif found["string"] == '""' and depth == 1:
+            yield ()
+        elif found["string"]:
+            parts += [Part(_bit(one)) for one in _CHARACTER.findall(found["string"][1:-1])]
+        elif found["set"]:
+            parts.append(Part(_set(found["set"][1:-1]), star=bool(found["star"])))
+        elif found["name"]:
+            if found["name"] not in rules:
+                raise Ambiguous(f"{found['name']} is unknown to this version")
+            least = 1 if found["least"] is None else int(found["least"])
+            parts.append(Part(rule=found["name"], least=least, most=int(found["most"] or 1)))
+
+
+def unescaped(text: str) -> str:
+    """A string as XGrammar writes it, without the escapes."""
+    return "".join(chr(_code(one)) for one in _CHARACTER.findall(text))
+
+
+def _set(text: str) -> int:
+    negated = text.startswith("^")
+    ones = _CHARACTER.findall(text[negated:])
+    found, index = 0, 0
+    while index < len(ones):
+        low = high = _code(ones[index])
+        if index + 2 < len(ones) and ones[index + 1] == "-":
+            high = _code(ones[index + 2])
+            index += 2
+        index += 1
+        found |= ((1 << (min(high, OTHER - 1) + 1)) - 1) & ~((1 << low) - 1) if low < OTHER else 0
+        found |= int(high >= OTHER) << OTHER
+    # Some other character is outside of any set that is not all of them.
+    return (ALL & ~found) | (1 << OTHER) if negated else found
+
+
+def _bit(one: str) -> int:
+    return 1 << min(_code(one), OTHER)
+
+
+def _code(one: str) -> int:
+    if len(one) == 1:
+        return ord(one)
+    if one[1] in "xuU":
+        return int(one[2:], 16)
+    return ord(_ESCAPES.get(one[1], one[1]))
