@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig, read_int
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import admin
@@ -26,6 +26,7 @@ from lt_sglang.launch.ports import check_port
 from lt_sglang.launch.ready import TRY_VARIABLE, URL_VARIABLE, base_url, say
 from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.names import BACKEND
+from lt_sglang.numerals import read_int
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
 # docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml).

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.config import read_int
 from lt_sglang.errors import LightTransferError
+from lt_sglang.numerals import read_int
 
 ATTENTION_BACKEND = ("--attention-backend",)
 PREFILL_BACKEND = ("--prefill-attention-backend",)
