@@ -39,8 +39,8 @@ def load_config(
     override = json.dumps({CONFIG_KEY: {"mode": "dynamic"}})
     raise LightTransferError(
         f"lazy layers: none are known for {model_path}. With --json-model-override-args '{override}' they "
-        "are found in each request's prompt; lt-sglang calibrate writes a list by samples of your traffic, for "
-        f"the key '{CONFIG_KEY}' of the model's config.json"
+        "are found in each request's prompt; lt-sglang calibrate writes a list by samples of your traffic, "
+        f"for the key '{CONFIG_KEY}' of the model's config.json"
     )
 
 
