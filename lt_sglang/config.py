@@ -8,18 +8,17 @@ the same one. This module imports neither torch nor sglang.
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.static_choices import CHOICES, LIST, choose
+from lt_sglang.numerals import read_int
+from lt_sglang.static_choices import CHOICES, MAX_LAYERS, check_amount, choose, parse_choice, spelling
 
 MODES = ("static", "dynamic")
 SCORES = ("lighttransfer", "residual-error", "discarded-mass", "error-mass", "squeeze")
-ALL_SCORES = (*SCORES, *CHOICES, LIST)
+LIST = "list"  # in place of a score: the layers that the configuration names
 DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, appendix A
@@ -32,32 +31,25 @@ LAST_QUERIES = 32  # w_last, appendix A
 LAST_QUERIES_FIRST_CHUNK = 128
 DYNAMIC_FIELDS = ("keep", "score", "decide", "staging_tokens", "check_tables")
 MAX_TOKENS = 1 << 24
-MAX_LAYERS = 1024  # a mistyped range must not fill the memory
 
 
-MAX_DIGITS = 18  # more is no number of anything here
+def parse_lazy_layers(text: str, label: str = "lazy_layers") -> tuple[tuple[int, ...], str | None]:
+    """Layers as parse_layers, or none and the choice that ``text`` names, such as ``"ends:0.5"``.
 
+    Args:
+        label: what an error calls the field.
 
-def read_int(text: str) -> int | None:
-    """The number that ``text`` writes in ASCII digits and nothing else; None if it writes none.
-
-    ``int`` also reads other scripts' digits, signs, spaces and underscores.
+    Raises:
+        LightTransferError: neither layers nor a choice.
     """
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS else None
+    choice = parse_choice(text.strip(), label)
+    return (parse_layers(text, label), None) if choice is None else ((), text.strip())
 
 
-def read_float(text: str) -> float | None:
-    """The finite number that ``text`` writes in ASCII, such as 0.5 or 1e3; None if it writes none."""
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
-        return None
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str, label: str = "lazy_layers") -> tuple[int, ...]:
     """Parse ``"5-24,26,30-33"`` into sorted unique layer indices; ``"none"`` and ``""`` give ``()``.
 
-    Raises LightTransferError on anything else, and on a layer named twice.
+    Raises LightTransferError on anything else, and on a layer named twice; it calls the field ``label``.
     """
     text = text.strip()
     if text in ("", "none"):
@@ -69,17 +61,17 @@ def parse_layers(text: str) -> tuple[int, ...]:
         high = read_int(last) if dash else low
         if low is None or high is None:
             raise LightTransferError(
-                f"lazy_layers: {part.strip()!r} is neither a layer (7) nor a range (5-24); "
-                "write comma-separated layers and ranges, or none"
+                f"{label}: {part.strip()!r} is neither a layer (7) nor a range (5-24); write them "
+                f"separated by commas, or none, or one of {', '.join(map(spelling, CHOICES))}"
             )
         if low > high:
-            raise LightTransferError(f"lazy_layers: the range {part.strip()!r} runs backwards")
+            raise LightTransferError(f"{label}: the range {part.strip()!r} runs backwards")
         if high >= MAX_LAYERS:
-            raise LightTransferError(f"lazy_layers: {high} is not a layer from 0 to {MAX_LAYERS - 1}")
+            raise LightTransferError(f"{label}: {high} is not a layer from 0 to {MAX_LAYERS - 1}")
         layers.extend(range(low, high + 1))
     if len(set(layers)) != len(layers):
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
-        raise LightTransferError(f"lazy_layers: layer {twice[0]} is named twice")
+        raise LightTransferError(f"{label}: layer {twice[0]} is named twice")
     return tuple(sorted(layers))
 
 
@@ -108,12 +100,12 @@ class LightTransferConfig:
         full and the streaming pool. None means min(context length, 8192).
     expected_output_tokens: how many of them are output; None means not known.
     source: where the configuration came from, for logs and /server_info.
+    choice: in place of lazy_layers until ``settle`` knows the model: a pattern such as "ends:0.5".
 
     Dynamic mode only:
     keep: layers that keep full attention, a number from 1 or a share between 0 and 1. None means 0.5, or with
         the score "list" all that are not in lazy_layers.
-    score: how a layer's laziness is measured, one of SCORES; one of CHOICES makes a static list of ``keep``;
-        "list" takes lazy_layers for every request.
+    score: how a layer's laziness is measured, one of SCORES; "list" takes lazy_layers for every request.
     decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
         chunk that is longer than sink + recent; later chunks already use streaming attention.
     staging_tokens: longest prompt prefix that may wait undecided between chunks (decide: "prompt"); a longer
@@ -133,28 +125,18 @@ class LightTransferConfig:
     decide: str = DEFAULT_DECIDE
     staging_tokens: int | None = None
     check_tables: bool = False
+    choice: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("score", self.score, ALL_SCORES)
-        _check_choice("decide", self.decide, DECIDE)
-        if self.keep is not None:
-            _check_keep(self.keep)
-        if self.staging_tokens is not None:
-            _check_int("staging_tokens", self.staging_tokens, 1)
-        if type(self.check_tables) is not bool:
-            raise LightTransferError(f"check_tables: {self.check_tables!r} is not true or false")
-        _check_int("sink_tokens", self.sink_tokens, 0)
-        _check_int("recent_tokens", self.recent_tokens, 1)
-        if self.expected_tokens is not None:
-            _check_int("expected_tokens", self.expected_tokens, 1)
-        if self.expected_output_tokens is not None:
-            _check_int("expected_output_tokens", self.expected_output_tokens, 0)
-            if self.expected_tokens is not None and self.expected_output_tokens > self.expected_tokens:
-                raise LightTransferError(
-                    f"expected_output_tokens: {self.expected_output_tokens} is more than expected_tokens "
-                    f"({self.expected_tokens}), which counts prompt and output"
-                )
+        for name in _OPTIONAL | _REQUIRED:
+            if name in _REQUIRED or getattr(self, name) is not None:
+                check_value(name, getattr(self, name))
+        output, tokens = self.expected_output_tokens, self.expected_tokens
+        if output is not None and tokens is not None and output > tokens:
+            raise LightTransferError(
+                f"expected_output_tokens: {output} is more than expected_tokens ({tokens}), which counts "
+                "prompt and output"
+            )
         if any(type(layer) is not int or layer < 0 for layer in self.lazy_layers):
             raise LightTransferError("lazy_layers: layers are integers from 0")
         if list(self.lazy_layers) != sorted(set(self.lazy_layers)):
@@ -203,55 +185,41 @@ class LightTransferConfig:
     def settle(self, num_layers: int) -> LightTransferConfig:
         """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
 
-        Static mode: checks the list. Dynamic mode: a choice that does not look at the prompt becomes a static
-        list, but for "list", which needs one; without a list for short prompts, the ends of the stack are
-        lazy ("ends"). Idempotent. Raises LightTransferError.
+        Dynamic mode without a list for short prompts makes the ends of the stack lazy for them. Idempotent.
+        Raises LightTransferError if both do not fit the model, or each other.
         """
+        if self.choice is not None:
+            choice = parse_choice(self.choice)
+            assert choice is not None
+            lazy = choose(choice.name, num_layers, choice.lazy)
+            source = f"{self.source}: {self.choice} (a pattern, not calibrated)"
+            return replace(self, lazy_layers=lazy, choice=None, source=source).settle(num_layers)
+        self.check_model(num_layers)
         if not self.dynamic:
-            self.check_model(num_layers)
             return self
         listed = self.score == LIST
-        if listed:
-            self.check_model(num_layers)
-            if not self.lazy_layers:
-                raise LightTransferError(
-                    f"lazy_layers: the score 'list' needs them, 1 to {num_layers - 1} of the layers 0 to "
-                    f"{num_layers - 1} (--lt-lazy-layers 5-24,26)"
-                )
-        share = self.keep
-        if self.score == "all" and share is not None:
-            raise LightTransferError(f"keep: {share}, but the score 'all' keeps no layer full")
-        if self.score in CHOICES and self.lazy_layers:
+        if listed and not self.lazy_layers:
             raise LightTransferError(
-                f"lazy_layers: the score {self.score!r} chooses them; to give them, use mode 'static' or the "
-                "score 'list'"
+                f"lazy_layers: the score 'list' needs them, 1 to {num_layers - 1} of the layers 0 to "
+                f"{num_layers - 1}, such as 5-24,26"
             )
+        share = self.keep
         if share is None:
             share = num_layers - len(self.lazy_layers) if listed else DEFAULT_KEEP
         keep = share if isinstance(share, int) else round(share * num_layers)
-        if self.score == "all":
-            keep = 0
-        elif not 1 <= keep < num_layers:
+        if not 1 <= keep < num_layers:
             raise LightTransferError(
                 f"keep: {share} of {num_layers} layers is {keep}; dynamic mode needs 1 to "
-                f"{num_layers - 1} (--lt-mode static serves none or all of them lazy)"
+                f"{num_layers - 1} (mode 'static' serves none or all of them lazy)"
             )
-        if self.score in CHOICES:
-            lazy = choose(self.score, num_layers, keep, seed=0)
-            source = f"{self.source}, {self.score} keeping {keep}"
-            return replace(
-                self, mode="static", lazy_layers=lazy, source=source, score=DEFAULT_SCORE, keep=None
-            )
-        lazy = self.lazy_layers or choose("ends", num_layers, keep, seed=0)
+        lazy = self.lazy_layers or choose("ends", num_layers, num_layers - keep)
         if len(lazy) != num_layers - keep:
             which = "in the list" if listed else "for short prompts"
             raise LightTransferError(
                 f"lazy_layers: {len(lazy)} layers {which}, but keep {share} of {num_layers} "
                 f"leaves {num_layers - keep} lazy; both must agree"
             )
-        settled = replace(self, keep=keep, lazy_layers=lazy)
-        settled.check_model(num_layers)
-        return settled
+        return replace(self, keep=keep, lazy_layers=lazy)
 
     def check_model(self, num_layers: int) -> None:
         """Raise LightTransferError if a lazy layer does not exist in a model of ``num_layers``."""
@@ -265,7 +233,7 @@ class LightTransferConfig:
         """The value of the key ``lighttransfer``; from_dict reads it back."""
         data: dict[str, Any] = {
             "mode": self.mode,
-            "lazy_layers": format_layers(self.lazy_layers),
+            "lazy_layers": self.choice or format_layers(self.lazy_layers),
             "sink_tokens": self.sink_tokens,
             "recent_tokens": self.recent_tokens,
             "expected_tokens": self.expected_tokens,
@@ -280,12 +248,19 @@ class LightTransferConfig:
     def from_dict(cls, data: Mapping[str, Any], source: str | None = None) -> LightTransferConfig:
         """Read the value of the key ``lighttransfer``.
 
-        lazy_layers may be a string ("5-24,26") or a list of integers. Raises LightTransferError on
-        unknown keys, a missing lazy_layers and every bad value. Keys that start with ``_`` are notes.
+        lazy_layers may be a string ("5-24,26", "ends:0.5") or a list of integers. Keys that start with ``_``
+        are notes. Raises LightTransferError, which names ``source``, on any other key and a bad value.
         """
+        try:
+            return cls(**cls._values(data) | ({} if source is None else {"source": source}))
+        except LightTransferError as error:
+            raise LightTransferError(f"{source}: {error}" if source is not None else str(error)) from None
+
+    @classmethod
+    def _values(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(data, Mapping):
             raise LightTransferError(f"{CONFIG_KEY}: must be an object, not {type(data).__name__}")
-        allowed = set(cls.__dataclass_fields__)
+        allowed = set(cls.__dataclass_fields__) - {"choice"}
         unknown = sorted(key for key in data if key not in allowed and not key.startswith("_"))
         if unknown:
             raise LightTransferError(
@@ -294,7 +269,9 @@ class LightTransferConfig:
         if "lazy_layers" not in data and data.get("mode", MODES[0]) != MODES[0]:
             data = {**data, "lazy_layers": ()}
         if "lazy_layers" not in data:
-            raise LightTransferError(f"{CONFIG_KEY}.lazy_layers: missing; write e.g. '5-24,26' or 'none'")
+            raise LightTransferError(
+                f"{CONFIG_KEY}.lazy_layers: missing; write '5-24,26', or mode 'dynamic', which needs none"
+            )
         values = {key: value for key, value in data.items() if key in allowed}
         if values.get("mode", MODES[0]) == MODES[0]:
             for name in DYNAMIC_FIELDS:
@@ -302,16 +279,14 @@ class LightTransferConfig:
                     raise LightTransferError(f"{CONFIG_KEY}.{name}: only with mode 'dynamic'")
         layers = values["lazy_layers"]
         if isinstance(layers, str):
-            values["lazy_layers"] = parse_layers(layers)
+            values["lazy_layers"], values["choice"] = parse_lazy_layers(layers)
         elif isinstance(layers, (list, tuple)) and all(type(layer) is int for layer in layers):
             if len(set(layers)) != len(layers):
                 raise LightTransferError("lazy_layers: a layer is named twice")
             values["lazy_layers"] = tuple(sorted(layers))
         else:
             raise LightTransferError("lazy_layers: must be a string such as '5-24,26' or a list of integers")
-        if source is not None:
-            values["source"] = source
-        return cls(**values)
+        return values
 
     @classmethod
     def from_json(cls, text: str, source: str) -> LightTransferConfig:
@@ -325,20 +300,32 @@ class LightTransferConfig:
         return cls.from_dict(data, source=source)
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise LightTransferError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+_ALLOWED = {"mode": MODES, "score": (*SCORES, LIST), "decide": DECIDE}
+_LOWEST = {
+    "sink_tokens": 0,
+    "recent_tokens": 1,
+    "expected_tokens": 1,
+    "expected_output_tokens": 0,
+    "staging_tokens": 1,
+}
+_REQUIRED = {*_ALLOWED, "sink_tokens", "recent_tokens", "check_tables"}
+_OPTIONAL = {*_LOWEST, "keep"}
 
 
-def _check_keep(keep: object) -> None:
-    number = type(keep) is int and 1 <= keep <= MAX_LAYERS
-    share = type(keep) is float and 0 < keep < 1
-    if not number and not share:
-        raise LightTransferError(
-            f"keep: {keep!r} is neither a number of layers from 1 nor a share such as 0.5"
-        )
-
-
-def _check_int(name: str, value: object, low: int) -> None:
-    if type(value) is not int or not low <= value <= MAX_TOKENS:
-        raise LightTransferError(f"{name}: {value!r} is not an integer from {low} to {MAX_TOKENS}")
+def check_value(name: str, value: object, label: str | None = None) -> None:
+    """Raise LightTransferError unless the field ``name`` may be ``value``; it calls the field ``label``."""
+    label = label or name
+    if name in _ALLOWED and value not in _ALLOWED[name]:
+        if name == "score" and value in CHOICES:
+            raise LightTransferError(
+                f"{label}: {value!r} looks at no prompt; in place of it, give the lazy layers as "
+                f"{spelling(str(value))!r}"
+            )
+        raise LightTransferError(f"{label}: {value!r} is not one of {', '.join(_ALLOWED[name])}")
+    number = value if isinstance(value, int) and not isinstance(value, bool) else -1
+    if name in _LOWEST and not _LOWEST[name] <= number <= MAX_TOKENS:
+        raise LightTransferError(f"{label}: {value!r} is not an integer from {_LOWEST[name]} to {MAX_TOKENS}")
+    if name == "check_tables" and type(value) is not bool:
+        raise LightTransferError(f"{label}: {value!r} is not true or false")
+    if name == "keep":
+        check_amount(label, value)

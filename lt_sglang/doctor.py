@@ -5,17 +5,19 @@ Every check is a function that returns a sentence when all is well and raises Do
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import difflib
 import importlib
-import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from typing import Any, NoReturn
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND
@@ -239,18 +241,36 @@ def _resolve_apart(name: str, argv: list[str]) -> Check:
 
 
 def _resolve_arguments(argv: list[str]) -> str:
+    server_arguments(argv).resolve_once()
+    return "SGLang accepts the flags, and none is refused with lazy layers"
+
+
+def server_arguments(argv: list[str]) -> Any:
+    """SGLang's ServerArgs of ``argv``, with our plug-in loaded.
+
+    Raises DoctorError on a bad flag, where SGLang's parser would print its usage of 480 lines and exit.
+    """
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
 
     load_plugins()
-    said = io.StringIO()
+    from sglang.srt.server_args import prepare_server_args
+
+    usual = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = _refuse  # type: ignore[assignment, method-assign]
     try:
-        with contextlib.redirect_stderr(said):
-            prepare_server_args(argv).resolve_once()
-    except SystemExit:
-        lines = said.getvalue().strip().splitlines() or ["start the server to read its usage"]
-        raise DoctorError(f"SGLang does not accept these flags: {lines[-1]}") from None
-    return "SGLang accepts the flags, and none is refused with lazy layers"
+        return prepare_server_args(argv)
+    finally:
+        argparse.ArgumentParser.error = usual  # type: ignore[method-assign]
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    unknown = re.findall(r"--[\w-]+", message.partition("unrecognized arguments:")[2])
+    near = [name for flag in unknown for name in difflib.get_close_matches(flag, known, n=1)]
+    meant = f"; did you mean {' '.join(near)}?" if near else ""
+    raise DoctorError(
+        f"SGLang does not accept these flags: {message}{meant} (python -m sglang.launch_server --help)"
+    )
 
 
 def _name_checks() -> Iterable[tuple[str, Callable[[], str]]]:

@@ -13,7 +13,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.model_executor.model_runner import ModelRunner
 
 from lt_sglang.attention.indices import StreamingTables, Windows
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import LIST, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import STORED_SETS, DynamicState, projections_of, tp_ranks
@@ -25,7 +25,6 @@ from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.memory.weights import announcing
 from lt_sglang.names import BACKEND
-from lt_sglang.static_choices import LIST
 
 logger = logging.getLogger(__name__)
 

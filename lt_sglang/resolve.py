@@ -36,9 +36,11 @@ def load_config(
     found = find_config(overrides, model_config, model_path, "model override args")
     if found is not None:
         return found
+    override = json.dumps({CONFIG_KEY: {"mode": "dynamic"}})
     raise LightTransferError(
-        f"lazy_layers: none given for {model_path}; use lt-sglang serve --lt-lazy-layers or --lt-config, "
-        f"or the key '{CONFIG_KEY}' in the model's config.json or in --json-model-override-args"
+        f"lazy layers: none are known for {model_path}. With --json-model-override-args '{override}' they "
+        "are found in each request's prompt; lt-sglang calibrate writes a list by samples of your traffic, "
+        f"for the key '{CONFIG_KEY}' of the model's config.json"
     )
 
 

@@ -83,7 +83,7 @@ def lists() -> dict[str, tuple[int, ...]]:
         "full": (),
         "three quarters": three_quarters,
         "seven eighths": seven_eighths,
-        "ends": choose("ends", LAYERS, LAYERS - len(three_quarters)),
+        "ends": choose("ends", LAYERS, len(three_quarters)),
     }
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lt_sglang.bench.scenario import Engine, Length, Load, Scenario, Traffic
-from lt_sglang.config import format_layers
+from lt_sglang.config import LIST, format_layers
 from lt_sglang.planner.shapes import CONFIGS
-from lt_sglang.static_choices import LIST
 
 SHAPE = "tiny"
 # 128K prompts become 2K.

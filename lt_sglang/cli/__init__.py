@@ -23,6 +23,7 @@ COMMANDS = {
 }
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def one_line(error: BaseException) -> str:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
+import psutil
+
+from lt_sglang.cli.plan import DEFAULT_GPU, deployment
+from lt_sglang.config import DEFAULT_EXPECTED_TOKENS
 from lt_sglang.doctor import Check, DoctorError, check_arguments, check_machine, run_check
 from lt_sglang.errors import LightTransferError
-from lt_sglang.launch.cpu import has_gpu
-from lt_sglang.launch.model_config import read_model_config, unsupported_features
+from lt_sglang.launch.cpu import gpu_memory, has_gpu
+from lt_sglang.launch.model_config import check_tp, read_model_config, unsupported_features
 from lt_sglang.launch.options import OPTIONS_HELP, describe
 from lt_sglang.launch.plan import Launch, check_ports, plan_launch
-from lt_sglang.launch.sglang_args import REVISION
+from lt_sglang.launch.sglang_args import MAX_TOTAL_TOKENS, NNODES, REVISION, TP_SIZE
 from lt_sglang.launch.weights import check_weights
+from lt_sglang.planner.capacity import plan_length
+from lt_sglang.planner.shapes import GIB, GPUS, shape_from_config
 
 HELP = f"""\
 usage: lt-sglang doctor [--json] [--model-path MODEL [--lt-...] [any SGLang flag]]
 
-Runs the checks of a server start without starting one, and prints a line for each. With a model, also the
-configuration of its lazy layers, its features and the SGLang flags. Exit code 1 if a check fails.
+Runs the checks of a server start without starting one, and prints a line for each. With a model, its lazy
+layers, features, weights and ports and what fits into the memory come first, SGLang's flags last. Exit code 1
+if a check fails.
 
 {OPTIONS_HELP}"""
 
@@ -33,7 +41,8 @@ def run(argv: list[str]) -> int:
     as_json = "--json" in argv
     rest = [arg for arg in argv if arg != "--json"]
     checks: list[Check] = []
-    for check in chain(check_machine(has_gpu()), check_model(rest) if rest else ()):
+    machine = check_machine(has_gpu())
+    for check in check_model(rest, machine) if rest else machine:
         checks.append(check)
         if not as_json:
             print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.message}", flush=True)
@@ -42,20 +51,62 @@ def run(argv: list[str]) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def check_model(argv: list[str]) -> Iterator[Check]:
-    """Check the server that ``lt-sglang serve`` would start with ``argv``."""
+def check_model(argv: list[str], machine: Iterable[Check] = ()) -> Iterator[Check]:
+    """Check the server that ``lt-sglang serve`` would start with ``argv``: first what takes no time.
+
+    machine: the checks of the machine, which come before those that import SGLang.
+    """
     try:
         launch = plan_launch(argv, os.environ)
     except LightTransferError as error:
         yield Check("configuration", False, " ".join(str(error).split()))
+        yield from machine
         return
     yield run_check("configuration", lambda: _check_configuration(launch))
     features = run_check("model", lambda: _check_features(launch))
     yield features
     yield run_check("weights", lambda: check_weights(launch.args))
+    yield run_check("memory", lambda: check_memory(launch, gpu_memory()))
     yield run_check("ports", lambda: _check_ports(launch))
+    yield from machine
     if features.ok:
         yield run_check("flags", lambda: check_arguments(launch.argv, on_gpu=not launch.on_cpu))
+
+
+def check_memory(launch: Launch, gpus: list[int]) -> str:
+    """What fits into the memory; raises LightTransferError if nothing does, or GPUs are missing.
+
+    gpus: bytes of each.
+    """
+    args, model = launch.args, _model_config(launch)
+    if model is None or launch.config is None:
+        return "not looked at: the model cannot be looked up here"
+    shape = shape_from_config(model, launch.model_path)
+    weights = f"{shape.total_weight_bytes / GIB:.3g} GiB of weights"
+    if launch.on_cpu:
+        free, limit = psutil.virtual_memory().available, args.get_int(MAX_TOTAL_TOKENS, 0)
+        kv = limit * shape.layers * shape.kv_token_layer(2)
+        need = shape.total_weight_bytes + kv
+        if need > free:
+            raise DoctorError(
+                f"{weights} and {kv / GIB:.3g} GiB of KV do not fit into the {free / GIB:.3g} GiB that are "
+                "free; a smaller --max-total-tokens needs less"
+            )
+        return f"{weights}, at most {kv / GIB:.3g} GiB of KV; {free / GIB:.3g} GiB are free"
+    tp = args.get_int(TP_SIZE, 1)
+    here = max(1, tp // args.get_int(NNODES, 1))
+    if len(gpus) < here:
+        raise DoctorError(f"{args.typed(TP_SIZE)} {tp}: needs {here} GPUs here, and there are {len(gpus)}")
+    gpu = replace(GPUS[DEFAULT_GPU], name="GPU", memory=min(gpus[:here]))
+    planned = deployment(args, shape, launch.config, gpu)
+    usual = min(planned.shape.max_tokens or DEFAULT_EXPECTED_TOKENS, DEFAULT_EXPECTED_TOKENS)
+    tokens = launch.config.expected_tokens or usual
+    plan = plan_length(planned, tokens - 1, 1)
+    return (
+        f"{weights}; about {planned.kv_budget / GIB:.3g} GiB for KV on each of {tp} GPUs hold "
+        f"{plan.hybrid_requests} requests of {tokens} tokens at once, {plan.full_requests} with full "
+        "attention; other lengths: lt-sglang plan"
+    )
 
 
 def _check_configuration(launch: Launch) -> str:
@@ -70,12 +121,21 @@ def _check_ports(launch: Launch) -> str:
 
 
 def _check_features(launch: Launch) -> str:
-    revision = launch.args.get(REVISION)
-    config = read_model_config(launch.model_path, revision)
+    config = _model_config(launch)
     if config is None:
         return f"{launch.model_path} cannot be looked up here"
     wrong = unsupported_features(config)
     if wrong:
         raise DoctorError(f"{launch.model_path} has {', '.join(wrong)}, which lazy layers do not support")
     names = config.get("architectures") or ["unnamed architecture"]
-    return f"{names[0]} has no feature that lazy layers do not support"
+    padded = ""
+    if launch.on_cpu:
+        try:
+            check_tp(config, launch.args.get_int(TP_SIZE, 1), launch.args.typed(TP_SIZE))
+        except LightTransferError as error:
+            padded = f"; SGLang pads heads on a CPU, but GPUs would refuse this: {error}"
+    return f"{names[0]} has no feature that lazy layers do not support{padded}"
+
+
+def _model_config(launch: Launch) -> dict[str, Any] | None:
+    return read_model_config(launch.model_path, launch.args.get(REVISION))

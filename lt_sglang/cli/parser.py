@@ -7,8 +7,8 @@ import datetime
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from lt_sglang.config import read_float, read_int
 from lt_sglang.errors import LightTransferError
+from lt_sglang.numerals import read_float, read_int
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import read_model_config
-from lt_sglang.launch.options import HALF, LtOptions, describe, resolve_config, take_options
+from lt_sglang.launch.options import LtOptions, describe, resolve_config, take_options
 from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_config
 from lt_sglang.train.options import read_recipe
 from lt_sglang.train.plan import TrainJob, TrainPlan, as_dict, plan_training
@@ -119,7 +119,7 @@ def _model(args: argparse.Namespace, options: LtOptions) -> tuple[ModelShape, Li
         shape = SHAPES[name]
         model_config: dict[str, Any] = {"num_hidden_layers": shape.layers}
         if options.lazy_layers is None and options.config is None and args.lighttransfer is None:
-            options = replace(options, lazy_layers=HALF)
+            options = replace(options, lazy_layers="half")
     elif args.model_path is None:
         raise LightTransferError("--model-path, --shape or --recipe: one of them is needed")
     else:

@@ -10,6 +10,7 @@ import os
 import sys
 
 from lt_sglang.launch import admin
+from lt_sglang.launch.cpu import CPU_LIMITS
 from lt_sglang.launch.options import OPTIONS_HELP, describe
 from lt_sglang.launch.plan import Launch, check_ports, plan_launch
 from lt_sglang.launch.ready import say
@@ -19,17 +20,18 @@ HELP = f"""\
 usage: lt-sglang serve [MODEL | --model-path MODEL] [--lt-...] [any SGLang flag]
 
 Starts SGLang's server with lazy layers. Every flag that does not begin with --lt- goes to SGLang unchanged;
-'python -m sglang.launch_server --help' lists them. On a machine without a GPU, SGLang runs on the CPU, and
-without a model it serves a small demonstration model there.
+'python -m sglang.launch_server --help' lists them. On a machine without a GPU, SGLang runs on the CPU, within
+{" ".join(part for pair in CPU_LIMITS for part in pair)}.
+
+examples:
+  lt-sglang serve                                                          a small demonstration model
+  lt-sglang serve ./mistral-7b --lt-mode dynamic --lt-expected-tokens 16384
+  lt-sglang serve cxdu/QwQ-32B-LightTransfer --tp-size 2                   trained with lazy layers
+  lt-sglang serve ./mistral-7b --lt-config calibrated.json --port 30000    lt-sglang calibrate wrote the file
 
 {OPTIONS_HELP}
 
-{admin.HELP}
-
-examples:
-  lt-sglang serve cxdu/QwQ-32B-LightTransfer --tp-size 2
-  lt-sglang serve --model-path ./mistral-7b --lt-lazy-layers 8-23 --lt-expected-tokens 16384 --port 30000
-  lt-sglang serve"""
+{admin.HELP}"""
 
 
 def run(argv: list[str]) -> int:
@@ -52,6 +54,8 @@ def _greeting(launch: Launch) -> list[str]:
         lines.append(describe(launch.config))
     if launch.on_cpu:
         lines.append("no GPU in use: SGLang runs on the CPU (for tests and demonstrations; it is slow)")
+    if launch.limits:
+        lines.append(f"limited to {' '.join(launch.limits)}; give other values to change that")
     lines += launch.admin.lines(sys.stderr.isatty())
     lines.append(f"will listen on {launch.url}; once it is ready, try:")
     lines.append(f"  {launch.try_line}")

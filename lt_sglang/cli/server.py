@@ -26,8 +26,8 @@ tie(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Serve until stopped; 2 and one line on stderr if the configuration cannot be served."""
-    from lt_sglang.cli import USAGE_ERROR, one_line
+    """Serve until stopped; 2 and one line on stderr if the configuration cannot be served; 130 for Ctrl-C."""
+    from lt_sglang.cli import INTERRUPTED, USAGE_ERROR, one_line
     from lt_sglang.doctor import check_start
 
     # Out of the environment, which every process below inherits.
@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
     except LightTransferError as error:
         print(f"lt-sglang: {one_line(error)}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        say("stopped before it was ready")
+        return INTERRUPTED
     return 0
 
 
@@ -61,14 +64,12 @@ def announce(url: str, try_line: str | None, poll_seconds: float = POLL_SECONDS)
 
 
 def _serve(argv: list[str], admin_key: str | None) -> None:
-    from sglang.srt.plugins import load_plugins
+    from lt_sglang.doctor import server_arguments
+
+    args = server_arguments(argv)
+    from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree
 
-    load_plugins()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-
-    args = prepare_server_args(argv)
     if admin_key is not None:
         args.admin_api_key = admin_key
     try:

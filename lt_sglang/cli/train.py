@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.cli.parser import Parser, positive, positive_float
-from lt_sglang.config import CONFIG_KEY, DEFAULT_KEEP, LightTransferConfig, format_layers
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import read_model_config, unsupported_features
-from lt_sglang.launch.options import LtOptions, describe, layer_count, resolve_config, take_options
-from lt_sglang.static_choices import choose
+from lt_sglang.launch.options import LtOptions, describe, resolve_config, take_options
 
-LAYERS = ("given", "frequency", "ends")
+LAYERS = ("given", "frequency")
 SELECTED = "layers.json"
 # Read before anything heavy is imported, so they stand here and not in lt_sglang.train, which imports torch.
 LOSS_ON = ("answers", "all")
@@ -28,10 +27,10 @@ DTYPES = ("bfloat16", "float32")
 NEEDED = ("trl", "peft", "accelerate", "datasets")
 EPILOG = """\
 lazy layers, static mode only:
-  --lt-lazy-layers LIST     with --layers given (default): 5-24,26, or half
+  --lt-lazy-layers LAYERS   with --layers given (default): 5-24,26, or half, ends:0.5 and others (lt-sglang
+                            serve --help)
   --lt-config FILE.json     the same from a file, such as calibrate's
-  --lt-keep 0.5             with --layers frequency or ends: layers that keep full attention
-  --lt-score NAME           of --layers frequency (lt-sglang calibrate)
+  --lt-keep 0.5, --lt-score NAME    with --layers frequency, as of lt-sglang calibrate
   --lt-sink-tokens N, --lt-recent-tokens N    windows, default 4 and 1020
 
 A sample is a JSON line with question + combined_text (long_form_thought_data_5k), messages, prompt +
@@ -87,7 +86,7 @@ def check_device(device: str | None) -> None:
 
 
 def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransferConfig:
-    """The static list, given, by frequency or the ends; raises LightTransferError.
+    """The static list, given or by frequency; raises LightTransferError.
 
     The processes that a launcher starts find --lt-config on their command line, so that one list is chosen.
     """
@@ -111,7 +110,7 @@ def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransfer
     if args.layers == "given":
         for name in ("keep", "score"):
             if getattr(options, name) is not None:
-                raise LightTransferError(f"--lt-{name}: only with --layers frequency or ends")
+                raise LightTransferError(f"--lt-{name}: only with --layers frequency")
         config = resolve_config(plain, args.model_path, model_config, overrides)
         assert config is not None
         if config.dynamic:
@@ -119,18 +118,6 @@ def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransfer
         return config
     if options.config is not None or options.lazy_layers is not None:
         raise LightTransferError(f"--layers {args.layers}: chooses the lazy layers; leave out the list given")
-    if args.layers == "ends":
-        layers = layer_count(model_config) or 0
-        share = options.keep if options.keep is not None else DEFAULT_KEEP
-        keep = share if isinstance(share, int) else round(share * layers)
-        if not 1 <= keep < layers:
-            raise LightTransferError(
-                f"--lt-keep: {share} of {layers} layers; 1 to {layers - 1} can stay full"
-            )
-        plain = replace(plain, lazy_layers=format_layers(choose("ends", layers, keep)))
-        config = resolve_config(plain, args.model_path, model_config, overrides)
-        assert config is not None
-        return replace(config, source=f"the ends of the stack, keeping {keep}")
     found = _by_frequency(options, args)
     config = resolve_config(replace(plain, config=str(found)), args.model_path, model_config, {})
     assert config is not None

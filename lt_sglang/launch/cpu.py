@@ -21,7 +21,15 @@ from pathlib import Path
 
 from lt_sglang.files import cache_home, ensure_folder
 
-__all__ = ["CompilerMissing", "build_libcuda_stub", "cpu_environment", "cpu_server_args", "has_gpu"]
+__all__ = [
+    "CPU_LIMITS",
+    "CompilerMissing",
+    "build_libcuda_stub",
+    "cpu_environment",
+    "cpu_server_args",
+    "gpu_memory",
+    "has_gpu",
+]
 
 DRIVER_LIBRARY = "libcuda.so.1"
 
@@ -39,6 +47,12 @@ _STUB_FLAGS = ("-shared", "-fPIC", "-O1", f"-Wl,-soname,{DRIVER_LIBRARY}")
 # turns out not to be one. The C library always loads, and has no NCCL symbol.
 _NOT_NCCL = "libc.so.6"
 
+# Without limits SGLang takes and fills most of the machine's memory: 14 GB and 47 s for 135M parameters.
+CPU_LIMITS = (
+    ("--max-total-tokens", "32768"),
+    ("--max-running-requests", "8"),
+    ("--chunked-prefill-size", "2048"),
+)
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -46,8 +60,8 @@ class CompilerMissing(RuntimeError):
     """No C compiler was found, or it failed."""
 
 
-def has_gpu() -> bool:
-    """Say whether the CUDA driver sees at least one device, without importing torch.
+def gpu_memory() -> list[int]:
+    """Bytes of each device that the CUDA driver sees, without importing torch; none where there is no driver.
 
     Asks the driver itself and not ``nvidia-smi``: it honours ``CUDA_VISIBLE_DEVICES``, and containers often
     lack the tool. The driver is asked in a child process, because CUDA must not be initialised in a process
@@ -56,17 +70,25 @@ def has_gpu() -> bool:
     probe = (
         "import ctypes, sys\n"
         f"driver = ctypes.CDLL({DRIVER_LIBRARY!r})\n"
-        "count = ctypes.c_int(0)\n"
-        "ok = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0\n"
-        "sys.exit(0 if ok and count.value > 0 else 1)\n"
+        "count, size = ctypes.c_int(0), ctypes.c_size_t(0)\n"
+        "if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):\n"
+        "    sys.exit(1)\n"
+        "for device in range(count.value):\n"
+        "    driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)\n"
+        "    print(size.value)\n"
     )
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", probe], capture_output=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+        return []
+    return [] if done.returncode else [int(size) for size in done.stdout.split()]
+
+
+def has_gpu() -> bool:
+    """Say whether the CUDA driver sees at least one device."""
+    return bool(gpu_memory())
 
 
 def build_libcuda_stub(cache_dir: Path) -> Path:
@@ -140,12 +162,11 @@ def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
 def cpu_server_args() -> list[str]:
     """Return the server flags every CPU run needs, in the form of command-line arguments.
 
-    The attention backend is left to the caller: it is what tells a stock server from ours. So is the size of
-    the KV pools, which depends on the model; a caller should name one, because SGLang otherwise takes and
-    fills most of the machine's memory (14 GB and 47 s for a model of 135M parameters).
+    The attention backend is left to the caller: it is what tells a stock server from ours. So are the limits,
+    ``CPU_LIMITS`` or others.
     """
     # An idle scheduler otherwise polls without pause: one core for each server that waits.
-    return ["--device", "cpu", "--grammar-backend", "none", "--sleep-on-idle"]
+    return ["--device", "cpu", "--sleep-on-idle"]
 
 
 def _core_groups(tp: int, cores: list[int]) -> str:

@@ -39,6 +39,8 @@ def die_with(parent: int) -> None:
 def tie(module_name: str) -> None:
     """Tie spawned processes to those that spawn them. Main modules call it with their ``__name__``."""
     if module_name == "__mp_main__" and (parent := os.environ.get(PARENT_VARIABLE)) is not None:
+        # A terminal's Ctrl-C reaches all of them; the first ends the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         die_with(int(parent))
     if module_name in ("__main__", "__mp_main__"):
         os.environ[PARENT_VARIABLE] = str(os.getpid())

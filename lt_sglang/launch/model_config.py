@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from lt_sglang.errors import LightTransferError
 
 
 def read_model_config(model_path: str, revision: str | None = None) -> dict[str, Any] | None:
-    """config.json of a local folder or a hub name; None if it is neither, or cannot be fetched.
+    """config.json of a local folder or a hub name; None if it is neither: SGLang knows other sources.
 
-    Raises LightTransferError if a local folder has none or is not there, or if it is not a JSON object.
+    Raises LightTransferError, with the cause, if a folder or the hub has none, or if it is not a JSON object.
     """
     folder = Path(model_path).expanduser()
     if names_folder(model_path):
@@ -23,10 +25,9 @@ def read_model_config(model_path: str, revision: str | None = None) -> dict[str,
         if not file.is_file():
             raise LightTransferError(f"--model-path {model_path}: the folder has no config.json")
     else:
-        fetched = _fetch(model_path, revision)
-        if fetched is None:
+        if not _HUB_NAME.fullmatch(model_path) or folder.is_file() or os.environ.get(_OTHER_HUB):
             return None
-        file = fetched
+        file = _fetch(model_path, revision)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -42,18 +43,27 @@ def names_folder(model_path: str) -> bool:
     return path.is_dir() or (model_path.startswith(("/", "./", "../", "~")) and not path.is_file())
 
 
+# With it, SGLang takes names from ModelScope.
+_OTHER_HUB = "SGLANG_USE_MODELSCOPE"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IGNORE_WINDOW = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
-def _fetch(name: str, revision: str | None) -> Path | None:
-    # SGLang also takes ModelScope names, object stores and GGUF files: what the hub does not know is
-    # left to it, with its own message.
-    try:
-        from huggingface_hub import hf_hub_download
+def _fetch(name: str, revision: str | None) -> Path:
+    """config.json from the hub, or from this machine's copy of it; raises LightTransferError at once."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-        return Path(hf_hub_download(name, "config.json", revision=revision))
-    except Exception:
-        return None
+    file, cause = "config.json", None
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision))  # hf_hub_download tries six times
+    except Exception as error:
+        cause = " ".join(str(error).split())
+    try:
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=cause is not None))
+    except Exception as error:
+        raise LightTransferError(
+            f"--model-path {name}: no such folder, and the hub does not give its {file}: {cause or error}"
+        ) from None
 
 
 def unsupported_features(model_config: Mapping[str, Any]) -> list[str]:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lt_sglang.config import (
-    ALL_SCORES,
     CONFIG_KEY,
-    DECIDE,
     DEFAULT_KEEP,
     DEFAULT_SCORE,
     DYNAMIC_FIELDS,
-    MODES,
+    LIST,
     SCORES,
     LightTransferConfig,
+    check_value,
     format_layers,
-    parse_layers,
-    read_float,
-    read_int,
+    parse_lazy_layers,
 )
 from lt_sglang.errors import LightTransferError
 from lt_sglang.models import find_config
-from lt_sglang.static_choices import CHOICES, LIST
-
-HALF = "half"
+from lt_sglang.numerals import read_amount, read_int
 
 OPTIONS_HELP = f"""\
+which layers?
+  Nothing is known of your model: --lt-mode dynamic. It finds them in each request's prompt and needs no data.
+  Its publisher trained it with lazy layers (lt-sglang models), or you did (lt-sglang train): no flag.
+  You have samples of your traffic: lt-sglang calibrate writes a list; serve it with --lt-config FILE.json.
+  The layers decide what is lost; lt-sglang eval measures it. A list made for another model tells nothing.
+
 lazy layers:
-  --lt-lazy-layers LIST     layers that keep sink + recent tokens only: 5-24,26 or none, or half (every second
-                            layer: for demonstrations, it costs quality)
-  --lt-config FILE.json     read the configuration from a file
   --lt-mode static|dynamic  the same layers for every request (default), or found in each request's prefill
+  --lt-lazy-layers LAYERS   layers that keep sink + recent tokens only: 5-24,26 or none; or a pattern, for
+                            comparisons: half (every second one), all, or ends:0.5, random:0.5, pyramid:0.5
+                            (the share, or the number, of layers that are lazy)
+  --lt-config FILE.json     read the configuration from a file
   --lt-sink-tokens N        first tokens a lazy layer keeps (default 4)
   --lt-recent-tokens N      most recent tokens it keeps, the query's own included (default 1020)
   --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory (default: the
@@ -44,8 +47,7 @@ dynamic mode only:
                             list, what it leaves)
   --lt-score NAME           (default {DEFAULT_SCORE})
                             {", ".join(SCORES)};
-                            or a static list that does not look at the prompt: {", ".join(CHOICES)};
-                            or {LIST}: the layers given, after a prefill with full attention in all
+                            or {LIST}: the layers of --lt-lazy-layers, after a prefill with full attention
   --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill
                             chunk; later chunks are then cheaper
   --lt-staging-tokens N     longest undecided prefix between chunks (default: the expected tokens)
@@ -53,6 +55,11 @@ dynamic mode only:
   Each of them replaces one value. What is not given comes from --lt-config, else from the key 'lighttransfer'
   of --json-model-override-args, else of the model's config.json, else from the known models
   (lt-sglang models)."""
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of LtOptions."""
+    return f"--lt-{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class LtOptions:
 
     def given(self) -> list[str]:
         """The flags given, in the order above."""
-        return [f"--lt-{name.replace('_', '-')}" for name, value in vars(self).items() if value is not None]
+        return [flag_of(name) for name, value in vars(self).items() if value is not None]
 
     def as_flags(self) -> list[str]:
         """What ``take_options`` would read these options from."""
@@ -102,7 +109,7 @@ def take_options(argv: list[str]) -> tuple[LtOptions, list[str]]:
         flag, equals, value = arg.partition("=")
         name = flag.removeprefix("--lt-").replace("-", "_")
         if name not in LtOptions.__dataclass_fields__ or "_" in flag:
-            allowed = ", ".join(f"--lt-{field.replace('_', '-')}" for field in LtOptions.__dataclass_fields__)
+            allowed = ", ".join(map(flag_of, LtOptions.__dataclass_fields__))
             raise LightTransferError(f"{flag}: unknown option, allowed are {allowed}")
         if not equals:
             value = next(todo, "")
@@ -130,43 +137,51 @@ def resolve_config(
         None only if nothing was given and config.json cannot be read: SGLang's process then decides.
 
     Raises:
-        LightTransferError: no lazy layers from anywhere, layers the model does not have, a bad value.
+        LightTransferError: no lazy layers from anywhere, layers the model does not have, a bad value. It
+            names the flag that gave the value, or where else it is from.
     """
     base = _base(options, model_path, model_config, overrides)
     changes: dict[str, Any] = {
-        name: value
-        for name in LtOptions.__dataclass_fields__
-        if name not in ("lazy_layers", "config")
-        if (value := getattr(options, name)) is not None
+        name: value for name, value in vars(options).items() if name != "config" and value is not None
     }
-    num_layers = layer_count(model_config) if model_config is not None else None
-    if options.lazy_layers == HALF:
-        if num_layers is None:
-            raise LightTransferError(
-                f"--lt-lazy-layers half: how many layers {model_path} has is not known here; name them"
-            )
-        changes["lazy_layers"] = tuple(range(1, num_layers, 2))
-    elif options.lazy_layers is not None:
-        changes["lazy_layers"] = parse_layers(options.lazy_layers)
+    if options.lazy_layers is not None:
+        changes["lazy_layers"], changes["choice"] = parse_lazy_layers(options.lazy_layers)
     dynamic = changes.get("mode", base.mode if base is not None else "static") == "dynamic"
     listed = changes.get("score", base.score if base is not None else None) == LIST
     for name in DYNAMIC_FIELDS:
         if name in changes and not dynamic:
-            raise LightTransferError(f"--lt-{name.replace('_', '-')}: only with --lt-mode dynamic")
+            raise LightTransferError(f"{flag_of(name)}: only with --lt-mode dynamic")
     if dynamic and not listed and "lazy_layers" not in changes and not (base is not None and base.dynamic):
-        changes["lazy_layers"] = ()  # a static list says nothing of short prompts
+        changes |= {"lazy_layers": (), "choice": None}  # a static list says nothing of short prompts
     if base is None and "lazy_layers" not in changes:
         if model_config is None and not changes:
             return None
         raise LightTransferError(
-            f"lazy_layers: none given for {model_path} and none known; use --lt-lazy-layers 5-24,26 (none: "
-            f"every layer full), --lt-config FILE.json, or the key '{CONFIG_KEY}' in the model's config.json"
+            f"lazy layers: none are known for {model_path}. With --lt-mode dynamic they are found in each "
+            "request's prompt; lt-sglang calibrate writes a list by samples of your traffic (--lt-config "
+            "FILE.json); --lt-lazy-layers 5-24,26 gives one (none: every layer full)"
         )
     if changes:
         flags = ", ".join(flag for flag in options.given() if flag != "--lt-config")
         changes["source"] = f"{base.source}, with {flags}" if base is not None else flags
-    config = replace(base, **changes) if base is not None else LightTransferConfig(**changes)
-    return config if num_layers is None else config.settle(num_layers)
+    num_layers = layer_count(model_config) if model_config is not None else None
+    try:
+        config = replace(base, **changes) if base is not None else LightTransferConfig(**changes)
+        return config if num_layers is None else config.settle(num_layers)
+    except LightTransferError as error:
+        raise LightTransferError(_as_typed(str(error), options, base)) from None
+
+
+def _as_typed(message: str, options: LtOptions, base: LightTransferConfig | None) -> str:
+    """``message`` with flags in place of the fields they gave; a field that none gave, with its source."""
+    given = [name for name, value in vars(options).items() if value is not None]
+    field, colon, text = message.partition(": ")
+    for name in given:
+        if "_" in name:
+            text = re.sub(rf"\b{name}\b", flag_of(name), text)
+    if field in given:
+        return f"{flag_of(field)}{colon}{text}"
+    return f"{base.source}: {field}{colon}{text}" if base is not None else f"{field}{colon}{text}"
 
 
 def layer_count(model_config: Mapping[str, Any]) -> int | None:
@@ -223,32 +238,24 @@ def _base(
     return find_config(overrides, model_config, model_path, "--json-model-override-args")
 
 
-def _keep(flag: str, value: str) -> int | float:
-    number, share = read_int(value), read_float(value)
-    if number is not None and number >= 1:
-        return number
-    if share is None or not 0 < share < 1:
-        raise LightTransferError(f"{flag}: {value!r} is neither a number of layers nor a share such as 0.5")
-    return share
-
-
-def _typed(flag: str, name: str, value: str) -> str | int | float:
-    if name.endswith("_tokens"):
-        low = 0 if name in ("sink_tokens", "expected_output_tokens") else 1
-        number = read_int(value)
-        if number is None or number < low:
-            raise LightTransferError(f"{flag}: {value!r} is not an integer from {low}")
-        return number
-    allowed = {"mode": MODES, "score": ALL_SCORES, "decide": DECIDE, "check_tables": ("on", "off")}
-    if name in allowed and value not in allowed[name]:
-        raise LightTransferError(f"{flag}: {value!r} is not one of {', '.join(allowed[name])}")
+def _typed(flag: str, name: str, text: str) -> str | int | float | bool:
+    """The value that ``text`` writes for the option ``name``, checked; raises LightTransferError."""
+    if name == "lazy_layers":
+        parse_lazy_layers(text, flag)
+        return text
+    if name == "config":
+        if not Path(text).is_file():
+            # Now, since a model's name may be looked up for seconds before it is read.
+            raise LightTransferError(f"{flag} {text}: cannot be read (no such file)")
+        return text
     if name == "check_tables":
-        return value == "on"
+        if text not in ("on", "off"):
+            raise LightTransferError(f"{flag}: {text!r} is not one of on, off")
+        return text == "on"
+    value: str | int | float = text
     if name == "keep":
-        return _keep(flag, value)
-    if name == "lazy_layers" and value != HALF:
-        parse_layers(value)
-    if name == "config" and not Path(value).is_file():
-        # Now, since a model's name may be looked up for half a minute before it is read.
-        raise LightTransferError(f"--lt-config {value}: cannot be read (no such file)")
+        value = read_amount(text)
+    elif name.endswith("_tokens") and (number := read_int(text)) is not None:
+        value = number
+    check_value(name, value, flag)
     return value

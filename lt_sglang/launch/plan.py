@@ -13,29 +13,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig, read_int
+from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import admin
 from lt_sglang.launch import sglang_args as flags
 from lt_sglang.launch.admin import KEY_VARIABLE, Admin
-from lt_sglang.launch.cpu import CompilerMissing, cpu_environment, cpu_server_args, has_gpu
+from lt_sglang.launch.cpu import CPU_LIMITS, CompilerMissing, cpu_environment, cpu_server_args, has_gpu
 from lt_sglang.launch.model_config import check_tp, read_model_config
 from lt_sglang.launch.options import resolve_config, take_options
 from lt_sglang.launch.ports import check_port
 from lt_sglang.launch.ready import TRY_VARIABLE, URL_VARIABLE, base_url, say
 from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.names import BACKEND
+from lt_sglang.numerals import read_int
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
 # docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml).
 DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
-# Enough for a few requests of the demonstration model's 8192 tokens, on a laptop's memory.
-DEMO_ARGS = (
-    ("--max-total-tokens", "32768"),
-    ("--max-running-requests", "8"),
-    ("--chunked-prefill-size", "2048"),
-)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000  # SGLang's
 LAST_PORT = 65535
 SERVER_MODULE = "lt_sglang.cli.server"
@@ -47,6 +42,7 @@ class Launch:
     """What to start: SGLang's arguments, the whole environment, and what to tell the user.
 
     config is None if only SGLang's process can find it (a model this machine cannot look up by itself).
+    limits: of SGLang's arguments, those added so that a small machine's memory is not filled.
     admin: the key of SGLang's admin routes; it travels in env.
     """
 
@@ -57,6 +53,7 @@ class Launch:
     url: str
     try_line: str
     on_cpu: bool
+    limits: tuple[str, ...] = ()
     admin: Admin = Admin()
 
     @property
@@ -104,17 +101,17 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         model_path = _demo_model(machine)
         if options.config is None:
             overrides.setdefault(CONFIG_KEY, {"lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"})
-        missing = [part for pair in DEMO_ARGS if not args.has(pair[0]) for part in pair]
-        args = SglangArgs([*args.argv, "--model-path", model_path, *missing])
+        args = SglangArgs([*args.argv, "--model-path", model_path])
     model_config = machine.model_config(model_path, args.get(flags.REVISION))
     config = resolve_config(options, model_path, model_config, overrides)
     if model_config is not None and not on_cpu:
-        check_tp(model_config, tp, flags.TP_SIZE[0])
+        check_tp(model_config, tp, args.typed(flags.TP_SIZE))
 
     values: dict[tuple[str, ...], str] = {flags.ATTENTION_BACKEND: BACKEND}
     if config is not None:
         values[flags.MODEL_OVERRIDES] = json.dumps({**overrides, CONFIG_KEY: config.to_dict()})
-    final = args.replaced(values, without=(flags.ADMIN_KEY,))
+    limits = _missing_limits(args) if on_cpu or demo else []
+    final = args.replaced(values, without=(flags.ADMIN_KEY,)) + limits
     changes: dict[str, str] = {}
     if on_cpu:
         final += _missing_cpu_args(args)
@@ -132,6 +129,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         url=url,
         try_line=try_line,
         on_cpu=on_cpu,
+        limits=tuple(limits),
         admin=chosen,
     )
 
@@ -208,6 +206,12 @@ def _missing_cpu_args(args: SglangArgs) -> list[str]:
     ours = cpu_server_args()
     pairs = [ours[index : index + 2] for index in range(0, len(ours), 2)]
     return [part for pair in pairs if not args.has(pair[0]) for part in pair]
+
+
+def _missing_limits(args: SglangArgs) -> list[str]:
+    """CPU_LIMITS, but for what is given; KV memory may be given as a share, too."""
+    given = {"--max-total-tokens": args.has("--mem-fraction-static")}
+    return [part for pair in CPU_LIMITS if not (args.has(pair[0]) or given.get(pair[0])) for part in pair]
 
 
 def _try_line(url: str, chat: bool) -> str:

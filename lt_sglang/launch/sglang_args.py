@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.config import read_int
 from lt_sglang.errors import LightTransferError
+from lt_sglang.numerals import read_float, read_int
 
 ATTENTION_BACKEND = ("--attention-backend",)
 PREFILL_BACKEND = ("--prefill-attention-backend",)
@@ -21,6 +21,12 @@ MODEL_PATH = ("--model-path", "--model")
 REVISION = ("--revision",)
 LOAD_FORMAT = ("--load-format",)
 TP_SIZE = ("--tp-size", "--tensor-parallel-size", "--tp")
+NNODES = ("--nnodes",)
+CONTEXT_LENGTH = ("--context-length",)
+MEM_FRACTION = ("--mem-fraction-static",)
+MAX_TOTAL_TOKENS = ("--max-total-tokens",)
+KV_CACHE_DTYPE = ("--kv-cache-dtype",)
+CHUNK = ("--chunked-prefill-size",)
 DEVICE = ("--device",)
 HOST = ("--host",)
 PORT = ("--port",)
@@ -42,6 +48,12 @@ KNOWN_FLAGS = (
     *REVISION,
     *LOAD_FORMAT,
     *TP_SIZE,
+    *NNODES,
+    *CONTEXT_LENGTH,
+    *MEM_FRACTION,
+    *MAX_TOTAL_TOKENS,
+    *KV_CACHE_DTYPE,
+    *CHUNK,
     *DEVICE,
     *HOST,
     *PORT,
@@ -75,6 +87,11 @@ class SglangArgs:
         value = _find(self.argv, flags)
         return value if value is not None else _find(self._file, flags)
 
+    def typed(self, flags: tuple[str, ...]) -> str:
+        """The spelling of a flag that was typed; the first of ``flags`` if none was."""
+        given = [arg.partition("=")[0] for arg in self.argv]
+        return next((flag for flag in reversed(given) if flag in flags), flags[0])
+
     def has(self, flag: str) -> bool:
         """Whether ``flag`` is given, with or without a value."""
         return any(arg == flag or arg.startswith(flag + "=") for arg in (*self.argv, *self._file))
@@ -86,10 +103,23 @@ class SglangArgs:
             return default
         number = read_int(value)
         if number is None or number < 1:
-            raise LightTransferError(f"{flags[0]}: {value!r} is not an integer from 1")
+            raise LightTransferError(f"{self.typed(flags)}: {value!r} is not an integer from 1")
         if number > most:
-            raise LightTransferError(f"{flags[0]}: {value} is not an integer from 1 to {most}")
+            raise LightTransferError(f"{self.typed(flags)}: {value} is not an integer from 1 to {most}")
         return number
+
+    def get_share(self, flags: tuple[str, ...], default: float) -> float:
+        """As get, for a number between 0 and 1; raises LightTransferError on anything else."""
+        value = self.get(flags)
+        share = default if value is None else read_float(value)
+        if share is None or not 0 < share < 1:
+            raise LightTransferError(f"{self.typed(flags)}: {value!r} is not a share between 0 and 1")
+        return share
+
+    def unread(self, flags: tuple[str, ...]) -> list[str]:
+        """The flags given that are not among ``flags``, as they were typed."""
+        given = [arg.partition("=")[0] for arg in self.argv if arg.startswith("--")]
+        return [flag for flag in given if flag not in flags]
 
     def overrides(self) -> dict[str, Any]:
         """The object given with ``--json-model-override-args``; empty if there is none."""

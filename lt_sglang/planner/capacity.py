@@ -95,7 +95,8 @@ def plan_length(
     tokens = input_tokens + output_tokens
     if shape.max_tokens is not None and tokens > shape.max_tokens:
         raise LightTransferError(
-            f"{tokens} tokens are more than the {shape.max_tokens} of the model's context"
+            f"{input_tokens} + {output_tokens} tokens are more than the {shape.max_tokens} of the model's "
+            "context (--context-length)"
         )
     none = LazyShare(0, 0)
     budget, element = deployment.kv_budget, deployment.element_bytes

@@ -17,18 +17,20 @@ COLUMNS = (
     ("decode", "bound"),
     ("decode", "expected"),
     ("with", "prefill"),
+    ("tok/s", "full"),
+    ("tok/s", "hybrid"),
     ("KV GiB", "full"),
     ("KV GiB", "hybrid"),
     ("full", "pool"),
     ("streaming", "pool"),
-    ("sink", "sets"),
-    ("a step goes", "mostly into"),
+    ("a step is", "mostly"),
 )
 
 NOTES = """\
+Quality is not in this table. It depends on which layers are lazy, and lt-sglang eval measures it for a model.
 at once: requests of this length that fit into the KV memory together, with full KV and with lazy layers.
-decode: tokens/s of hybrid over full KV. The bound counts KV bytes only; expected adds whole requests, weights
-  and compute (rounding can lift it above the bound). with prefill: of whole requests.
+decode: tokens/s of hybrid over full KV, an estimate. The bound counts KV bytes only; expected, and tok/s, add
+  whole requests, weights and compute (rounding can lift it above the bound). with prefill: of whole requests.
 KV GiB: of one request on all GPUs. Pools are tokens, as the server splits them when started with
   --lt-expected-tokens (input + output) and --lt-expected-output-tokens of this line. It has one split."""
 
@@ -82,11 +84,12 @@ def _row(plan: LengthPlan) -> list[str]:
         f"{plan.bound:.2f}x",
         _ratio(plan.decode_ratio),
         _ratio(plan.total_ratio),
+        f"{plan.full_decode:.0f}",
+        f"{plan.hybrid_decode:.0f}",
         f"{plan.full_kv_gib:.3g}",
         f"{plan.hybrid_kv_gib:.3g}",
         str(plan.split.full_tokens),
         str(plan.split.streaming_tokens),
-        str(plan.split.sink_sets),
         plan.limit,
     ]
 

@@ -15,8 +15,8 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import sglang_args as flags
-from lt_sglang.launch.cpu import cpu_server_args
-from lt_sglang.launch.plan import DEMO_ARGS, NO_HTTP, Machine, plan_launch
+from lt_sglang.launch.cpu import CPU_LIMITS, cpu_server_args
+from lt_sglang.launch.plan import NO_HTTP, Machine, plan_launch
 from lt_sglang.names import BACKEND
 from lt_sglang.refusals import DYNAMIC_REFUSALS, REFUSALS, Refusal, check_server_args
 from tests.engine.models import ensure_model
@@ -125,7 +125,7 @@ def test_fields_we_read_or_declare_exist(defaults: dict[str, Any]) -> None:
 
 def test_flags_we_add_exist(parser: argparse.ArgumentParser) -> None:
     known = options(parser)
-    for flag in (*(pair[0] for pair in DEMO_ARGS), *NO_HTTP, *cpu_server_args()[::2]):
+    for flag in (*(pair[0] for pair in CPU_LIMITS), *NO_HTTP, *cpu_server_args()[::2]):
         assert flag in known
 
 

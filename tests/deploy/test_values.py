@@ -12,9 +12,8 @@ import pytest
 import yaml
 
 from k8s.render import render
-from lt_sglang.config import DECIDE, MODES, SCORES
+from lt_sglang.config import DECIDE, LIST, MODES, SCORES
 from lt_sglang.errors import LightTransferError
-from lt_sglang.static_choices import LIST
 
 from .chart import CHART, MINIMAL
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,7 +99,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_for_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--shape", "mistral-7b", "--lengths", "4096,16384", "--output-tokens", "256"]) == 0
     text = capsys.readouterr().out
-    assert "1,3,5" in text
+    assert "dynamic: each request keeps 16 layers full" in text and "Quality is not in this table" in text
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows if row[1] == "256"] == [["4096", "256"], ["16384", "256"]]
 
@@ -128,9 +131,65 @@ def test_plan_options(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert requests("--mem-fraction-static", "0.5") < base
 
 
-def test_plan_needs_lazy_layers(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model-path", model]) == 2
-    assert "lazy_layers: none given" in capsys.readouterr().err
+def test_plan_without_lazy_layers_is_of_dynamic_mode(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says that it assumes so, and its last line serves what it counts in its first row."""
+    argv = ["--lengths", "8192,16384", "--output-tokens", "256", "--tensor-parallel-size", "2"]
+    assert main(["plan", model, *argv, "--enable-metrics"]) == 0
+    text = capsys.readouterr().out
+    assert "none are known for this model: planned in dynamic mode" in text
+    assert "Passed on to serve, and not counted with: --enable-metrics." in text
+    assert text.splitlines()[-1].split() == [
+        *("lt-sglang", "serve", model, "--tensor-parallel-size", "2", "--enable-metrics"),
+        *("--lt-mode=dynamic", "--lt-expected-tokens=8448", "--lt-expected-output-tokens=256"),
+    ]
+
+
+def test_the_serve_line_of_a_plan_is_planned_alike(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It repeats what was given, and what it adds changes nothing."""
+    given = ["--lt-lazy-layers", "ends:0.25", "--context-length", "40000", "--kv-cache-dtype", "fp8_e4m3"]
+    lengths = ["--lengths", "20000", "--json"]
+    assert main(["plan", model, *given, *lengths]) == 0
+    told = json.loads(capsys.readouterr().out)
+    again = shlex.split(told["serve"])[2:]
+    assert main(["plan", *again, *lengths]) == 0
+    planned = json.loads(capsys.readouterr().out)["lengths"]
+    assert [row["hybrid_requests"] for row in planned] == [row["hybrid_requests"] for row in told["lengths"]]
+    assert told["lighttransfer"]["lazy_layers"] == "0-3,28-31"
+
+
+def test_plan_with_a_list_of_somebody_else_says_whose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--shape", "mistral-7b", "--lt-lazy-layers", "half"]) == 0
+    text = capsys.readouterr().out
+    assert "from --lt-lazy-layers: half (a pattern, not calibrated)" in text and "none are known" not in text
+
+
+def test_plan_says_which_lengths_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--shape", "mistral-7b", "--context-length", "20000"]) == 0
+    text = capsys.readouterr().out
+    assert "the context has 20000 tokens (--context-length): prompts of 32768, 65536, 131072." in text
+    assert main(["plan", "--shape", "mistral-7b", "--context-length", "200000"]) == 0
+    assert "Left out" not in capsys.readouterr().out
+    assert main(["plan", "--shape", "mistral-7b", "--lengths", "4096,40000"]) == 2
+    assert "40000 + 512 tokens are more than the 32768" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "serve"])
+def test_a_hub_name_without_a_network_fails_at_once(command: str) -> None:
+    """One attempt, with its cause: nothing listens there."""
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lt_sglang", command, "nobody/nothing"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = (
+        "lt-sglang: --model-path nobody/nothing: no such folder, and the hub does not give its config.json: "
+    )
+    assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert "refused" in done.stderr and time.monotonic() - began < 15, "six attempts take 25 s"
 
 
 def test_plan_refuses_unsupported_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +227,7 @@ def test_as_a_module_without_heavy_imports() -> None:
         ("plan --shape mistral-7b --lengths 4096,８192", "'８192' is not an integer from 1"),
         ("plan --shape mistral-7b --mem-fraction-static ０.5", "'０.5' is not a share between 0 and 1"),
         ("plan --shape mistral-7b --gpu-memory-gib 8_0", "'8_0' is not a number above 0"),
-        ("plan --shape mistral-7b --lt-lazy-layers 5-２4", "lazy_layers: '5-２4' is neither a layer"),
+        ("plan --shape mistral-7b --lt-lazy-layers 5-２4", "--lt-lazy-layers: '5-２4' is neither a layer"),
         ("plan --shape mistral-7b --lt-sink-tokens ٤", "--lt-sink-tokens: '٤' is not an integer from 0"),
         ("plan --shape mistral-7b --lt-mode dynamic --lt-keep ０.5", "--lt-keep: '０.5' is neither a number"),
         ("serve m --lt-lazy-layers 1 --port ３0000", "--port: '３0000' is not an integer from 1"),

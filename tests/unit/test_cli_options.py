@@ -12,7 +12,6 @@ from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import read_model_config, unsupported_features
 from lt_sglang.launch.options import (
-    HALF,
     LtOptions,
     describe,
     layer_count,
@@ -77,18 +76,18 @@ def test_every_option(tmp_path: Path) -> None:
         (["--lt-lazy-layers"], "--lt-lazy-layers: a value is missing"),
         (["--lt-lazy-layers="], "--lt-lazy-layers: a value is missing"),
         (["--lt-lazy-layers", "--port"], "--lt-lazy-layers: a value is missing"),
-        (["--lt-lazy-layers", "5-x"], "lazy_layers: '5-x'"),
+        (["--lt-lazy-layers", "5-x"], "--lt-lazy-layers: '5-x'"),
         (["--lt-lazy-layers", "1", "--lt-lazy-layers=2"], "--lt-lazy-layers: given twice"),
         (["--lt-mode", "lazy"], "--lt-mode: 'lazy' is not one of static, dynamic"),
-        (["--lt-keep", "0"], "--lt-keep: '0' is neither a number of layers nor a share such as 0.5"),
+        (["--lt-keep", "0"], "--lt-keep: '0' is neither a number of layers from 1 nor a share such as 0.5"),
         (["--lt-keep", "1.0"], "--lt-keep: '1.0' is neither"),
         (["--lt-keep", "half"], "--lt-keep: 'half' is neither"),
         (["--lt-score", "mean"], "--lt-score: 'mean' is not one of lighttransfer, residual-error"),
         (["--lt-decide", "later"], "--lt-decide: 'later' is not one of prompt, first-chunk"),
         (["--lt-check-tables", "yes"], "--lt-check-tables: 'yes' is not one of on, off"),
-        (["--lt-staging-tokens", "0"], "--lt-staging-tokens: '0' is not an integer from 1"),
+        (["--lt-staging-tokens", "0"], "--lt-staging-tokens: 0 is not an integer from 1"),
         (["--lt-sink-tokens", "-1"], "--lt-sink-tokens: '-1' is not an integer from 0"),
-        (["--lt-recent-tokens", "0"], "--lt-recent-tokens: '0' is not an integer from 1"),
+        (["--lt-recent-tokens", "0"], "--lt-recent-tokens: 0 is not an integer from 1"),
         (["--lt-recent-tokens", "1e3"], "--lt-recent-tokens: '1e3'"),
         (["--lt-expected-tokens", "²"], "--lt-expected-tokens: '²'"),
     ],
@@ -144,11 +143,11 @@ def test_flags_alone_take_the_papers_windows() -> None:
 
 
 def test_half_is_every_second_layer() -> None:
-    made = resolve_config(options("--lt-lazy-layers", HALF), "m", PLAIN, {})
+    made = resolve_config(options("--lt-lazy-layers", "half"), "m", PLAIN, {})
     assert made is not None
     assert made.lazy_layers == (1, 3, 5, 7)
-    with pytest.raises(LightTransferError, match="half"):
-        resolve_config(options("--lt-lazy-layers", HALF), "m", None, {})
+    unknown = resolve_config(options("--lt-lazy-layers", "half"), "m", None, {})
+    assert unknown is not None and unknown.to_dict()["lazy_layers"] == "half", "SGLang's process settles it"
 
 
 def test_none_is_a_choice_too() -> None:
@@ -163,12 +162,15 @@ def test_layers_are_checked_against_the_model() -> None:
 
 
 def test_nothing_known() -> None:
-    with pytest.raises(LightTransferError, match=r"lazy_layers: none given for m and none known"):
+    with pytest.raises(
+        LightTransferError,
+        match="lazy layers: none are known for m. With --lt-mode dynamic .* lt-sglang calibrate",
+    ):
         resolve_config(LtOptions(), "m", PLAIN, {})
     # A model that cannot be looked up here is left to SGLang's process...
     assert resolve_config(LtOptions(), "m", None, {}) is None
     # ... unless a value was given that would be lost.
-    with pytest.raises(LightTransferError, match="none known"):
+    with pytest.raises(LightTransferError, match="none are known"):
         resolve_config(options("--lt-sink-tokens=4"), "m", None, {})
 
 
@@ -239,9 +241,11 @@ def test_abbreviations_are_refused(flag: str) -> None:
         SglangArgs([flag, "v"])
 
 
-@pytest.mark.parametrize("argv", [["--port"], ["--tp-size", "0"], ["--tp", "two"]])
+@pytest.mark.parametrize(
+    "argv", [["--port"], ["--tp-size", "0"], ["--tp", "two"], ["--tensor-parallel-size=-1"]]
+)
 def test_bad_values(argv: list[str]) -> None:
-    with pytest.raises(LightTransferError, match=argv[0] if len(argv) == 1 else "--tp-size"):
+    with pytest.raises(LightTransferError, match=f"^{argv[0].partition('=')[0]}: "):
         args = SglangArgs(argv)
         args.get(("--port",))
         args.get_int(TP_SIZE, 1)
@@ -356,17 +360,56 @@ def test_a_list_after_a_full_prefill(tmp_path: Path) -> None:
     assert (config.lazy_layers, config.keep, config.recent_tokens) == ((2, 4), 6, 60)
     known = resolve_config(options(*asked), QWQ, {"num_hidden_layers": 64}, {})
     assert known is not None and known.lazy_layers == load_config({}, {}, QWQ).lazy_layers
-    with pytest.raises(LightTransferError, match="lazy_layers: none given for m and none known"):
+    with pytest.raises(LightTransferError, match="lazy layers: none are known for m"):
         resolve_config(options(*asked), "m", PLAIN, {})
-    with pytest.raises(LightTransferError, match="lazy_layers: 4 layers in the list, but keep 2 of 8"):
+    with pytest.raises(LightTransferError, match="^--lt-lazy-layers: 4 layers in the list, but keep 2 of 8"):
         resolve_config(options(*asked, "--lt-lazy-layers=1-3,5", "--lt-keep=2"), "m", PLAIN, {})
     with pytest.raises(LightTransferError, match="but keep 0.5 of 8 leaves 4 lazy"):
         resolve_config(options("--lt-mode=dynamic", "--lt-keep=0.5", "--lt-lazy-layers=1"), "m", PLAIN, {})
 
 
-def test_a_choice_that_ignores_the_prompt_is_a_static_list() -> None:
-    config = resolve_config(options("--lt-mode=dynamic", "--lt-score=pyramid", "--lt-keep=3"), "m", PLAIN, {})
+def test_choices_are_lazy_layers() -> None:
+    config = resolve_config(options("--lt-lazy-layers=pyramid:5"), "m", PLAIN, {})
     assert config is not None and config.mode == "static"
     assert config.lazy_layers == (3, 4, 5, 6, 7)
-    config = resolve_config(options("--lt-mode=dynamic", "--lt-score=all"), "m", PLAIN, {})
+    config = resolve_config(options("--lt-lazy-layers=all"), "m", PLAIN, {})
     assert config is not None and config.lazy_layers == tuple(range(8))
+    config = resolve_config(options("--lt-lazy-layers=1,2"), "m", PLAIN, key("ends:0.5"))
+    assert config is not None and config.lazy_layers == (1, 2), "a list replaces a choice"
+    config = resolve_config(options("--lt-mode=dynamic", "--lt-keep=3"), "m", PLAIN, key("random:0.5"))
+    assert config is not None and len(config.lazy_layers) == 5, "dynamic mode takes no static choice over"
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "message"),
+    [
+        (["--lt-lazy-layers=7-8"], {}, "--lt-lazy-layers: layer 8 does not exist"),
+        (["--lt-lazy-layers=ends:9"], {}, "--lt-lazy-layers: ends:9 of 8 layers is 9; 1 to 8 can be lazy"),
+        (
+            ["--lt-mode=dynamic", "--lt-keep=8"],
+            {},
+            "--lt-keep: 8 of 8 layers is 8; dynamic mode needs 1 to 7",
+        ),
+        (
+            ["--lt-lazy-layers=1", "--lt-expected-tokens=5", "--lt-expected-output-tokens=6"],
+            {},
+            "--lt-expected-output-tokens: 6 is more than --lt-expected-tokens (5)",
+        ),
+        (["--lt-sink-tokens=5"], key("8"), "the model's config.json: lazy_layers: layer 8 does not exist"),
+        ([], key("8"), "the model's config.json: lazy_layers: layer 8 does not exist"),
+        ([], key("5-"), "the model's config.json: lazy_layers: '5-' is neither"),
+        ([], key("1", sink_tokens=-1), "the model's config.json: sink_tokens: -1 is not an integer from 0"),
+    ],
+)
+def test_errors_name_the_flag_as_typed_or_the_file(
+    flags: list[str], model: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        resolve_config(options(*flags), "m", {**PLAIN, **model}, {})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["ends", "random", "pyramid", "all"])
+def test_old_scores_are_refused_with_their_new_spelling(name: str) -> None:
+    with pytest.raises(LightTransferError, match=f"^--lt-score: '{name}' looks at no prompt; .* as '{name}"):
+        take_options(["--lt-mode=dynamic", f"--lt-score={name}"])

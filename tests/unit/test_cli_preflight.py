@@ -60,14 +60,14 @@ def evaluate(model: Path, out: Path, *engines: str, shared: tuple[str, ...] = ()
 @pytest.mark.parametrize(
     ("third", "message"),
     [
-        ("third=--lt-lazy-layers 1,9", "--engine third: lazy_layers: layer 9 does not exist"),
+        ("third=--lt-lazy-layers 1,9", "--engine third: --lt-lazy-layers: layer 9 does not exist"),
         ("third=--lt-lazy-layers 1 --lt-keep 2", "--engine third: --lt-keep: only with --lt-mode dynamic"),
         ("third=--lt-nonsense 1", "--engine third: --lt-nonsense: unknown option"),
-        ("third=--lt-mode dynamic --lt-keep 4", "--engine third: keep: 4 of 4 layers"),
+        ("third=--lt-mode dynamic --lt-keep 4", "--engine third: --lt-keep: 4 of 4 layers"),
         ("third=--lt-lazy-layers 1 --nonsense", "--engine third: SGLang does not accept these flags"),
         ("third=--lt-lazy-layers 1 --tp-size 3", "--engine third: --tp-size 3: does not divide"),
         ("third=--lt-lazy-layers '1", '--engine third: "--lt-lazy-layers \'1": No closing quotation'),
-        ("third", "--engine third: lazy_layers: none given"),
+        ("third", "--engine third: lazy layers: none are known"),
     ],
     ids=lambda value: value.partition(":")[0] if value.startswith("third") else "",
 )

@@ -19,8 +19,8 @@ from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import ready
-from lt_sglang.launch.cpu import CompilerMissing, cpu_server_args
-from lt_sglang.launch.plan import DEMO_ARGS, Launch, Machine, plan_launch
+from lt_sglang.launch.cpu import CPU_LIMITS, CompilerMissing, cpu_server_args
+from lt_sglang.launch.plan import Launch, Machine, plan_launch
 from lt_sglang.names import BACKEND
 
 from ..http_server import serving
@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_read_is_left_to_sglang() -> None:
 
 
 def test_a_model_without_lazy_layers_is_refused() -> None:
-    with pytest.raises(LightTransferError, match="none given for m"):
+    with pytest.raises(LightTransferError, match="none are known for m. With --lt-mode dynamic"):
         Fake().launch("m")
 
 
@@ -129,13 +129,23 @@ def test_on_a_cpu() -> None:
     assert launch.env["LD_LIBRARY_PATH"] == "/stub"
     assert launch.argv[-len(cpu_server_args()) :] == tuple(cpu_server_args())
     assert launch.model_path == "m"
-    assert "--max-total-tokens" not in launch.argv
+    for flag, value in CPU_LIMITS:
+        assert values(launch, flag) == [value] and flag in launch.limits
+    assert "--max-total-tokens" not in Fake().launch("m", "--lt-lazy-layers=1").argv
 
 
 def test_cpu_arguments_given_are_kept() -> None:
-    launch = Fake(gpu=False).launch("m", "--lt-lazy-layers=1", "--grammar-backend=xgrammar")
-    assert values(launch, "--grammar-backend") == []
+    launch = Fake(gpu=False).launch(
+        "m", "--lt-lazy-layers=1", "--mem-fraction-static=0.3", "--max-running-requests", "2"
+    )
+    assert values(launch, "--max-total-tokens") == []
+    assert values(launch, "--max-running-requests") == ["2"]
     assert values(launch, "--device") == ["cpu"]
+
+
+def test_json_schemas_are_not_switched_off() -> None:
+    """SGLang's own grammar backend stays: without one, response_format is answered with 400."""
+    assert "--grammar-backend" not in Fake(gpu=False).launch("m", "--lt-lazy-layers=1").argv
 
 
 def test_a_cpu_may_be_asked_for_on_a_gpu_machine() -> None:
@@ -157,7 +167,7 @@ def test_demo_model_on_a_cpu() -> None:
     assert len(launch.config.lazy_layers) == 15
     assert launch.config.source == "the demonstration"
     assert not {7, 18, 23} & set(launch.config.lazy_layers), "the layers it retrieves with"
-    for flag, value in DEMO_ARGS:
+    for flag, value in CPU_LIMITS:
         assert values(launch, flag) == ([] if flag == "--max-total-tokens" else [value])
     assert "http://127.0.0.1:31000/v1/chat/completions" in launch.try_line
     assert launch.env[server.TRY_VARIABLE] == launch.try_line

@@ -14,10 +14,9 @@ from lt_sglang.config import (
     LightTransferConfig,
     format_layers,
     parse_layers,
-    read_float,
-    read_int,
 )
 from lt_sglang.errors import LightTransferError
+from lt_sglang.numerals import read_float, read_int
 
 
 @pytest.mark.parametrize(
@@ -52,8 +51,8 @@ def test_parse(text: str, layers: tuple[int, ...]) -> None:
         "5 6",
         ",",
         "5,",
-        "half",
         "0x5",
+        "halves",
         "²",
         "0-999999999999",
     ],

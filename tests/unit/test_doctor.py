@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
@@ -147,7 +148,7 @@ def test_a_bad_configuration_is_a_failed_check(
     monkeypatch.setattr(command, "check_machine", lambda on_gpu: iter(()))
     monkeypatch.setattr(command, "has_gpu", lambda: False)
     assert main(["doctor", "--model-path", "m", "--lt-lazy-layers", "5-"]) == 1
-    assert capsys.readouterr().out.startswith("FAIL  configuration: lazy_layers")
+    assert capsys.readouterr().out.startswith("FAIL  configuration: --lt-lazy-layers: '5-'")
 
 
 LLAMA = {
@@ -156,17 +157,27 @@ LLAMA = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
 }
 
 
 def of_model(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str, **config: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *flags: str,
+    gpus: Sequence[int] = (80 * 2**30,),
+    **config: Any,
 ) -> dict[str, tuple[bool, str]]:
     """The checks of a model with two shards on a GPU, by name; SGLang accepts all flags."""
     (folder / "config.json").write_text(json.dumps({**LLAMA, **config}))
     monkeypatch.setattr(command, "check_arguments", lambda argv, on_gpu: "accepted")
+    monkeypatch.setattr(command, "gpu_memory", lambda: list(gpus))
     argv = ["--model-path", str(folder), "--device", "cuda", "--lt-lazy-layers", "1,3", *flags]
-    return {check.name: (check.ok, check.message) for check in command.check_model(argv)}
+    machine = [Check("machine", True, "fine")]
+    return {check.name: (check.ok, check.message) for check in command.check_model(argv, machine)}
 
 
 @pytest.fixture
@@ -189,8 +200,37 @@ def port() -> Iterator[int]:
 
 def test_a_model_that_would_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = of_model(checkpoint, monkeypatch, "--port", str(free_port()))
-    assert list(found) == ["configuration", "model", "weights", "ports", "flags"]
+    assert list(found) == ["configuration", "model", "weights", "memory", "ports", "machine", "flags"]
     assert all(ok for ok, _ in found.values()), found
+    assert "GiB of weights; about" in found["memory"][1] and "requests of 512 tokens" in found["memory"][1]
+
+
+def test_nothing_fits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok, message = of_model(checkpoint, monkeypatch, gpus=[int(0.8 * 2**30)])["memory"]
+    assert not ok and "leave no room for KV" in message
+    ok, message = of_model(checkpoint, monkeypatch, "--tensor-parallel-size", "2")["memory"]
+    assert not ok and message == "--tensor-parallel-size 2: needs 2 GPUs here, and there are 1"
+    assert of_model(checkpoint, monkeypatch, "--tp", "2", "--nnodes", "2")["memory"][0]
+
+
+def test_memory_of_a_cpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and KV of --max-total-tokens in what is free; where heads are padded, GPUs are spoken of."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**24))
+    found = of_model(checkpoint, monkeypatch, "--device", "cpu", "--tp", "3")
+    ok, message = found["memory"]
+    assert not ok and "GiB of KV do not fit into the 0.0156 GiB that are free" in message
+    assert found["configuration"][0] and "GPUs would refuse this: --tp 3: does not" in found["model"][1]
+    assert of_model(checkpoint, monkeypatch, "--device", "cpu", "--max-total-tokens", "9000")["memory"][0]
+
+
+def test_the_configuration_comes_before_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "check_machine", lambda on_gpu: iter([Check("machine", True, "fine")]))
+    monkeypatch.setattr(command, "has_gpu", lambda: False)
+    assert main(["doctor", "m", "--lt-mode", "static", "--lt-keep", "2"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("FAIL  configuration: --") and second == "ok    machine: fine"
 
 
 def test_a_missing_shard_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +244,6 @@ def test_a_tp_that_does_not_divide_the_heads_fails_as_plan_does(
 ) -> None:
     ok, message = of_model(checkpoint, monkeypatch, "--tp-size", "3")["configuration"]
     assert not ok and message == "--tp-size 3: does not divide the model's 8 heads"
-    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "max_position_embeddings": 512}
-    (checkpoint / "config.json").write_text(json.dumps({**LLAMA, **shape}))
     assert main(["plan", "--model-path", str(checkpoint), "--lt-lazy-layers", "1", "--tp", "3"]) == 2
     assert "--tp 3: does not divide the model's 8 heads" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import pytest
 from lt_sglang.config import DECIDE, SCORES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
-from lt_sglang.static_choices import CHOICES, choose
+from lt_sglang.static_choices import CHOICES, choose, spelling
 
 
 def dynamic(**given: Any) -> LightTransferConfig:
@@ -85,16 +85,30 @@ def test_a_given_list_says_how_many_layers_are_full(keep: dict[str, Any]) -> Non
     assert LightTransferConfig.from_dict(json.loads(json.dumps(settled.to_dict()))) == settled
 
 
-@pytest.mark.parametrize("score", CHOICES)
-def test_choices_become_static_lists(score: str) -> None:
-    """They do not look at the prompt, so they cost what static mode costs."""
-    given = {} if score == "all" else {"keep": 2}
-    settled = dynamic(score=score, **given).settle(6)
-    assert settled.mode == "static" and not settled.dynamic
-    keep = given.get("keep", 0)
-    assert settled.lazy_layers == choose(score, 6, keep, seed=0) and len(settled.lazy_layers) == 6 - keep
-    assert score in settled.source
-    assert settled.settle(6) == settled
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_lists_of_a_pattern(name: str) -> None:
+    """In either mode, once the model is known; until then they travel as they were written."""
+    text = spelling(name)
+    for given in ({"mode": "static"}, {"mode": "dynamic", "score": "list"}):
+        if name == "all" and given["mode"] == "dynamic":
+            continue  # dynamic mode keeps one layer full
+        config = LightTransferConfig.from_dict({**given, "lazy_layers": text}, source="file")
+        assert config.lazy_layers == () and config.to_dict()["lazy_layers"] == text
+        assert LightTransferConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        settled = config.settle(6)
+        assert settled.mode == given["mode"]
+        assert settled.lazy_layers == choose(name, 6, 0.5 if ":" in text else None)
+        assert settled.source == f"file: {text} (a pattern, not calibrated)"
+        assert settled.settle(6) == settled
+        assert LightTransferConfig.from_dict(json.loads(json.dumps(settled.to_dict()))) == settled
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_no_scores(name: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        dynamic(score=name)
+    said = f"score: {name!r} looks at no prompt; in place of it, give the lazy layers as {spelling(name)!r}"
+    assert str(caught.value) == said
 
 
 def test_every_score_exists() -> None:
@@ -142,7 +156,7 @@ def test_refused_as_it_is_read(given: dict[str, Any], says: str) -> None:
         ({"keep": 7}, "keep: 7 of 6 layers is 7; dynamic mode needs 1 to 5"),
         ({"keep": 0.05}, "keep: 0.05 of 6 layers is 0; dynamic mode needs 1 to 5"),
         ({"keep": 0.95}, "keep: 0.95 of 6 layers is 6; dynamic mode needs 1 to 5"),
-        ({"keep": 0.95, "score": "random"}, "keep: 0.95 of 6 layers is 6"),
+        ({"lazy_layers": "random:0.05"}, "lazy_layers: random:0.05 of 6 layers is 0; 1 to 6 can be lazy"),
         (
             {"keep": 3, "lazy_layers": "1"},
             "lazy_layers: 1 layers for short prompts, but keep 3 of 6 leaves 3",
@@ -152,8 +166,8 @@ def test_refused_as_it_is_read(given: dict[str, Any], says: str) -> None:
         ({"score": "list"}, "lazy_layers: the score 'list' needs them, 1 to 5 of the layers 0 to 5"),
         ({"score": "list", "lazy_layers": "none"}, "lazy_layers: the score 'list' needs them"),
         ({"score": "list", "lazy_layers": "4-6"}, "lazy_layers: layer 6 does not exist"),
-        ({"score": "all", "keep": 3}, "keep: 3, but the score 'all' keeps no layer full"),
-        ({"score": "random", "lazy_layers": "1,2"}, "lazy_layers: the score 'random' chooses them"),
+        ({"lazy_layers": "all", "keep": 3}, "lazy_layers: 6 layers for short prompts, but keep 3 of 6"),
+        ({"score": "list", "lazy_layers": "random:7"}, "lazy_layers: random:7 of 6 layers is 7"),
         ({"score": "list", "lazy_layers": "0-5"}, "keep: 0 of 6 layers is 0; dynamic mode needs 1 to 5"),
         (
             {"score": "list", "lazy_layers": "1,2", "keep": 0.5},

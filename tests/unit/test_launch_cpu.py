@@ -161,6 +161,9 @@ class TestServerArgs:
         assert args[:2] == ["--device", "cpu"]
         assert not any(arg.startswith("--attention-backend") for arg in args)
 
+    def test_leave_json_schemas_to_sglang(self) -> None:
+        assert "--grammar-backend" not in cpu.cpu_server_args()
+
 
 class TestHasGpu:
     @pytest.mark.parametrize(("count", "expected"), [(0, False), (2, True)])
@@ -169,11 +172,13 @@ class TestHasGpu:
     ) -> None:
         source = (
             f"int cuInit(int f) {{ return 0; }}\nint cuDeviceGetCount(int *n) {{ *n = {count}; return 0; }}\n"
+            "int cuDeviceTotalMem_v2(unsigned long *size, int device) { *size = device + 7UL; return 0; }\n"
         )
         monkeypatch.setattr(cpu, "_STUB_SOURCE", source)
         driver = cpu.build_libcuda_stub(tmp_path)
         monkeypatch.setenv("LD_LIBRARY_PATH", str(driver.parent))
         assert cpu.has_gpu() is expected
+        assert cpu.gpu_memory() == [7, 8][:count]
 
     def test_the_stub_is_not_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LD_LIBRARY_PATH", str(cpu.build_libcuda_stub(tmp_path).parent))

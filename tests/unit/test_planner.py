@@ -202,7 +202,9 @@ def test_what_does_not_fit_says_so(changes: dict[str, Any], message: str) -> Non
 
 
 def test_longer_than_the_context() -> None:
-    with pytest.raises(LightTransferError, match=r"33000 tokens are more than the 32768"):
+    with pytest.raises(
+        LightTransferError, match=r"32768 \+ 232 tokens are more than the 32768 .*--context-length"
+    ):
         plan_length(deployment(), 32768, 232)
 
 

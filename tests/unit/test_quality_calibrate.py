@@ -159,7 +159,7 @@ def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     data.write_text('{"text": "a"}')
     base = ["calibrate", "--model-path", "/none", "--data", str(data), "--out", str(tmp_path / "o.json")]
     for more, message in (
-        (["--lt-score", "ends"], "--lt-score ends: looks at no prompt; one of lighttransfer, "),
+        (["--lt-score", "ends"], "--lt-score: 'ends' looks at no prompt"),
         (["--samples", "0"], "argument --samples: '0' is not an integer from 1"),
         ([], "--tokenizer /none: cannot be loaded"),
     ):

@@ -9,17 +9,18 @@ import sys
 import pytest
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.static_choices import CHOICES, choose
+from lt_sglang.static_choices import CHOICES, choose, parse_choice
 
 from ..lazy_queue import LazyQueue
 
 
 def test_choices() -> None:
-    assert CHOICES == ("all", "ends", "random", "pyramid")
-    assert choose("all", 4, 0) == (0, 1, 2, 3)
-    assert choose("ends", 8, 4) == (0, 1, 6, 7)
-    assert choose("ends", 8, 3) == (0, 1, 5, 6, 7), "the odd one at the deep end"
-    assert choose("pyramid", 6, 2) == (2, 3, 4, 5)
+    assert list(CHOICES) == ["half", "all", "ends", "random", "pyramid"]
+    assert choose("half", 5) == (1, 3)
+    assert choose("all", 4) == (0, 1, 2, 3)
+    assert choose("ends", 8, 4) == choose("ends", 8, 0.5) == (0, 1, 6, 7)
+    assert choose("ends", 8, 5) == (0, 1, 5, 6, 7), "the odd one at the deep end"
+    assert choose("pyramid", 6, 4) == (2, 3, 4, 5)
 
 
 def test_random_is_the_same_everywhere_and_depends_on_the_seed() -> None:
@@ -34,30 +35,65 @@ def test_random_is_the_same_everywhere_and_depends_on_the_seed() -> None:
     assert len(set(drawn)) == 40
     counts = [sum(layer in lazy for lazy in drawn) for layer in range(32)]
     assert min(counts) >= 8 and max(counts) <= 32, "every layer is drawn about half the time"
-    assert set(choose("random", 32, 20, 7)) < set(here), "fewer lazy layers are a part of more"
+    assert set(choose("random", 32, 12, 7)) < set(here), "fewer lazy layers are a part of more"
 
 
 @pytest.mark.parametrize("name", ["ends", "random", "pyramid"])
 @pytest.mark.parametrize("layers", [1, 2, 7, 32])
-def test_every_choice_keeps_as_many_layers_as_asked(name: str, layers: int) -> None:
-    for keep in range(layers + 1):
-        lazy = choose(name, layers, keep, 3)
-        assert len(lazy) == layers - keep
+def test_every_choice_makes_as_many_layers_lazy_as_asked(name: str, layers: int) -> None:
+    for count in range(layers + 1):
+        lazy = choose(name, layers, count, 3)
+        assert len(lazy) == count
         assert list(lazy) == sorted(set(lazy)) and set(lazy) <= set(range(layers))
 
 
 @pytest.mark.parametrize(
-    ("name", "keep", "message"),
+    ("name", "lazy", "message"),
     [
-        ("middle", 2, "choice: 'middle' is not one of all, ends, random, pyramid"),
-        ("all", 1, "keep: the choice 'all' .* not 1"),
-        ("ends", 9, "keep: 9 is not a number of layers from 0 to 8"),
-        ("pyramid", -1, "keep: -1"),
+        ("middle", 2, "lazy_layers: 'middle' is not one of half, all, ends, random, pyramid"),
+        ("all", 1, "lazy_layers: 'all' takes no number of lazy layers"),
+        ("random", None, "lazy_layers: 'random' needs a number of lazy layers"),
+        ("ends", 9, "lazy_layers: ends:9 of 8 layers is 9; 1 to 8 can be lazy"),
+        ("ends", 0.05, "lazy_layers: ends:0.05 of 8 layers is 0; 1 to 8 can be lazy"),
+        ("pyramid", -1, "lazy_layers: pyramid:-1"),
     ],
 )
-def test_wrong_choices_are_refused(name: str, keep: int, message: str) -> None:
+def test_wrong_choices_are_refused(name: str, lazy: int | float | None, message: str) -> None:
     with pytest.raises(LightTransferError, match=message):
-        choose(name, 8, keep)
+        choose(name, 8, lazy)
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("half", ("half", None)),
+        ("all", ("all", None)),
+        ("ends:0.5", ("ends", 0.5)),
+        ("random:12", ("random", 12)),
+        ("5-24", None),
+        ("none", None),
+        ("middle:0.5", None),
+    ],
+)
+def test_choices_are_read(text: str, choice: tuple[str, int | float | None] | None) -> None:
+    assert parse_choice(text) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ends", "where: 'ends' must be written ends:0.5"),
+        ("half:0.5", "where: 'half:0.5' must be written half"),
+        ("ends:", "where: 'ends:': '' is neither a number of layers from 1 nor a share such as 0.5"),
+        ("pyramid:1.5", "where: 'pyramid:1.5': '1.5' is neither"),
+        ("random:0", "where: 'random:0': '0' is neither"),
+        ("ends:1025", "where: 'ends:1025': 1025 is neither"),
+    ],
+)
+def test_wrong_spellings_are_refused(text: str, message: str) -> None:
+    with pytest.raises(LightTransferError) as caught:
+        parse_choice(text, "where")
+    assert message in str(caught.value)
 
 
 def test_queue_pops_the_laziest_when_it_overflows() -> None:

@@ -30,11 +30,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("more", "why"),
     [
         (("--lt-lazy-layers", "1,9"), "layer 9 does not exist, the model has layers 0 to 5"),
-        ((), "lazy_layers: none given"),
+        ((), "lazy layers: none are known for"),
         (listed("--lt-mode", "dynamic"), "training needs one list"),
-        (listed("--lt-keep", "0.5"), "--lt-keep: only with --layers frequency or ends"),
-        (listed("--layers", "ends"), "--layers ends: chooses the lazy layers"),
-        (("--layers", "ends", "--lt-keep", "6"), "1 to 5 can stay full"),
+        (listed("--lt-keep", "0.5"), "--lt-keep: only with --layers frequency"),
+        (listed("--layers", "frequency"), "--layers frequency: chooses the lazy layers"),
+        (("--lt-lazy-layers", "ends:7"), "--lt-lazy-layers: ends:7 of 6 layers is 7; 1 to 6 can be lazy"),
         (listed("--lt-recent-tokens", "1020"), "given twice"),
         (
             listed("--max-length", "64", "--loss-on", "all"),
@@ -64,7 +64,7 @@ def config_of(data: Path, tmp_path: Path, *more: str) -> tuple[LightTransferConf
 
 
 def test_the_ends_of_the_stack(data: Path, tmp_path: Path) -> None:
-    config, _ = config_of(data, tmp_path, "--layers", "ends", "--lt-keep", "0.5")
+    config, _ = config_of(data, tmp_path, "--lt-lazy-layers", "ends:0.5")
     assert config.lazy_layers == (0, 4, 5) and "ends" in config.source
 
 
@@ -105,7 +105,7 @@ def test_several_gpus_are_torchruns(data: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(cli.os, "execv", start)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(Started) as raised:
-        run(words(data, tmp_path / "run", "--layers", "ends", "--gpus", "2"))
+        run(words(data, tmp_path / "run", "--lt-lazy-layers", "ends:0.5", "--gpus", "2"))
     command = raised.value.args[0]
     assert "--nproc-per-node=2" in command and command[command.index("-m", 3) + 1] == "lt_sglang"
     config, args = config_of(data, tmp_path, *command[-4:])
