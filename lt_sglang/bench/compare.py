@@ -142,7 +142,7 @@ class Bench:
         self._run_starts(plan(grouped, self._settings.rounds), cells)
         files = {cell.scenario.name: self._write(cell) for cell in cells}
         for name, paths in files.items():
-            print(f"{name}: {', '.join(map(str, paths)) or 'no result'}")
+            print("\n".join(map(told, paths)) or f"{name}: no result")
         return int(not all(files.values()) or any(map(self._broke_a_gate, cells)))
 
     def _run_starts(self, starts: Sequence[Start], cells: Sequence[Cell]) -> None:
@@ -276,6 +276,14 @@ class Bench:
 
     def _left(self) -> float:
         return self._end - time.monotonic()
+
+
+def told(path: Path) -> str:
+    """A result file's ratios, and where it is."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ratios = [f"{value:.2f}x {name.replace('_', ' ')}" for name, value in found.get("ratio", {}).items()]
+    against = f" against {found['baseline']['engine']}" if ratios else ""
+    return f"{found['scenario']}: {', '.join(ratios) or 'no ratio'}{against} ({path})"
 
 
 def _shown(run: Measured) -> str:

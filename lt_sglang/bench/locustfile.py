@@ -10,6 +10,7 @@ the scenario's business. Exit code 1: a gate was broken.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lt_sglang.bench.session import Session
 from lt_sglang.errors import LightTransferError
 
 IDLE_SECONDS = 0.2
+PROGRESS_SECONDS = 10.0
 # Connections one open-loop user may have open.
 CONNECTIONS = 4096
 GATE_BROKEN = 1
@@ -57,10 +59,15 @@ class StreamingUser(FastHttpUser):
 class ScenarioShape(LoadTestShape):
     """As many users as the scenario says, until everything was answered."""
 
+    _told = 0.0
+
     def tick(self) -> tuple[int, float] | None:
         """Called once a second."""
         environment = self.runner.environment
         session: Session | None = environment.lt_session
+        if session is not None and self.get_run_time() - self._told >= PROGRESS_SECONDS:
+            self._told = self.get_run_time()
+            print(session.progress(), file=sys.stderr, flush=True)
         if environment.lt_failed or (session is not None and session.over):
             return None
         load = environment.lt_scenario.load

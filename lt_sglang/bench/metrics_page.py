@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -11,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 COUNTERS = {
     "input_tokens": "prompt_tokens_total",
     "output_tokens": "generation_tokens_total",
+    "cached_tokens": "cached_tokens_total",
     "requests": "num_requests_total",
     "ttft_seconds": "time_to_first_token_seconds_sum",
     "ttft_count": "time_to_first_token_seconds_count",
@@ -19,19 +18,17 @@ COUNTERS = {
 }
 
 
-def scrape(url: str, timeout_seconds: float = 30.0) -> dict[str, float] | None:
-    """The counters of COUNTERS, 0 for those not shown yet; None if the server has no /metrics."""
+def scrape(url: str, timeout_seconds: float = 30.0) -> str | None:
+    """The page of /metrics; None if the server has none."""
     try:
         answer = requests.get(f"{url}/metrics", timeout=timeout_seconds)
     except requests.RequestException:
         return None
-    if answer.status_code != 200:
-        return None
-    return read(answer.text)
+    return answer.text if answer.status_code == 200 else None
 
 
 def read(page: str) -> dict[str, float]:
-    """The counters of COUNTERS in the text of a page."""
+    """The counters of COUNTERS in the text of a page, 0 for those not shown yet."""
     totals: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -40,11 +37,25 @@ def read(page: str) -> dict[str, float]:
     return {ours: totals.get(theirs, 0.0) for ours, theirs in COUNTERS.items()}
 
 
-def between(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> dict[str, float] | None:
-    """What happened between two scrapes, with the mean TTFT and E2E latency in milliseconds."""
+def lazy_layers(page: str | None) -> dict[str, float]:
+    """The lt_* figures of a page that are no histograms and no times, by name and labels."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(page or ""):
+        if not family.name.startswith("lt_") or family.type == "histogram":
+            continue
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):
+                labels = ", ".join(f"{name} {value}" for name, value in sorted(sample.labels.items()))
+                found[f"{sample.name} ({labels})" if labels else sample.name] = sample.value
+    return found
+
+
+def between(before: str | None, after: str | None) -> dict[str, float] | None:
+    """What happened between two pages, with the mean TTFT and E2E latency in milliseconds."""
     if before is None or after is None:
         return None
-    change = {name: after[name] - before[name] for name in COUNTERS}
+    first, last = read(before), read(after)
+    change = {name: last[name] - first[name] for name in COUNTERS}
     for series in ("ttft", "e2e"):
         count = change[f"{series}_count"]
         if count:

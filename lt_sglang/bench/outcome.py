@@ -10,7 +10,8 @@ from typing import Any
 
 from lt_sglang.bench import plots, report
 from lt_sglang.bench.gates import Verdict, judge
-from lt_sglang.bench.samples import Sample, by_kind, summarize
+from lt_sglang.bench.machine import versions
+from lt_sglang.bench.samples import Sample, by_kind, summarize, unit_of
 from lt_sglang.bench.session import Session
 
 SAMPLES = "samples.csv"
@@ -22,9 +23,9 @@ COLUMNS = (
 )
 # On the terminal; everything else is in the files.
 SHOWN = (
-    *("completed", "errors", "aborted", "duration", "request_throughput", "output_throughput"),
-    *("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_e2e_latency_ms"),
-    *("p99_e2e_latency_ms", "request_goodput"),
+    *("completed", "errors", "aborted", "cached_tokens", "duration", "request_throughput"),
+    *("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms"),
+    *("median_e2e_latency_ms", "p99_e2e_latency_ms", "request_goodput"),
 )
 
 
@@ -41,6 +42,9 @@ def finish(session: Session, out: Path) -> list[Verdict]:
         "summary": summary,
         "kinds": by_kind(samples, scenario.slo) if len(scenario.traffic) > 1 else {},
         "server": session.server,
+        "engine": session.engine,
+        "versions": versions(),
+        "lt_metrics": session.lt_metrics,
         "gates": [{**asdict(one.gate), "value": one.value, "passed": one.passed} for one in verdicts],
         "first_errors": [one.error for one in samples if one.error][:5],
     }
@@ -50,7 +54,8 @@ def finish(session: Session, out: Path) -> list[Verdict]:
     (out / REPORT).write_text(report.html(data, verdicts, pictures), encoding="utf-8")
     for name in SHOWN:
         value = summary[name]
-        print(f"{name:24s} {'-' if value is None else format(value, '.4g')}")
+        unit = unit_of(name)
+        print(f"{name:24s} {'unknown' if value is None else format(value, '.4g')} {unit}".rstrip())
     for verdict in verdicts:
         print(verdict)
     print(f"report: {out / REPORT}", flush=True)

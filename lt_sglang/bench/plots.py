@@ -59,8 +59,9 @@ def _in_flight(samples: Sequence[Sample], out: Path) -> Path:
     """Requests in flight, and output tokens a second, over time."""
     figure, (axis,) = _figure(1)
     changes = sorted([(one.start, 1) for one in samples] + [(one.start + one.e2e, -1) for one in samples])
-    axis.step([at for at, _ in changes], np.cumsum([step for _, step in changes]), where="post")
-    axis.set_xlabel("s")
+    counts = np.cumsum([step for _, step in changes])
+    axis.step([at for at, _ in changes], counts, where="post", label="requests in flight")
+    axis.set_xlabel("time, s")
     axis.set_ylabel("requests in flight")
     seconds = changes[-1][0]
     edges = np.linspace(0, seconds, 41)
@@ -70,8 +71,9 @@ def _in_flight(samples: Sequence[Sample], out: Path) -> Path:
         weight = one.output_tokens / len(times)
         tokens += np.histogram(times, edges)[0] * weight
     second = axis.twinx()
-    second.stairs(tokens / np.diff(edges), edges, color="tab:orange")
+    second.stairs(tokens / np.diff(edges), edges, color="tab:orange", label="output tokens/s")
     second.set_ylabel("output tokens/s")
+    figure.legend(loc="outside upper right", ncols=2)
     return _save(figure, out / "in_flight.png")
 
 

@@ -25,10 +25,14 @@ LOG_LINES = 3
 _ERROR = re.compile(r"\[[^]]*\] \S+/(?:ERROR|CRITICAL)/[^:]*: (.*)")
 
 
-def locust_command(file: Path, url: str, out: Path) -> list[str]:
-    """locust with our file; add ``--headless`` or not."""
+def locust_command(file: Path, url: str, out: Path, web_port: int | None = None) -> list[str]:
+    """locust with our file; headless, or with its page on ``web_port``."""
     command = [sys.executable, "-m", "locust", "-f", str(locustfile_path()), "--host", url]
-    return [*command, "--lt-scenario", str(file), "--lt-out", str(out)]
+    command += ["--lt-scenario", str(file), "--lt-out", str(out)]
+    if web_port is not None:
+        return [*command, "--web-host", "127.0.0.1", "--web-port", str(web_port)]
+    # Into a file: its table counts warm-up and first tokens as requests, and stands beside ours otherwise.
+    return [*command, "--headless", "--only-summary", "--json-file", str(out / "locust")]
 
 
 def locust_environment() -> dict[str, str]:
@@ -49,7 +53,7 @@ def run_scenario(
     file.write_text(yaml.safe_dump(as_mapping(scenario), sort_keys=False), encoding="utf-8")
     (out / SUMMARY).unlink(missing_ok=True)
     log = out / "locust.log"
-    command = [*locust_command(file, url, out), "--headless", "--only-summary"]
+    command = locust_command(file, url, out)
     try:
         with log.open("wb") as output:
             subprocess.run(

@@ -22,6 +22,7 @@ class Sample:
 
     status: ok (answered in full), aborted (by us, as the scenario asks) or error. ttft: to the first token,
     None if there was none. itls: between events that carried tokens. kind: which traffic of the scenario.
+    cached_tokens: None where the server does not say.
     """
 
     index: int
@@ -33,7 +34,7 @@ class Sample:
     ttft: float | None
     input_tokens: int
     output_tokens: int
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     itls: tuple[float, ...] = field(default=(), repr=False)
     error: str = ""
 
@@ -63,8 +64,20 @@ METRICS = (
 )
 
 
+def unit_of(metric: str) -> str:
+    """The unit of a figure of METRICS; empty of numbers and shares."""
+    if metric.endswith("_ms"):
+        return "ms"
+    if metric in ("request_throughput", "request_goodput"):
+        return "requests/s"
+    if metric.endswith("_throughput"):
+        return "tokens/s"
+    return {"duration": "s"}.get(metric, "tokens" if metric.endswith("_tokens") else "")
+
+
 def summarize(samples: Sequence[Sample], slo: Slo) -> dict[str, float | None]:
-    """Every metric of METRICS; latencies are None where no request has them.
+    """Every metric of METRICS; latencies are None where no request has them, cached_tokens where
+    an answer did not say.
 
     Throughput counts answered requests only, over the time from the first request to the last answer of
     any kind. concurrency: requests in flight on average. slo_attainment: good requests among all sent.
@@ -84,7 +97,7 @@ def summarize(samples: Sequence[Sample], slo: Slo) -> dict[str, float | None]:
         "error_rate": errors / len(samples) if samples else 0.0,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "cached_tokens": sum(one.cached_tokens for one in done),
+        "cached_tokens": sum(cached) if len(cached := _known(done)) == len(done) else None,
         "request_throughput": len(done) * per_second,
         "input_throughput": inputs * per_second,
         "output_throughput": outputs * per_second,
@@ -103,6 +116,10 @@ def summarize(samples: Sequence[Sample], slo: Slo) -> dict[str, float | None]:
         values.update(_statistics(name, measured))
     values["max_itl_ms"] = 1000 * max(series["itl"]) if series["itl"] else None
     return values
+
+
+def _known(done: Sequence[Sample]) -> list[int]:
+    return [one.cached_tokens for one in done if one.cached_tokens is not None]
 
 
 def by_kind(samples: Sequence[Sample], slo: Slo) -> dict[str, dict[str, float | None]]:

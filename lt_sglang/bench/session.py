@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+
+import requests
 
 from lt_sglang.bench import metrics_page
 from lt_sglang.bench.client import Request, send
@@ -15,6 +18,7 @@ from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.traffic import Conversation, Turn, conversations
 from lt_sglang.bench.wire import History
 from lt_sglang.errors import LightTransferError
+from lt_sglang.launch.engine import server_info
 
 # Prompts whose lengths tell how many tokens a number of text becomes.
 CALIBRATION = (64, 512)
@@ -36,6 +40,8 @@ class Session:
     Attributes:
         samples: one a request, in the order of their ends.
         server: what /metrics counted during the run; None before its end, or without /metrics.
+        engine: model, version and lazy layers, as /server_info says at the end; empty without it.
+        lt_metrics: the server's lt_* figures at the end.
         started_at: time.time() at the beginning of the run.
     """
 
@@ -44,6 +50,8 @@ class Session:
         self.url = url
         self.samples: list[Sample] = []
         self.server: dict[str, float] | None = None
+        self.engine: dict[str, Any] = {}
+        self.lt_metrics: dict[str, float] = {}
         self.started_at = 0.0
         self._sleep = sleep
         self._run = uuid.uuid4().hex[:8]
@@ -52,7 +60,7 @@ class Session:
         self._plan: Iterator[Conversation] = conversations(scenario)
         self._left = scenario.load.requests
         self._numbers_per_token = 1.0
-        self._before: dict[str, float] | None = None
+        self._before: str | None = None
 
     def prepare(self, client: Any) -> None:
         """Warm the server up and start the clock; raises LightTransferError if it answers none of it."""
@@ -70,8 +78,20 @@ class Session:
         self.started_at, self._began = time.time(), time.perf_counter()
 
     def finish(self) -> None:
-        """Read what the server counted."""
-        self.server = metrics_page.between(self._before, metrics_page.scrape(self.url))
+        """Read what the server counted, and what it is."""
+        after = metrics_page.scrape(self.url)
+        self.server = metrics_page.between(self._before, after)
+        self.lt_metrics = metrics_page.lazy_layers(after)
+        with contextlib.suppress(requests.RequestException, ValueError):
+            self.engine = describe(server_info(self.url))
+
+    def progress(self) -> str:
+        """How far it is, in a line."""
+        errors = sum(one.status == ERROR for one in self.samples)
+        seconds = time.perf_counter() - self._began
+        left = "" if self._left is None else f", {self._left} conversations to send"
+        answered = len(self.samples) - errors
+        return f"{seconds:.0f} s: {answered} answered, {errors} errors, {self._in_flight} in flight{left}"
 
     @property
     def sending(self) -> bool:
@@ -144,6 +164,18 @@ class Session:
                 raise LightTransferError(f"{self.url}: {sample.error}")
             lengths.append(sample.input_tokens)
         self._numbers_per_token = (CALIBRATION[1] - CALIBRATION[0]) / (lengths[1] - lengths[0])
+
+
+def describe(info: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the server, from its /server_info."""
+    state = (info.get("internal_states") or [{}])[0]
+    lazy = state.get("lighttransfer") or {}
+    names = ("model_path", "version", "attention_backend", "tp_size", "kv_cache_dtype")
+    found = {name.replace("_", " "): info.get(name) for name in names}
+    keys = ("mode", "lazy_layers", "score", "keep", "sink_tokens", "recent_tokens")
+    told = ", ".join(f"{key.replace('_', ' ')} {lazy[key]}" for key in keys if lazy.get(key) is not None)
+    found["lazy layers"] = told or "none: full attention"
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _shortened(conversation: Conversation) -> Conversation:

@@ -24,6 +24,8 @@ PARTS = 6
 LEAST_SPEED = 0.97
 # Allocators and caches fill in the first half; a leak goes on growing in the second.
 MOST_GROWTH = 0.01
+# Below this, caches still fill in the second half, and a part is a few requests.
+ENOUGH_SECONDS = 600.0
 WATCH_SECONDS = 2.0
 IDLE_SECONDS = 60.0
 # SGLang's own accounting of KV slots, each time it has nothing to do.
@@ -120,6 +122,19 @@ def judge(found: Sequence[Part], gates_passed: bool, left: Sequence[str]) -> dic
             "nothing_left": not left,
         },
     }
+
+
+def told(found: Mapping[str, Any]) -> list[str]:
+    """What ``soak`` found, a line a limit."""
+    measured = {
+        "errors": "no error, and every gate of the scenario",
+        "throughput": f"last part over first {found['last_over_first']:.3f}, at least {LEAST_SPEED}",
+        "memory": f"{found['memory_growth']:+.2%} from part 4 to 6, at most {MOST_GROWTH:.0%}",
+        "nothing_left": f"idle, it holds nothing: {'; '.join(found['left']) or 'so it is'}",
+    }
+    return [
+        f"{'PASS' if held else 'FAIL'} {name}: {measured[name]}" for name, held in found["passed"].items()
+    ]
 
 
 def parts(

@@ -24,12 +24,16 @@ class StreamError(Exception):
 
 @dataclass
 class Answer:
-    """What a stream has said so far. tokens: whether the last event carried any."""
+    """What a stream has said so far.
+
+    tokens: whether the last event carried any. cached_tokens: None where the server does not say; SGLang's
+    OpenAI endpoints say it with --enable-cache-report.
+    """
 
     tokens: bool = False
     input_tokens: int = 0
     output_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     output_ids: tuple[int, ...] = ()
     text: str = ""
     finish: str = ""
@@ -107,7 +111,7 @@ def _read_generate(event: dict[str, Any], answer: Answer) -> None:
     answer.output_ids = ids if len(ids) >= produced else answer.output_ids + ids
     answer.output_tokens = produced
     answer.input_tokens = meta["prompt_tokens"]
-    answer.cached_tokens = meta.get("cached_tokens", 0)
+    answer.cached_tokens = meta.get("cached_tokens")
     answer.finish = finish.get("type", "")
 
 
@@ -123,7 +127,7 @@ def _read_openai(event: dict[str, Any], answer: Answer) -> None:
     if usage:
         answer.input_tokens = usage["prompt_tokens"]
         answer.output_tokens = usage["completion_tokens"]
-        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
 def _stretched(tokens: Sequence[int], count: int) -> tuple[int, ...]:

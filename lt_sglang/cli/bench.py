@@ -8,7 +8,7 @@ from pathlib import Path
 from lt_sglang.bench import check_installed
 from lt_sglang.cli.parser import Parser, positive, positive_float
 from lt_sglang.cli.preflight import check_engines
-from lt_sglang.cli.run_options import add_run_options, check_side
+from lt_sglang.cli.run_options import add_run_options, check_side, told_when_stopped
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.launch.options import OPTIONS_HELP, take_options
@@ -56,7 +56,11 @@ def run(argv: list[str]) -> int:
     )
     bench = Bench(settings)
     check_engines(bench.commands(groups))
-    return bench.run(groups)
+    with told_when_stopped(settings.out, settings.work):
+        code = bench.run(groups)
+    if args.rehearse:
+        print("This was a rehearsal: a tiny model and short lengths. Its ratios say nothing about a GPU.")
+    return code
 
 
 def scenario_files(path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang.cli.parser import Parser, positive, seed
+from lt_sglang.cli.run_options import told_when_stopped
 from lt_sglang.config import (
     CONFIG_KEY,
     DEFAULT_DECIDE,
@@ -88,7 +89,7 @@ def run(argv: list[str]) -> int:
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
         words = _engine_options(options, score, args.max_tokens)
         spec = EngineSpec(out.stem, args.model_path, tuple(argv[place + 1 :]), words)
-        with Engine(spec, out.with_suffix(".log")) as engine:
+        with told_when_stopped(measured), Engine(spec, out.with_suffix(".log")) as engine:
             endpoint = Endpoint(spec.name, engine.url, args.clients)
             laziness = measure(endpoint, samples, journal, _progress)
     else:

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lt_sglang.eval.tasks.passkey import PasskeyTask
 from lt_sglang.eval.tasks.ruler import SHAPES, NiahTask
 from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.processes import free_port
+from lt_sglang.launch.ready import say
 
 KEY_TASKS = {"passkey": 1, "3-key": 3}
 TEXT = "text"
@@ -50,11 +51,25 @@ def run(argv: list[str]) -> int:
     questions = build_questions(args, tokenizer)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = measure(args, specs, questions, tokenizer, folder)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in measure(args, specs, questions, tokenizer, folder):
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        names = ", ".join(outcome.name for outcome in outcomes) or "none"
+        say(f"stopped; of the engines, {names} answered everything; logs and results are in {folder}")
+        if len(outcomes) > 1:
+            finish(args, questions, outcomes, folder)
+        raise
+    finish(args, questions, outcomes, folder)
+    return 0
+
+
+def finish(args: argparse.Namespace, questions: Questions, outcomes: list[Outcome], folder: Path) -> None:
+    """Compare the engines asked, write what was found and print the table."""
     rows = compare(questions, outcomes, args.margin)
     write(args, questions, outcomes, rows, folder)
     print(table(rows))
-    return 0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -66,6 +81,8 @@ def check(args: argparse.Namespace) -> None:
             raise LightTransferError(f"{flag} {name!r}: a name has letters, digits, '.', '_' and '-' only")
         if names.count(name) > 1:
             raise LightTransferError(f"{flag} {name}: named twice")
+    if len(names) < 2:
+        raise LightTransferError(f"{flag} {names[0]}: nothing to compare it with; give {flag} twice or more")
     if args.engine and args.tokenizer and not args.model_path:
         raise LightTransferError("--model-path: missing; it is what --engine starts")
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -130,19 +147,18 @@ def measure(
     questions: Questions,
     tokenizer: HfTokenizer,
     folder: Path,
-) -> list[Outcome]:
+) -> Iterator[Outcome]:
     """Ask every engine, one after the other."""
     if args.endpoint:
         endpoints = [Endpoint(name, url, args.clients) for name, url in map(_pair, args.endpoint)]
         for endpoint in endpoints:
             endpoint.info()  # all of them answer, before the first is measured
-        return [ask(endpoint, questions, tokenizer, _progress(endpoint.name)) for endpoint in endpoints]
-    outcomes = []
+        for endpoint in endpoints:
+            yield ask(endpoint, questions, tokenizer, _progress(endpoint.name))
     for spec in specs:
         with Engine(spec, folder / f"{spec.name}.log") as engine:
             endpoint = Endpoint(spec.name, engine.url, args.clients)
-            outcomes.append(ask(endpoint, questions, tokenizer, _progress(spec.name)))
-    return outcomes
+            yield ask(endpoint, questions, tokenizer, _progress(spec.name))
 
 
 def write(

@@ -24,12 +24,8 @@ def run(argv: list[str]) -> int:
 
     scenario = pick(load_scenarios(args.scenario), args.case)
     _check_reachable(args.url)
-    command = [*locust_command(args.scenario, args.url, args.out), "--lt-case", scenario.name]
-    if args.web_port is None:
-        command += ["--headless", "--only-summary"]
-    else:
-        command += ["--web-host", "127.0.0.1", "--web-port", str(args.web_port)]
-    os.execve(command[0], command, locust_environment())
+    command = locust_command(args.scenario, args.url, args.out, args.web_port)
+    os.execve(command[0], [*command, "--lt-case", scenario.name], locust_environment())
 
 
 def _check_reachable(address: str) -> None:

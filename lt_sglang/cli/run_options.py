@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import names_folder, read_model_config
 from lt_sglang.launch.options import LtOptions, resolve_config
+from lt_sglang.launch.ready import say
 from lt_sglang.planner.shapes import CONFIGS
 
 if TYPE_CHECKING:
@@ -34,6 +37,16 @@ def add_run_options(parser: Parser) -> None:
         help="of the result files, default today",
     )
     parser.add_argument("--note", action="append", default=[], help="for the result files; repeatable")
+
+
+@contextmanager
+def told_when_stopped(*places: Path) -> Iterator[None]:
+    """Say where results are if Ctrl-C ends what runs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped; what was measured so far is in {' and '.join(map(str, places))}")
+        raise
 
 
 def check_side(scenario: Scenario, model: str | None, options: LtOptions, gpu: bool) -> None:

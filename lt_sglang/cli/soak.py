@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lt_sglang.bench import check_installed
 from lt_sglang.cli.parser import Parser, positive_float
-from lt_sglang.cli.run_options import add_run_options, check_side
+from lt_sglang.cli.run_options import add_run_options, check_side, told_when_stopped
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.launch.options import OPTIONS_HELP, take_options
+from lt_sglang.launch.ready import say
 
 
 def run(argv: list[str]) -> int:
@@ -23,7 +24,7 @@ def run(argv: list[str]) -> int:
     from lt_sglang.bench.result_file import header, write
     from lt_sglang.bench.scenario_file import load_scenarios, pick
     from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
-    from lt_sglang.bench.soak import STRICT, soak
+    from lt_sglang.bench.soak import STRICT, soak, told
     from lt_sglang.launch.engine import Engine
 
     scenario = pick(load_scenarios(args.scenario), args.case)
@@ -38,16 +39,28 @@ def run(argv: list[str]) -> int:
     spec = specs_of(
         scenario, work, (), args.model_path, args.tp_size, tuple(flags), tuple(options.as_flags())
     )[LIGHTTRANSFER]
-    with Engine(spec, work / "soak.log", STRICT) as engine:
+    warn_if_short(scenario.load.seconds)
+    with told_when_stopped(work), Engine(spec, work / "soak.log", STRICT) as engine:
+        say(f"{scenario.name}: {scenario.load.seconds:.0f} s of load; {work / scenario.name / 'locust.log'}")
         found = soak(scenario, engine, work / scenario.name)
     result = {**header(scenario, machine, spec), "soak": found, "notes": args.note}
     if not scenario.name.startswith("soak"):
         result["scenario"] = f"soak-{scenario.name}"  # bench's result has its name
     print(write(result, args.out, args.date, machine.label))
-    for name, held in found["passed"].items():
-        print(f"{'PASS' if held else 'FAIL'} {name}")
-    print(f"last part over first {found['last_over_first']:.3f}, memory {found['memory_growth']:+.2%}")
+    print("\n".join(told(found)))
+    warn_if_short(scenario.load.seconds)
     return int(not all(found["passed"].values()))
+
+
+def warn_if_short(seconds: float) -> None:
+    """Say so if a run of ``seconds`` cannot judge speed and memory."""
+    from lt_sglang.bench.soak import ENOUGH_SECONDS
+
+    if seconds < ENOUGH_SECONDS:
+        say(
+            f"{seconds:g} s are too short to judge throughput and memory, either way; "
+            f"take {ENOUGH_SECONDS:.0f} s or more (half an hour: --seconds 1800)"
+        )
 
 
 def _parser() -> Parser:

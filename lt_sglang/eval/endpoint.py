@@ -165,8 +165,12 @@ class Endpoint:
         return f"{self._run}-{next(self._questions)}"
 
     def _each(self, ask: Callable[[T], R], questions: Sequence[T], progress: Progress[R]) -> list[R]:
-        with ThreadPoolExecutor(self.clients) as pool:
+        pool = ThreadPoolExecutor(self.clients)
+        try:
             return list(progress(pool.map(ask, questions), len(questions)))
+        finally:
+            # After Ctrl-C nobody waits for what was not sent yet.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:

@@ -75,9 +75,13 @@ def score_heatmap(laziness: Sequence[Sequence[float]], score: str, path: Path) -
 def frequency_bars(counts: Sequence[int], samples: int, chosen: Sequence[int], path: Path) -> Path:
     """How often each layer is among the laziest; the chosen ones dark."""
     pyplot = require_matplotlib()
+    from matplotlib.patches import Patch
+
     figure, axis = pyplot.subplots(figsize=(7, 3))
     colours = ["#20507a" if layer in chosen else "#b8c8d8" for layer in range(len(counts))]
     axis.bar(range(len(counts)), [count / samples for count in counts], color=colours)
+    labels = {"#20507a": "chosen", "#b8c8d8": "stays full"}
+    axis.legend(handles=[Patch(color=colour, label=label) for colour, label in labels.items()])
     axis.set_xlabel("layer")
     axis.set_ylabel("share of samples\nwhere it is lazy")
     return _save(pyplot, figure, path)

@@ -22,7 +22,7 @@ from lt_sglang.bench.samples import Sample, summarize
 from lt_sglang.bench.scenario import Scenario, Slo
 from lt_sglang.bench.scenario_file import load_scenarios
 from lt_sglang.bench.servers import COMMON_FLAGS, specs_of
-from lt_sglang.bench.session import Session
+from lt_sglang.bench.session import Session, describe
 from lt_sglang.bench.soak import Look, Part, judge, parts
 from lt_sglang.bench.wire import Answer, StreamError, read_event
 from lt_sglang.config import LightTransferConfig
@@ -218,6 +218,13 @@ def test_steady_decode_of_dp_attention_is_the_ranks_sum() -> None:
     assert steady_of([*lines, line(2, 1, 5.0)]) is None
 
 
+SERVER_INFO = {
+    "model_path": "/models/m",
+    "version": "0.5.23",
+    "internal_states": [{"lighttransfer": {"mode": "static", "lazy_layers": "1-3"}}],
+}
+
+
 def test_outputs_of_a_run(tmp_path: Path) -> None:
     (one,) = load_scenarios(write_file(tmp_path, mapping(about='1 < 2 & "3"', slo={"ttft_ms": 600})))
     session = Session(one, "http://127.0.0.1:1", lambda _: None)
@@ -225,6 +232,8 @@ def test_outputs_of_a_run(tmp_path: Path) -> None:
         Sample(0, 0, "all", "ok", 0.0, 1.5, 0.5, 100, 11, itls=(0.1,) * 10),
         Sample(1, 0, "all", "error", 0.5, 1.0, None, 0, 0, error="HTTP 500: <b>"),
     ]
+    session.engine = describe(SERVER_INFO)
+    session.lt_metrics = {"lt_pool_slots (pool full)": 7.0}
     verdicts = outcome.finish(session, tmp_path / "out")
     assert [str(one) for one in verdicts] == ["FAIL errors <= 0: 1"]
     rows = outcome.read_samples(tmp_path / "out")
@@ -237,6 +246,8 @@ def test_outputs_of_a_run(tmp_path: Path) -> None:
     assert data["summary"]["median_ttft_ms"] == 500 and data["gates"][0]["passed"] is False
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
+    for told in ("/models/m", "lazy layers 1-3", "lt_pool_slots (pool full)", "UTC", "tokens/s", "sglang 0."):
+        assert told in page
     assert "1 &lt; 2" in page and "&lt;b&gt;" in page and "FAIL errors" in page
     # One file that can be mailed: it loads nothing.
     assert not re.search(r'(?:src|href)="(?!data:)', page) and "<script" not in page
@@ -256,12 +267,35 @@ sglang:time_to_first_token_seconds_count 4.0
 """
     before = metrics_page.read(page)
     assert before["input_tokens"] == 120 and before["requests"] == 0
-    after = {**before, "input_tokens": 220.0, "ttft_seconds": 5.0, "ttft_count": 10.0}
-    change = metrics_page.between(before, after)
+    after = page.replace("100.0", "200.0").replace("sum 2.0", "sum 5.0").replace("count 4.0", "count 10.0")
+    change = metrics_page.between(page, after)
     assert change is not None and change["input_tokens"] == 100
     assert change["mean_ttft_ms"] == pytest.approx(500) and "mean_e2e_ms" not in change
     assert metrics_page.read(page.replace("sglang:", "sglang_")) == before
     assert metrics_page.between(None, after) is None
+
+
+def test_figures_of_lazy_layers_are_shown_by_their_labels() -> None:
+    page = """\
+# TYPE lt_pool_slots gauge
+lt_pool_slots{pool="full"} 7.0
+lt_pool_slots{pool="streaming"} 3.0
+# TYPE lt_lookup_seconds histogram
+lt_lookup_seconds_bucket{le="+Inf"} 4.0
+# TYPE other gauge
+other 1.0
+"""
+    assert metrics_page.lazy_layers(page) == {
+        "lt_pool_slots (pool full)": 7.0,
+        "lt_pool_slots (pool streaming)": 3.0,
+    }
+    assert metrics_page.lazy_layers(None) == {}
+
+
+def test_cached_tokens_are_unknown_where_an_answer_does_not_say() -> None:
+    one = Sample(0, 0, "all", "ok", 0.0, 1.0, 0.5, 100, 10, cached_tokens=60)
+    assert summarize([one, one], Slo())["cached_tokens"] == 120
+    assert summarize([one, replace(one, cached_tokens=None)], Slo())["cached_tokens"] is None
 
 
 def event(tokens: int, ids: list[int], **meta: Any) -> bytes:
