@@ -1,10 +1,10 @@
 """A chart's values.schema.json and the table of values in its README, from the comments of its values.yaml.
 
-Usage: ``python k8s/chart_docs.py`` writes both for every chart below k8s/charts (``make manifests`` does it too).
+Usage: ``python k8s/chart_docs.py`` writes both for every chart below k8s/charts, as ``make manifests`` does.
 
-A comment above a key or behind it says what the value is. A line ``# type: ...`` above says what it may be, where
-the default does not: a name of k8s/charts/types.yaml, or JSON schema in YAML's flow form. helm-docs and helm-schema
-do the same and are Go programs; this needs PyYAML alone.
+A comment above a key or behind it says what the value is. A line ``# type: ...`` above says what it may be,
+where the default does not: a name of k8s/charts/types.yaml, or JSON schema in YAML's flow form. helm-docs and
+helm-schema do the same and are Go programs; this needs PyYAML alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def schema(values: Values, node: yaml.MappingNode, used: set[str]) -> dict[str, 
         elif isinstance(value_node, yaml.MappingNode) and value_node.value:
             properties[name] = {**schema(values, value_node, used), **(declared or {})}
         else:
-            own = {} if value is None or {"enum", "anyOf"} & set(declared or {}) else {"type": KINDS[type(value)]}
+            own = (
+                {}
+                if value is None or {"enum", "anyOf"} & set(declared or {})
+                else {"type": KINDS[type(value)]}
+            )
             properties[name] = {**own, **(declared or {})}
             used.update(re.findall(r"#/definitions/(\w+)", json.dumps(declared)))
     return {"type": "object", "additionalProperties": False, "properties": properties}
