@@ -89,11 +89,12 @@ test-slow: env ## what takes minutes each: gateway, Ray, a live Prometheus, metr
 test-gpu: env ## what needs a CUDA device
 	@$(RUN) -m pytest $(PYTEST_FLAGS) -m gpu tests
 
-manifest: ## print a Kubernetes manifest: make manifest MODEL=me/my-model TP=4 ARGS="--lazy-layers 8-23"
+manifest: ## print a Kubernetes manifest: make manifest MODEL=me/my-model TP=4 ARGS="--lt-lazy-layers 8-23"
 	@$(PYTHON) k8s/render.py $(MODEL) $(if $(TP),--tp $(TP)) $(ARGS)
 
-manifests: ## write k8s/manifests again, after a change of the chart
-	@$(PYTHON) k8s/render.py --all
+manifests: env ## write k8s/manifests, the charts' schemas and READMEs again, after a change of a chart
+	@$(PY) k8s/chart_docs.py
+	@$(PY) k8s/render.py --all
 
 ruff: env ## ruff's rules and format; changes nothing
 	@$(PY) -m ruff check .

@@ -1,9 +1,11 @@
 """Kubernetes manifests, rendered from the chart.
 
 Usage:
-    python k8s/render.py MODEL --tp 4 --mode dynamic --gpu NVIDIA-H100-80GB-HBM3 > my-model.yaml
-    python k8s/render.py MODEL --tp 4 --lazy-layers 8-23 --name chat --namespace llm > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --lt-mode dynamic --gpu NVIDIA-H100-80GB-HBM3 > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --lt-lazy-layers 8-23 --name chat --namespace llm > my-model.yaml
     python k8s/render.py --all      write k8s/manifests/ again, one file for each of the chart's values files
+
+The flags --lt-* are those of lt-sglang serve. Any other that this does not know is SGLang's: engines get it.
 
 MODEL is a hub name, a folder of this machine with its config.json, or with --claim a path on that volume.
 What the chart checks (weights, heads, context) is read from config.json, of a hub name from the hub
@@ -32,21 +34,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from deploy.tools.fetch import FetchFailed, folder  # noqa: E402 - a script, not a package
-from lt_sglang.config import MODES, format_layers  # noqa: E402
+from lt_sglang.config import format_layers  # noqa: E402
 from lt_sglang.errors import LightTransferError  # noqa: E402
 from lt_sglang.launch.model_config import names_folder, read_model_config, unsupported_features  # noqa: E402
 from lt_sglang.launch.options import resolve_config, take_options  # noqa: E402
 from lt_sglang.planner.shapes import GIB, shape_from_config  # noqa: E402
 
 CHART = HERE / "charts" / "lt-sglang"
+MONITORING = HERE / "charts" / "lt-sglang-monitoring"
 MANIFESTS = HERE / "manifests"
 RELEASE = NAMESPACE = "lt-sglang"
 HUB = "https://huggingface.co"
 HUB_SECONDS = 10.0
-LT_OPTIONS = (
-    *("mode", "lazy_layers", "keep", "sink_tokens", "recent_tokens"),
-    *("expected_tokens", "expected_output_tokens"),
-)
 
 
 def helm() -> Path:
@@ -103,16 +102,22 @@ def committed() -> Iterator[tuple[Path, Path]]:
         yield values, MANIFESTS / values.name
 
 
-def model_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Chart values for a model of the user's; raises LightTransferError."""
-    given = {name: getattr(args, name) for name in LT_OPTIONS}
-    options, _ = take_options(
-        [f"--lt-{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    )
+def render_monitoring() -> str:
+    """The manifest of alerts and dashboard, which a cluster has once."""
+    return render([], chart=MONITORING, release=MONITORING.name, namespace="monitoring")
+
+
+def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """Chart values for a model of the user's; ``flags``: ours and SGLang's. Raises LightTransferError."""
+    options, extra = take_options(flags)
     model_config = _model_config(args)
     config = resolve_config(options, args.model, model_config, {})
     model: dict[str, Any] = {"name": args.model.rstrip("/"), "revision": args.revision}
-    engine: dict[str, Any] = {"tensorParallel": args.tp, "replicas": args.replicas}
+    engine: dict[str, Any] = {
+        "tensorParallel": args.tp,
+        "replicas": args.replicas,
+        "extraArgs": joined(extra),
+    }
     if args.gpu is not None:
         engine["gpu"] = {"product": args.gpu}
     if Path(args.model).is_dir():
@@ -150,10 +155,27 @@ def model_values(args: argparse.Namespace) -> dict[str, Any]:
             "recentTokens": config.recent_tokens,
             "expectedTokens": config.expected_tokens,
             "expectedOutputTokens": config.expected_output_tokens,
+            "score": options.score,
+            "decide": options.decide,
+            "stagingTokens": options.staging_tokens,
+            "checkTables": bool(options.check_tables),
         }
     if args.claim:
         values["modelCache"] = {"existingClaim": args.claim}
     return values
+
+
+def joined(flags: Sequence[str]) -> list[str]:
+    """Each flag with its values in one word, as the chart takes them; raises LightTransferError."""
+    found: list[str] = []
+    for word in flags:
+        if word.startswith("--"):
+            found.append(word)
+        elif found and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            raise LightTransferError(f"{word}: belongs to no flag; several values go into --values")
+    return found
 
 
 def _model_config(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -202,7 +224,10 @@ def _from_hub(name: str, revision: str) -> tuple[dict[str, Any] | None, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="render.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="write k8s/manifests/ again")
@@ -214,13 +239,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights-gib", type=float, help="all weights, instead of counting them")
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--lazy-layers", help="5-24,26, none or half; default: the model's own")
-    parser.add_argument("--mode", choices=MODES, help="dynamic: each request's lazy layers, from its prompt")
-    parser.add_argument("--keep", help="dynamic mode: layers that keep full attention, a number or a share")
-    parser.add_argument("--sink-tokens", type=int)
-    parser.add_argument("--recent-tokens", type=int)
-    parser.add_argument("--expected-tokens", type=int, help="prompt + output of a typical request")
-    parser.add_argument("--expected-output-tokens", type=int)
     parser.add_argument("--revision", default="main")
     parser.add_argument(
         "--config", help="a folder with the model's config.json, if MODEL cannot be reached here"
@@ -236,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write manifests; 2 and one line on stderr if they cannot be made."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
     if args.all == (args.model is not None):
         parser.error("either MODEL or --all")
     try:
@@ -244,9 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             MANIFESTS.mkdir(exist_ok=True)
             for values, manifest in committed():
                 manifest.write_text(render([values]), encoding="utf-8")
+            (MANIFESTS / "monitoring.yaml").write_text(render_monitoring(), encoding="utf-8")
             return 0
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(model_values(args), file)
+            json.dump(model_values(args, flags), file)
             file.flush()
             files = [Path(file.name), *args.values]
             print(render(files, args.set, release=args.name, namespace=args.namespace), end="")

@@ -14,11 +14,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from k8s.render import CHART, committed, render
+from k8s.render import CHART, MONITORING, committed, render
 
 # Published CustomResourceDefinitions, one file each: data beside the clone, not part of it.
 CRDS = Path(os.environ.get("LT_CRDS") or Path(__file__).resolve().parents[3] / "shared" / "crds")
 CUSTOM = {
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+    ("inference.networking.k8s.io/v1", "InferencePool"),
     ("keda.sh/v1alpha1", "ScaledObject"),
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"),
     ("monitoring.coreos.com/v1", "PodMonitor"),
@@ -146,6 +148,7 @@ __all__ = [
     "CHART",
     "KUBERNETES",
     "MINIMAL",
+    "MONITORING",
     "VALUES",
     "container",
     "engine_flags",

@@ -15,8 +15,7 @@ import yaml
 
 from lt_sglang.launch.processes import free_port, kill_tree, spawn
 
-from .chart import CHART
-from .test_monitoring import SCRAPE
+from .test_monitoring import RULES, SCRAPE
 
 
 class Prometheus:
@@ -43,8 +42,8 @@ class Prometheus:
         config["scrape_configs"] = config["scrape_configs"][:1]
         config["scrape_configs"][0]["static_configs"] = [{"targets": list(targets)}]
         (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")
-        rules = edit((CHART / "files" / "rules.yaml").read_text(encoding="utf-8"))
-        (folder / "rules.yaml").write_text(rules, encoding="utf-8")
+        for rules in RULES:
+            (folder / rules.name).write_text(edit(rules.read_text(encoding="utf-8")), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:

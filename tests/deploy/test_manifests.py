@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from k8s.render import CHART, MANIFESTS, committed, main, render
+from k8s.chart_docs import CHARTS, documents
+from k8s.render import CHART, MANIFESTS, MONITORING, committed, main, render, render_monitoring
 
 from .chart import KUBERNETES, VALUES, Object, builtin, custom, faults, objects, template
 
@@ -25,7 +27,8 @@ SWITCHES = (
     "modelCache.existingClaim=mine",
     "modelCache.existingClaim=mine,model.path=/models/mine",
     "model.tokenSecret.name=hub",
-    "monitoring.podMonitor=false,monitoring.rules=false,monitoring.dashboard=false",
+    "monitoring.podMonitor=false",
+    "monitoring.objectives.ttftSeconds=8,monitoring.objectives.minimumRequests=50,monitoring.labels.release=prom",
     "networkPolicy.enabled=false",
     "engine.kind=LeaderWorkerSet,engine.nodesPerReplica=2,engine.tensorParallel=16,autoscaling.enabled=true",
     "engine.extraResources.rdma/hca_shared_devices_a=1,gateway.serviceType=LoadBalancer,gateway.withoutKey=true",
@@ -43,6 +46,17 @@ SWITCHES = (
     "engine.podAnnotations.a=b,engine.priorityClassName=high,engine.runtimeClassName=nvidia",
     "engine.extraEnv[0].name=NCCL_DEBUG,engine.extraEnv[0].value=INFO",
     "gateway.allowFrom[0].namespaceSelector.matchLabels.team=chat",
+    "httpRoute.enabled=true,httpRoute.parentRefs[0].name=public,httpRoute.parentRefs[0].namespace=gateways,"
+    "httpRoute.hostnames={llm.example.com},httpRoute.pathPrefix=/chat,httpRoute.headers.X-Model=chat,"
+    "httpRoute.canary.release=canary,httpRoute.canary.weight=5,engine.apiKeySecret.name=keys",
+    "inferencePool.enabled=true,inferencePool.parentRefs[0].name=public,gateway.withoutKey=true,"
+    "inferencePool.allowFrom[0].namespaceSelector.matchLabels.a=b",
+    "canaryOf=other,compileCache.size=20Gi,modelCache.keep=false",
+    "job.command=calibrate,job.args={--out=/work/list.json},job.claim=work,engine.queue=llm",
+    "tracing.endpoint=otel:4317,tracing.collectors[0].namespaceSelector.matchLabels.a=b",
+    "autoscaling.enabled=true,autoscaling.triggers[0].type=cron,autoscaling.triggers[0].metadata.timezone=UTC",
+    "engine.kind=LeaderWorkerSet,engine.nodesPerReplica=2,engine.tensorParallel=16,engine.queue=llm,"
+    "engine.schedulerName=volcano",
 )
 
 
@@ -64,10 +78,61 @@ QWEN2 = json.dumps(
 def test_manifests_are_those_of_the_values_files() -> None:
     """`make manifests` was run after the last change of the chart."""
     made = {manifest.name: render([values]) for values, manifest in committed()}
+    made["monitoring.yaml"] = render_monitoring()
     found = {file.name: file.read_text(encoding="utf-8") for file in MANIFESTS.glob("*.yaml")}
     assert found.keys() == made.keys()
     for name, text in made.items():
         assert found[name] == text, f"k8s/manifests/{name} is old: python k8s/render.py --all"
+
+
+def test_a_manifest_can_be_read() -> None:
+    """Alerts and dashboard stand once, in a file of their own."""
+    texts = {file.name: file.read_text(encoding="utf-8") for file in MANIFESTS.glob("*.yaml")}
+    assert {name: text.count("\n") for name, text in texts.items() if text.count("\n") > 750} == {}
+    assert [name for name, text in texts.items() if "alert: LtSglang" in text] == ["monitoring.yaml"]
+    assert [name for name, text in texts.items() if "lt-sglang.json" in text] == ["monitoring.yaml"]
+
+
+@pytest.mark.parametrize("chart", [CHART, MONITORING], ids=lambda chart: chart.name)
+def test_schema_and_readme_are_those_of_the_values(chart: Path) -> None:
+    """`make manifests` was run after the last change of a chart's values.yaml."""
+    assert chart in CHARTS.iterdir()
+    for file, text in documents(chart).items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name} is old: python k8s/chart_docs.py"
+
+
+@pytest.mark.parametrize("part", [builtin, custom])
+def test_monitoring_is_valid(part: Part) -> None:
+    found = part(objects(render_monitoring()))
+    assert len(found) == 1
+    assert [fault for version in KUBERNETES for item in found for fault in faults(item, version)] == []
+
+
+def test_monitoring_has_the_values_given(tmp_path: Path) -> None:
+    """Objectives and the address of the runbook; what is in the files is what Prometheus gets."""
+    values = tmp_path / "values.json"
+    values.write_text(
+        json.dumps(
+            {"objectives": {"ttftSeconds": 9.5}, "runbookUrl": "https://wiki/lt", "labels": {"a": "b"}}
+        )
+    )
+    for file, ttft, runbook in (
+        (None, "vector(4)", "docs/operations.md"),
+        (values, "vector(9.5)", "https://wiki/lt"),
+    ):
+        (rule,) = custom(objects(render([file] if file else [], chart=MONITORING)))
+        groups = {group["name"]: group["rules"] for group in rule["spec"]["groups"]}
+        assert groups["lt-sglang-defaults"][0] == {"record": "lt:default:ttft_seconds", "expr": ttft}
+        urls = {alert["annotations"]["runbook_url"].partition("#")[0] for alert in groups["lt-sglang-alerts"]}
+        assert urls == {runbook}
+    assert rule["metadata"]["labels"]["a"] == "b"
+    names = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+        for file in MONITORING.glob("files/*.yaml")
+    }
+    assert [group["name"] for part in ("objectives", "alerts") for group in names[part]["groups"]] == list(
+        groups
+    )
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -98,7 +163,7 @@ def test_every_switch_is_valid(switch: str, part: Part) -> None:
         ("Deployment", {"surge": 1}),
         ("PodMonitor", {"podMetricEndpoints": []}),
         ("NetworkPolicy", {"ingres": []}),
-        ("ConfigMap", {"daten": {}}),
+        ("ServiceAccount", {"daten": {}}),
     ],
 )
 def test_the_validation_itself(kind: str, change: dict[str, Any]) -> None:
@@ -128,11 +193,11 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
     )
     asked = [
         str(folder),
-        "--lazy-layers",
+        "--lt-lazy-layers",
         "8-23",
         "--tp",
         "2",
-        "--expected-tokens",
+        "--lt-expected-tokens",
         "16384",
         "--claim",
         "models",
@@ -150,7 +215,7 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
 def test_one_command_for_dynamic_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Needs no list: the ends of the stack are lazy for short prompts."""
     (tmp_path / "config.json").write_text(QWEN2)
-    asked = ["me/my-model", "--config", str(tmp_path), "--tp", "4", "--mode", "dynamic", "--keep"]
+    asked = ["me/my-model", "--config", str(tmp_path), "--tp", "4", "--lt-mode", "dynamic", "--lt-keep"]
     assert main([*asked, "0.75"]) == 0
     text = capsys.readouterr().out
     assert [fault for item in builtin(objects(text)) for fault in faults(item, KUBERNETES[-1])] == []
@@ -159,7 +224,7 @@ def test_one_command_for_dynamic_mode(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*asked, "64"]) == 2
     assert "keep: 64 of 64 layers" in capsys.readouterr().err
     assert main([*asked, "most"]) == 2
-    assert main(["me/my-model", "--config", str(tmp_path), "--lazy-layers", "1-9", "--keep", "9"]) == 2
+    assert main(["me/my-model", "--config", str(tmp_path), "--lt-lazy-layers", "1-9", "--lt-keep", "9"]) == 2
     assert "only with --lt-mode dynamic" in capsys.readouterr().err
 
 
@@ -173,10 +238,9 @@ def test_known_models_need_no_list(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "lazy_layers: none given" in capsys.readouterr().err
 
 
-def test_chart_version_is_the_packages() -> None:
-    import yaml
-
+@pytest.mark.parametrize("chart", [CHART, MONITORING], ids=lambda chart: chart.name)
+def test_chart_version_is_the_packages(chart: Path) -> None:
     import lt_sglang
 
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
-    assert chart["appVersion"] == lt_sglang.__version__
+    read = yaml.safe_load((chart / "Chart.yaml").read_text(encoding="utf-8"))
+    assert read["appVersion"] == lt_sglang.__version__

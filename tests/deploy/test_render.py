@@ -114,8 +114,8 @@ def test_one_command_from_a_name_to_a_manifest(
     with hub({name: config}, "secret") as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
         monkeypatch.setenv("HF_TOKEN", "secret")
-        assert main([name, "--mode", "dynamic", *options]) == 0
-        fails = main([name, "--mode", "dynamic", *options, "--set", "engine.gpu.memoryGiB=4"])
+        assert main([name, "--lt-mode", "dynamic", *options]) == 0
+        fails = main([name, "--lt-mode", "dynamic", *options, "--set", "engine.gpu.memoryGiB=4"])
     printed = capsys.readouterr()
     assert "was not read" not in printed.err
     named = re.search(r"([0-9.]+) GiB of weights on each GPU", printed.err)
@@ -133,7 +133,7 @@ def _tp(options: list[str]) -> int:
 
 def test_two_releases_do_not_replace_one_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(QWEN2)
-    asked = ["me/model", "--config", str(tmp_path), "--mode", "dynamic", "--tp", "4", "--namespace", "llm"]
+    asked = ["me/model", "--config", str(tmp_path), "--lt-mode", "dynamic", "--tp", "4", "--namespace", "llm"]
     names = []
     for name in ("chat", "code"):
         assert main([*asked, "--name", name]) == 0
@@ -146,7 +146,7 @@ def test_two_releases_do_not_replace_one_another(capsys: pytest.CaptureFixture[s
 
 
 def test_what_was_not_checked_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["me/model", "--lazy-layers", "8-23"]
+    asked = ["me/model", "--lt-lazy-layers", "8-23"]
     assert main(asked) == 0
     assert "config.json was not read (http://127.0.0.1:9: " in capsys.readouterr().err
 
@@ -157,23 +157,23 @@ def test_a_name_that_the_hub_does_not_know_is_refused(
     gemma = {**json.loads(QWEN2), "model_type": "gemma3_text", "layer_types": ["sliding_attention"]}
     with hub({"me/gemma": gemma}) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
-        assert main(["me/modle", "--mode", "dynamic"]) == 2
+        assert main(["me/modle", "--lt-mode", "dynamic"]) == 2
         assert "no such model" in capsys.readouterr().err
-        assert main(["me/gemma", "--mode", "dynamic"]) == 2
+        assert main(["me/gemma", "--lt-mode", "dynamic"]) == 2
         assert "sliding window of its own" in capsys.readouterr().err
     with hub({"me/model": json.loads(QWEN2)}) as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
-        assert main(["me/model", "--lazy-layers", "8-99", "--tp", "4"]) == 2
+        assert main(["me/model", "--lt-lazy-layers", "8-99", "--tp", "4"]) == 2
         assert "layer 99 does not exist" in capsys.readouterr().err
     with hub({}, "secret") as url:
         monkeypatch.setenv("HF_ENDPOINT", url)
-        assert main(["me/gated", "--mode", "dynamic"]) == 0
+        assert main(["me/gated", "--lt-mode", "dynamic"]) == 0
         assert "answers 401; HF_TOKEN is for gated models" in capsys.readouterr().err
 
 
 def test_a_path_on_a_volume(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is downloaded for it, and without the volume's name it is refused."""
-    asked = ["/models/mine", "--mode", "dynamic", "--weights-gib", "14"]
+    asked = ["/models/mine", "--lt-mode", "dynamic", "--weights-gib", "14"]
     assert main(asked) == 2
     assert "--claim names the volume" in capsys.readouterr().err
     assert main([*asked, "--claim", "models"]) == 0

@@ -80,7 +80,7 @@ CLAIM = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
 
 def upgraded(helm: Path, known: Mapping[str, Mapping[str, Any]], *sets: str) -> list[dict[str, Any]]:
     """What `helm upgrade` would send to a cluster with ``known``."""
-    given = ",".join(("model.name=me/model,monitoring.podMonitor=false,monitoring.rules=false", *sets))
+    given = ",".join(("model.name=me/model,monitoring.podMonitor=false", *sets))
     with api_server(known) as url:
         command = [str(helm), "template", "a", str(CHART), "--is-upgrade", "--skip-tests", "--set", given]
         command += ["--dry-run=server", "--kube-apiserver", url]

@@ -31,6 +31,8 @@ REFUSED_BY_SCHEMA = {
     "a-bad-digest": "image.digest=abc",
     "a-fraction-above-one": "engine.gpu.memoryFraction=1.5",
     "a-path-outside-the-volume": "model.path=/etc/model",
+    "a-job-that-does-not-exist": "job.command=train",
+    "a-share-above-all": "httpRoute.canary.weight=101",
     "a-policy-that-does-not-exist": "gateway.policy=best",
     "a-resource-of-kubernetes": "engine.extraResources.memory=1",
 }
@@ -101,6 +103,36 @@ REFUSED_BY_ARITHMETIC = {
     ),
     "serving-label": (("gateway.podLabels.lt-sglang/serves=http",), "is the chart's own label"),
     "volume-of-the-chart": (("engine.extraVolumes[0].name=shm",), "shm is the chart's own volume"),
+    "route-without-a-gateway": (
+        ("httpRoute.enabled=true", "gateway.enabled=false"),
+        "httpRoute.enabled: leads to the gateway",
+    ),
+    "route-from-nowhere": (("httpRoute.enabled=true", "gateway.withoutKey=true"), "httpRoute.parentRefs"),
+    "route-for-everybody": (
+        ("httpRoute.enabled=true", "httpRoute.parentRefs[0].name=a"),
+        "httpRoute.enabled: offers the model",
+    ),
+    "pool-for-everybody": (
+        ("inferencePool.enabled=true", "inferencePool.parentRefs[0].name=a"),
+        "inferencePool.parentRefs: offers the model",
+    ),
+    "weight-for-nobody": (
+        ("httpRoute.canary.weight=5",),
+        "httpRoute.canary.release: missing",
+    ),
+    "queue-twice": (
+        ("engine.queue=a", "engine.labels.kueue\\.x-k8s\\.io/queue-name=b"),
+        "what engine.queue sets",
+    ),
+    "job-over-two-nodes": (
+        (
+            *("engine.kind=LeaderWorkerSet", "engine.nodesPerReplica=2"),
+            "engine.tensorParallel=16",
+            "job.command=eval",
+        ),
+        "job.command: a Job has one node's GPUs",
+    ),
+    "job-of-another-model": (("job.command=eval", "job.args={--model-path=x}"), "is what the chart sets"),
     "lt-flag": (("engine.extraArgs={--lt-mode=static}",), "--lt-mode has a value of its own"),
     "dynamic-only": (("lightTransfer.checkTables=true",), "are for dynamic"),
     "use-ray": (("engine.extraArgs={--use-ray}",), "load no plug-in"),

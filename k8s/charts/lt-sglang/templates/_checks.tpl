@@ -9,6 +9,7 @@
 {{- include "lt.checkKeys" . -}}
 {{- include "lt.checkVolume" . -}}
 {{- include "lt.checkExtensions" . -}}
+{{- include "lt.checkRoutes" . -}}
 {{- end }}
 
 {{- define "lt.checkModel" -}}
@@ -96,7 +97,7 @@
 
 {{- /* What a user adds must not replace what the chart relies on. */ -}}
 {{- define "lt.checkExtensions" -}}
-{{- $own := list "HOME" "HF_HUB_OFFLINE" "HF_MODULES_CACHE" "LT_API_KEY" "LT_ADMIN_KEY" "LT_SGLANG_ADMIN_API_KEY" -}}
+{{- $own := list "HOME" "HF_HUB_OFFLINE" "HF_MODULES_CACHE" "LT_API_KEY" "LT_ADMIN_KEY" "LT_SGLANG_ADMIN_API_KEY" "LT_CACHE" -}}
 {{- range $where, $env := dict "engine.extraEnv" .Values.engine.extraEnv "gateway.extraEnv" .Values.gateway.extraEnv "modelCache.extraEnv" .Values.modelCache.extraEnv -}}
 {{- $seen := ternary (list "MODEL" "REVISION" "TARGET" "HOME" "HF_TOKEN") $own (eq $where "modelCache.extraEnv") -}}
 {{- range $env -}}
@@ -106,13 +107,27 @@
 {{- end -}}
 {{- range $where, $labels := dict "engine.podLabels" .Values.engine.podLabels "engine.labels" .Values.engine.labels "gateway.podLabels" .Values.gateway.podLabels "gateway.labels" .Values.gateway.labels -}}
 {{- range $label, $_ := $labels -}}
-{{- if or (hasPrefix "app.kubernetes.io/" $label) (eq $label "helm.sh/chart") (eq $label "lt-sglang/serves") }}{{ fail (printf "%s: %s is the chart's own label" $where $label) }}{{ end -}}
+{{- if or (hasPrefix "app.kubernetes.io/" $label) (eq $label "helm.sh/chart") (hasPrefix "lt-sglang/" $label) }}{{ fail (printf "%s: %s is the chart's own label" $where $label) }}{{ end -}}
 {{- end -}}
 {{- end -}}
-{{- $volumes := list "models" "scratch" "tmp" "shm" -}}
+{{- $volumes := list "models" "scratch" "tmp" "shm" "kernels" "work" -}}
 {{- range $where, $added := dict "engine.extraVolumes" .Values.engine.extraVolumes "modelCache.extraVolumes" .Values.modelCache.extraVolumes -}}
 {{- range $added -}}
 {{- if has .name $volumes }}{{ fail (printf "%s: %s is the chart's own volume" $where .name) }}{{ end -}}
 {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{- define "lt.checkRoutes" -}}
+{{- $r := .Values.httpRoute -}}
+{{- if and $r.enabled (not .Values.gateway.enabled) }}{{ fail "httpRoute.enabled: leads to the gateway; set gateway.enabled, or inferencePool.parentRefs" }}{{ end -}}
+{{- if and $r.enabled (not $r.parentRefs) }}{{ fail "httpRoute.parentRefs: missing; names the Gateway that the route belongs to" }}{{ end -}}
+{{- if and $r.canary.weight (not $r.canary.release) }}{{ fail "httpRoute.canary.release: missing; names the release that gets httpRoute.canary.weight" }}{{ end -}}
+{{- if and $r.enabled (not .Values.engine.apiKeySecret.name) (not .Values.gateway.withoutKey) }}{{ fail "httpRoute.enabled: offers the model to whoever reaches the Gateway; set engine.apiKeySecret.name, or gateway.withoutKey=true if that is wanted" }}{{ end -}}
+{{- if and .Values.inferencePool.parentRefs (not .Values.engine.apiKeySecret.name) (not .Values.gateway.withoutKey) }}{{ fail "inferencePool.parentRefs: offers the model to whoever reaches the Gateway; set engine.apiKeySecret.name, or gateway.withoutKey=true if that is wanted" }}{{ end -}}
+{{- if and .Values.engine.queue (hasKey .Values.engine.labels "kueue.x-k8s.io/queue-name") }}{{ fail "engine.labels: kueue.x-k8s.io/queue-name is what engine.queue sets" }}{{ end -}}
+{{- if and .Values.job.command (eq .Values.engine.kind "LeaderWorkerSet") }}{{ fail "job.command: a Job has one node's GPUs; set engine.kind to Deployment" }}{{ end -}}
+{{- range .Values.job.args -}}
+{{- if or (hasPrefix "--model" .) }}{{ fail (printf "job.args: %s is what the chart sets" .) }}{{ end -}}
 {{- end -}}
 {{- end }}

@@ -50,6 +50,11 @@
 # A model's own code (--trust-remote-code) is copied before it is imported, and the model's volume is read-only.
 - name: HF_MODULES_CACHE
   value: /scratch/hf-modules
+{{- if include "lt.compileClaim" . }}
+# Another image has another compiler, so a folder of its own.
+- name: LT_CACHE
+  value: {{ printf "/kernels/%s" (.Values.image.digest | default .Values.image.tag | default .Chart.AppVersion | replace ":" "-") | quote }}
+{{- end }}
 {{- if .Values.engine.apiKeySecret.name }}
 {{ include "lt.secretEnv" (list "LT_API_KEY" .Values.engine.apiKeySecret) }}
 {{- end }}
@@ -76,6 +81,39 @@ livenessProbe:
   {{- mergeOverwrite $live $p.liveness | toYaml | nindent 2 }}
 {{- end }}
 
+{{- define "lt.engineResources" -}}
+{{- $e := .Values.engine -}}
+resources:
+  {{- range list "requests" "limits" }}
+  {{ . }}:
+    cpu: {{ $e.cpu }}
+    memory: {{ int $e.memoryGiB }}Gi
+    {{ $e.gpu.resource | quote }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
+    {{- with $e.extraResources }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- end }}
+{{- end }}
+
+{{- define "lt.engineMounts" -}}
+- name: models
+  mountPath: /models
+  readOnly: true
+- name: scratch
+  mountPath: /scratch
+- name: tmp
+  mountPath: /tmp
+- name: shm
+  mountPath: /dev/shm
+{{- if include "lt.compileClaim" . }}
+- name: kernels
+  mountPath: /kernels
+{{- end }}
+{{- with .Values.engine.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{- /* Call with (list . true) for a container that serves HTTP, (list . false) for another node's. */ -}}
 {{- define "lt.engineContainer" -}}
 {{- $ := index . 0 }}{{ $e := $.Values.engine -}}
@@ -97,31 +135,11 @@ lifecycle:
   preStop:
     exec:
       command: [sleep, {{ $e.preStopSeconds | toString | quote }}]
-resources:
-  {{- range list "requests" "limits" }}
-  {{ . }}:
-    cpu: {{ $e.cpu }}
-    memory: {{ int $e.memoryGiB }}Gi
-    {{ $e.gpu.resource | quote }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
-    {{- with $e.extraResources }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
-  {{- end }}
+{{ include "lt.engineResources" $ }}
 securityContext:
   {{- mergeOverwrite (include "lt.containerSecurity" $ | fromYaml) $e.securityContext | toYaml | nindent 2 }}
 volumeMounts:
-  - name: models
-    mountPath: /models
-    readOnly: true
-  - name: scratch
-    mountPath: /scratch
-  - name: tmp
-    mountPath: /tmp
-  - name: shm
-    mountPath: /dev/shm
-  {{- with $e.extraVolumeMounts }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- include "lt.engineMounts" $ | nindent 2 }}
 {{- end }}
 
 {{- define "lt.waitContainer" -}}
@@ -152,6 +170,10 @@ volumeMounts:
   emptyDir: {sizeLimit: 4Gi}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ int .Values.engine.sharedMemoryGiB }}Gi}
+{{- with include "lt.compileClaim" . }}
+- name: kernels
+  persistentVolumeClaim: {claimName: {{ . | quote }}}
+{{- end }}
 {{- with .Values.engine.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -168,14 +190,36 @@ volumeMounts:
 
 {{- define "lt.enginePodMeta" -}}
 {{- $ := index . 0 -}}
-labels:
-  {{- include "lt.selector" (list $ "engine") | nindent 2 }}
-  {{- if index . 1 }}
-  lt-sglang/serves: http
-  {{- end }}
-  {{- with $.Values.engine.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+labels: { {{- include "lt.selectorKeys" (list $ "engine") }}{{ if index . 1 }}, lt-sglang/serves: http{{ end }}{{ with $.Values.canaryOf }}, lt-sglang/canary-of: {{ . | quote }}{{ end }}{{ include "lt.moreKeys" $.Values.engine.podLabels -}} }
 {{- with $.Values.engine.podAnnotations }}
 annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* Where pods with an engine's GPUs run. */ -}}
+{{- define "lt.placement" -}}
+{{- $e := .Values.engine -}}
+{{- include "lt.pullSecrets" . | trim }}
+{{- with $e.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with $e.schedulerName }}
+schedulerName: {{ . | quote }}
+{{- end }}
+{{- with $e.runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with include "lt.nodeSelector" . }}
+nodeSelector:
+  {{- . | nindent 2 }}
+{{- end }}
+{{- with $e.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $e.affinity }}
+affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
@@ -188,33 +232,14 @@ enableServiceLinks: false
 terminationGracePeriodSeconds: {{ include "lt.gracePeriod" $ }}
 securityContext:
   {{- mergeOverwrite (include "lt.podSecurity" $ | fromYaml) $e.podSecurityContext | toYaml | nindent 2 }}
-{{- include "lt.pullSecrets" $ }}
-{{- with $e.priorityClassName }}
-priorityClassName: {{ . | quote }}
-{{- end }}
-{{- with $e.runtimeClassName }}
-runtimeClassName: {{ . | quote }}
-{{- end }}
-{{- with include "lt.nodeSelector" $ }}
-nodeSelector:
-  {{- . | nindent 2 }}
-{{- end }}
-{{- with $e.tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with $e.affinity }}
-affinity:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+{{ include "lt.placement" $ }}
 {{- if eq $e.kind "Deployment" }}
 topologySpreadConstraints:
   - maxSkew: 1
     topologyKey: kubernetes.io/hostname
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
-      matchLabels:
-        {{- include "lt.selector" (list $ "engine") | nindent 8 }}
+      matchLabels: {{ include "lt.selector" (list $ "engine") }}
 {{- end }}
 {{- if or (include "lt.downloads" $) $e.extraInitContainers }}
 initContainers:
@@ -243,4 +268,11 @@ replicas: {{ max (int .) (int $.Values.autoscaling.minReplicas) }}
 {{- else }}
 replicas: {{ int $.Values.engine.replicas }}
 {{- end }}
+{{- end }}
+
+{{- /* The user's labels of the workload, and Kueue's. */ -}}
+{{- define "lt.engineLabels" -}}
+{{- with .Values.engine.queue }}kueue.x-k8s.io/queue-name: {{ . | quote }}
+{{ end }}
+{{- with .Values.engine.labels }}{{ toYaml . }}{{ end }}
 {{- end }}

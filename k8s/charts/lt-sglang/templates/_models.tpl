@@ -1,7 +1,6 @@
 {{- define "lt.modelsPod" -}}
 metadata:
-  labels:
-    {{- include "lt.selector" (list . "models") | nindent 4 }}
+  labels: {{ include "lt.selector" (list . "models") }}
 spec:
   restartPolicy: OnFailure
   automountServiceAccountToken: false

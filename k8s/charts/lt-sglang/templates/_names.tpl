@@ -3,31 +3,42 @@
 {{- define "lt.engine" -}}{{ include "lt.name" . }}-engine{{- end }}
 {{- define "lt.gateway" -}}{{ include "lt.name" . }}-gateway{{- end }}
 
+{{- define "lt.picker" -}}{{ include "lt.name" . }}-picker{{- end }}
+
+{{- /* The claim for compiled kernels; empty: there is none. */ -}}
+{{- define "lt.compileClaim" -}}
+{{- with .Values.compileCache -}}
+{{- .existingClaim | default (ternary (printf "%s-kernels" (include "lt.name" $)) "" (ne .size "")) -}}
+{{- end -}}
+{{- end }}
+
 {{- define "lt.claim" -}}
 {{ .Values.modelCache.existingClaim | default (printf "%s-models" (include "lt.name" .)) }}
 {{- end }}
 
 {{- /* Labels that never change: a Deployment's selector cannot. Call with (list . "engine"). */ -}}
+{{- define "lt.selectorKeys" -}}
+app.kubernetes.io/name: lt-sglang, app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}, app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
 {{- define "lt.selector" -}}
-app.kubernetes.io/name: lt-sglang
-app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
-app.kubernetes.io/component: {{ index . 1 }}
+{ {{- include "lt.selectorKeys" . -}} }
+{{- end }}
+
+{{- /* A map of the user's, as keys to put behind others. */ -}}
+{{- define "lt.moreKeys" -}}
+{{- range $key, $value := . }}, {{ $key | quote }}: {{ $value | quote }}{{ end }}
 {{- end }}
 
 {{- /* Not of pods: they change with the chart's version, and every engine would start again for it. */ -}}
-{{- define "lt.labels" -}}
-{{ include "lt.selector" . }}
-app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
+{{- define "lt.labelKeys" -}}
+{{ include "lt.selectorKeys" . }}, app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}, app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}, helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
 {{- end }}
 
-{{- /* The user's labels of a workload, which the chart's own win over. Call with (list . "engine" labels). */ -}}
+{{- /* Call with (list . "engine" labels), where the labels are the user's: _checks.tpl keeps the chart's own apart. */ -}}
 {{- define "lt.workloadMeta" -}}
 namespace: {{ (index . 0).Release.Namespace | quote }}
-labels:
-  {{- include "lt.labels" . | nindent 2 }}
-  {{- with index . 2 }}{{ toYaml . | nindent 2 }}{{ end }}
+labels: { {{- include "lt.labelKeys" . }}{{ include "lt.moreKeys" (index . 2) -}} }
 {{- end }}
 
 {{- define "lt.pullSecrets" -}}
@@ -49,9 +60,7 @@ imagePullSecrets:
 {{- end }}
 
 {{- define "lt.meta" -}}
-namespace: {{ (index . 0).Release.Namespace | quote }}
-labels:
-  {{- include "lt.labels" . | nindent 2 }}
+{{ include "lt.workloadMeta" (list (index . 0) (index . 1) dict) }}
 {{- end }}
 
 {{- define "lt.image" -}}

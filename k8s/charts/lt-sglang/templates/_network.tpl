@@ -21,3 +21,14 @@ ports:
   - {port: 53, protocol: UDP}
   - {port: 53, protocol: TCP}
 {{- end }}
+
+{{- /* The API server, at the address behind its Service. */ -}}
+{{- define "lt.apiServer" -}}
+to:
+  {{- range .Values.networkPolicy.apiServerCidrs }}
+  - ipBlock: {cidr: {{ . | quote }}}
+  {{- end }}
+ports:
+  - {port: 443, protocol: TCP}
+  - {port: 6443, protocol: TCP}
+{{- end }}
