@@ -112,7 +112,7 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
         engine["attention_backend"] = args.baseline_backend or ("torch_native" if on_cpu else "triton")
     else:
         engine |= hybrid(SINKS, spec["recent_tokens"], longest, 64, **config)
-        if config.get("lazy_layers") == "all":  # no layer keeps all tokens, so that no number of them is given
+        if config.get("lazy_layers") == "all":  # no layer keeps all, so no number of tokens is given
             del engine["max_total_tokens"]
             engine["mem_fraction_static"] = 0.1
     new_tokens = max((key["new_tokens"] for key in spec["keys"]), default=1)

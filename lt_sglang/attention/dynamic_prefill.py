@@ -216,7 +216,8 @@ class PrefillPlanner:
 
         full: bool [L, bs], on FA3, where some lists are to be empty.
         """
-        calls, found = self._calls, {}
+        calls = self._calls
+        found: dict[str, Any] = {}
         planned = [calls.ragged]
         plan_ragged(calls.updater, calls.ragged, batch.extends)
         if any(batch.prefixes):

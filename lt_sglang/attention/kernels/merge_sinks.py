@@ -24,13 +24,13 @@ TILE_QUERIES = 64
 class SinkTiles(NamedTuple):
     """Runs of up to TILE_QUERIES consecutive queries of one request that see sinks; int32 [number] each.
 
-    token: the run's first row in the batch. position: its first position in the request. count: its queries.
+    token: the run's first row in the batch. position: its first position in the request.
     """
 
     request: torch.Tensor
     token: torch.Tensor
     position: torch.Tensor
-    count: torch.Tensor
+    queries: torch.Tensor
 
     @property
     def number(self) -> int:
@@ -107,7 +107,7 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    count = tl.load(tiles.count + tile)
+    count = tl.load(tiles.queries + tile)
     position0 = tl.load(tiles.position + tile)
     request = tl.load(tiles.request + tile).to(tl.int64)
     token = tl.load(tiles.token + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
