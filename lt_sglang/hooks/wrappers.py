@@ -122,12 +122,9 @@ def run_http_server(
     original: Callable[..., Any],
     server_args: Any,
     tokenizer_manager: Any,
-    template_manager: Any,
-    port_args: Any,
-    scheduler_infos: Any,
-    subprocess_watchdog: Any,
+    *args: Any,
     execute_warmup_func: Callable[[Any], bool] | None = None,
-    launch_callback: Callable[[], None] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Serve nobody but the server's own warm-up before it is ready."""
     from sglang.srt.entrypoints import http_server
@@ -137,16 +134,7 @@ def run_http_server(
     warm_up = execute_warmup_func
     if is_requested(server_args):
         warm_up = guard(http_server.app, tokenizer_manager, execute_warmup_func)
-    return original(
-        server_args,
-        tokenizer_manager,
-        template_manager,
-        port_args,
-        scheduler_infos,
-        subprocess_watchdog,
-        execute_warmup_func=warm_up,
-        launch_callback=launch_callback,
-    )
+    return original(server_args, tokenizer_manager, *args, execute_warmup_func=warm_up, **kwargs)
 
 
 def add_state(original: Callable[..., None], controller: Any, state: dict[str, Any]) -> None:

@@ -49,9 +49,7 @@ NOT_COVERED = {
     "lt_sglang/attention/kernels/*.py, identify/queue_kernel.py, identify/scores/*kernel*.py": (
         "Triton kernels; they run under its interpreter in tests/unit/interpreted_*.py, minutes for each"
     ),
-    "lt_sglang/attention/*flashinfer*.py, *_plan*.py, dynamic_decode.py, prefix.py, gathered.py": (
-        "need a GPU"
-    ),
+    "lt_sglang/attention/*flashinfer*.py, *_plan*.py, *decode.py, prefix.py, gathered.py": "need a GPU",
     "lt_sglang/attention/*torch*.py, identify/decider.py, identify/collect.py": (
         "attention and scores; compared with transformers on real engines in tests/engine"
     ),
