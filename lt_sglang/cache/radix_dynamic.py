@@ -11,7 +11,7 @@ not known yet. Its window slides all the same; its sink rows are reserved, and w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from lt_sglang.cache.radix_static import LightTransferRadixCache, Slots
 from lt_sglang.layers.decisions import Remembered, remember, remembered
 from lt_sglang.layers.layer_sets import LayerSet
-from lt_sglang.layers.prefill import PrefillTracker, digest
+from lt_sglang.layers.prefill import PrefillTracker, is_copy
 from lt_sglang.layers.prefix_index import Beginnings
 from lt_sglang.memory.kv_keys import request_id
-from lt_sglang.memory.sinks import SinkKey, SinkStore
+from lt_sglang.memory.sinks import SinkStore
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 # Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
 TRIES = 4
-
-
-class NameSpace(str):
-    """The extra key of a layer set's part of the tree; unlike a request's own."""
 
 
 class DynamicRadixCache(LightTransferRadixCache):
@@ -50,44 +46,34 @@ class DynamicRadixCache(LightTransferRadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
-        key = params.key
-        given = key.extra_key
-        had = remembered(params.req)
-        try:
-            if had is None:
-                needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._beginnings(key)
-                sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
-            else:
-                needed = had.full_rows
-                prompt, sets = self._comes_back(params.req, had)
-            for entry in sets:
-                if _repeats(params.req, entry):
-                    continue
-                key.extra_key = _name(entry.uid, given)  # also part of the key of the sinks
-                result = super().match_prefix(params)
-                if result.device_prefix_len >= needed:
-                    _bind(params.req, entry, prompt)
-                    return result
-            _bind(params.req, None, None)
-            key.extra_key = NameSpace(NOWHERE)
-            return super().match_prefix(params)
-        finally:
-            key.extra_key = given
+        key, req, had = params.key, params.req, remembered(params.req)
+        if had is None:
+            needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._beginnings(key)
+            sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
+        else:
+            needed = had.full_rows
+            prompt, sets = self._comes_back(req, had)
+        for entry in sets:
+            # A copy reads all but its last token from the cache and computes that one with streaming
+            # attention, where the first run had full attention; and SGLang sends a request with n > 1 once
+            # ahead, to fill the cache. So each copy is computed as n = 1 would be, and decided for itself.
+            if had is None and req is not None and is_copy(req, entry):
+                continue
+            result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
+            if result.device_prefix_len >= needed:
+                _bind(req, entry, prompt)
+                return result
+        _bind(req, None, None)
+        return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.
 
         SGLang does this for 128 waiting requests at a time.
         """
-        given = key.extra_key
         entry = next(self._sets_of(self._beginnings(key)), None)
-        if entry is None:
-            return
-        key.extra_key = _name(entry.uid, given)
-        try:
-            super().touch_prefix(key)
-        finally:
-            key.extra_key = given
+        if entry is not None:
+            super().touch_prefix(_within(key, _name(entry.uid, key.extra_key)))
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As LightTransferRadixCache; the request takes over the layer set of its cached prefix."""
@@ -95,15 +81,12 @@ class DynamicRadixCache(LightTransferRadixCache):
             entry, prompt = _bound(req)
             had = remembered(req)
             self.prefills.inherit(request_id(req), entry, prompt, prefix=req.prefix_len, had=had)
-        with self._within(req):
-            return super().prefix_device_indices(req)
+        return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As LightTransferRadixCache; an undecided request stays out of the tree."""
         entry = self.prefills.sets.of(request_id(req))
-        if entry is None or not entry.decided:
-            return
-        with self._within(req):
+        if entry is not None and entry.decided:
             super().checkpoint(req, up_to=up_to, **kwargs)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
@@ -148,23 +131,15 @@ class DynamicRadixCache(LightTransferRadixCache):
         entry = self.prefills.sets.of(request_id(req))
         return slots if entry is not None and entry.decided else None
 
-    def _shared_key_of(self, req: Req) -> SinkKey:
-        # The rows of a sink set belong to the streaming banks of one layer set, whoever may share them.
-        with self._within(req):
-            return super()._shared_key_of(req)
+    def _extra_key_of(self, req: Req) -> str | None:
+        # Also of its sinks: their rows belong to the streaming banks of one layer set, whoever shares them.
+        entry = self.prefills.sets.of(request_id(req))
+        assert entry is not None
+        return _name(entry.uid, req.extra_key)
 
-    @contextmanager
-    def _within(self, req: Req) -> Iterator[None]:
-        """While it lasts, the request's extra key is that of its layer set's name space; may be nested."""
-        given = req.extra_key
-        if not isinstance(given, NameSpace):
-            entry = self.prefills.sets.of(request_id(req))
-            assert entry is not None
-            req.extra_key = _name(entry.uid, given)
-        try:
-            yield
-        finally:
-            req.extra_key = given
+    def _as_filed(self, req: Req) -> Req:
+        filed: Any = _Filed(req, self._extra_key_of(req))
+        return filed
 
     def _sets_of(self, prompt: Beginnings | None) -> Iterator[LayerSet]:
         sets = self.prefills.sets
@@ -177,22 +152,29 @@ class DynamicRadixCache(LightTransferRadixCache):
         return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
 
 
-def _name(uid: int, extra_key: str | None) -> NameSpace:
-    return NameSpace(f"lt:{uid}:{extra_key or ''}")
+class _Filed:
+    """A request with another extra key; all else, and whatever is assigned, is the request's own.
 
-
-def _repeats(req: Any, entry: LayerSet) -> bool:
-    """Whether ``req`` is one of n copies of the very prompt that decided ``entry``.
-
-    A repeat reads all but its last token from the cache and computes that one with streaming attention, where
-    the first run had full attention; and SGLang sends a request with n > 1 once ahead, to fill the cache. So
-    each copy is computed as n = 1 would be, and decided for itself.
+    SGLang's tree makes the keys of what it stores from ``req.extra_key``, deep inside of methods that it
+    offers whole.
     """
-    if req is None or (getattr(req.sampling_params, "n", 1) or 1) == 1 or remembered(req) is not None:
-        return False
-    if not hasattr(req, "lighttransfer_digest"):
-        req.lighttransfer_digest = digest(req.origin_input_ids)
-    return bool(entry.decided_for == req.lighttransfer_digest)
+
+    def __init__(self, req: Req, extra_key: str | None) -> None:
+        vars(self).update(_req=req, extra_key=extra_key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_req"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_req"], name, value)
+
+
+def _name(uid: int, extra_key: str | None) -> str:
+    return f"lt:{uid}:{extra_key or ''}"
+
+
+def _within(key: RadixKey, extra_key: str) -> RadixKey:
+    return RadixKey(key.token_ids, extra_key, key.is_bigram, key.limit, key.cache_salt)
 
 
 def _bind(req: Any, entry: LayerSet | None, prompt: Beginnings | None) -> None:

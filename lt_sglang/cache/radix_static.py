@@ -85,13 +85,13 @@ class LightTransferRadixCache(UnifiedRadixCache):
             adopted = self.sinks.adopt(request_id(req), self._shared_key_of(req), _row_of(req))
             if not adopted:
                 raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
-        return super().prefix_device_indices(req)
+        return super().prefix_device_indices(self._as_filed(req))
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
         if not self.disable and up_to > self._kept_tokens and not self._keep_sinks(req):
             return
-        super().checkpoint(req, up_to=up_to, **kwargs)
+        super().checkpoint(self._as_filed(req), up_to=up_to, **kwargs)
 
     def slide_window(self, req: Req) -> None:
         """Let go of what the prefill chunk that ends at ``req.extend_end`` left behind.
@@ -218,7 +218,16 @@ class LightTransferRadixCache(UnifiedRadixCache):
         tokens = req.origin_input_ids[:count]
         if len(tokens) < count:
             tokens = tokens + req.output_ids[: count - len(tokens)]
-        return shared_key(tokens, req.extra_key, req.cache_salt)
+        return shared_key(tokens, self._extra_key_of(req), req.cache_salt)
+
+    def _extra_key_of(self, req: Req) -> str | None:
+        """Under which extra key the K and V of the request are filed."""
+        given: str | None = req.extra_key
+        return given
+
+    def _as_filed(self, req: Req) -> Req:
+        """The request as SGLang's tree is to see it, with that extra key."""
+        return req
 
 
 def _row_of(req: Req) -> Any:

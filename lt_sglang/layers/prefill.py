@@ -62,9 +62,17 @@ class Prefill:
         return self.prefix + self.extend
 
 
-def digest(tokens: Any) -> bytes:
-    """Of a whole prompt (an array of token ids)."""
-    return blake2b(tokens.tobytes(), digest_size=16).digest()
+def digest(req: Any) -> bytes:
+    """Of a request's whole prompt; made once a request."""
+    if not hasattr(req, "lighttransfer_digest"):
+        req.lighttransfer_digest = blake2b(req.origin_input_ids.tobytes(), digest_size=16).digest()
+    return bytes(req.lighttransfer_digest)
+
+
+def is_copy(req: Any, entry: LayerSet) -> bool:
+    """Whether ``req`` is one of n copies of the very prompt that decided ``entry``."""
+    n = getattr(getattr(req, "sampling_params", None), "n", 1) or 1
+    return n > 1 and entry.decided_for == digest(req)
 
 
 class PrefillTracker:
@@ -199,16 +207,14 @@ class PrefillTracker:
 
     def _decide(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
-        mine = digest(req.origin_input_ids)
-        stored = determined_by_key(req) and not self._is_one_copy_more(name, req, mine)
-        self.sets.decide(name, stored=stored, decided_for=mine, resumed=resumed)
+        stored = determined_by_key(req) and not self._is_one_copy_more(name, req)
+        self.sets.decide(name, stored=stored, decided_for=digest(req), resumed=resumed)
 
-    def _is_one_copy_more(self, name: str, req: Req, mine: bytes) -> bool:
+    def _is_one_copy_more(self, name: str, req: Req) -> bool:
         """Whether a copy of this prompt has its set stored; thousands would push out everybody's."""
         prompt = getattr(self.sets.of(name), "prompt", None)
-        if prompt is None or (getattr(getattr(req, "sampling_params", None), "n", 1) or 1) == 1:
-            return False
-        return any(entry.decided_for == mine for entry in islice(self.sets.find(prompt), MOST_COPIES_SEEN))
+        alike = () if prompt is None else islice(self.sets.find(prompt), MOST_COPIES_SEEN)
+        return any(is_copy(req, entry) for entry in alike)
 
     def _stage(self, name: str, kind: Kind) -> None:
         if self.staged == name and kind != Kind.STAGE:

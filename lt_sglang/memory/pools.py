@@ -106,19 +106,13 @@ class LightTransferKVCacheConfigurator(KVCacheConfigurator):
         )
 
     def _log(self, split: PoolSplit, given: SplitInput) -> None:
+        full, lazy = self.layer_info.full_attention_layer_ids, self.layer_info.swa_attention_layer_ids
         logger.info(
-            "LightTransfer KV split: full pool %d tokens, streaming pool %d tokens, %d sink sets of %d: "
-            "%.1f requests of %d tokens at once (%d full and %d lazy layers, %.2f GiB per rank). "
-            "Set expected_tokens to prompt + output of your traffic.",
-            split.full_tokens,
-            split.streaming_tokens,
-            split.sink_sets,
-            given.sink_tokens,
-            split.requests,
-            split.expected_tokens,
-            len(self.layer_info.full_attention_layer_ids),
-            len(self.layer_info.swa_attention_layer_ids),
-            split_bytes(split, given) / 2**30,
+            f"LightTransfer KV split: full pool {split.full_tokens} tokens, streaming pool "
+            f"{split.streaming_tokens} tokens, {split.sink_sets} sink sets of {given.sink_tokens}: "
+            f"{split.requests:.1f} requests of {split.expected_tokens} tokens at once ({len(full)} full and "
+            f"{len(lazy)} lazy layers, {split_bytes(split, given) / 2**30:.2f} GiB per rank). "
+            "Set expected_tokens to prompt + output of your traffic."
         )
 
     def _build_hybrid_swa_kv_pool(

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lt_sglang.identify.scores.evidence import Evidence
+from lt_sglang.identify.scores.evidence import Evidence, Selected, Strided
 from lt_sglang.identify.scores.reference import LOG2E
 
 TILE_ROWS = 64  # what one warp group multiplies at a time on Hopper
@@ -48,19 +48,11 @@ class Splits:
 def _attend(  # type: ignore[no-untyped-def]
     lse_ptr,
     output_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    query_rows_ptr,
-    query_positions_ptr,
-    key_rows_ptr,
-    key_positions_ptr,
-    query_row_stride,
-    query_head_stride,
-    key_row_stride,
-    key_head_stride,
-    value_row_stride,
-    value_head_stride,
+    query_of,
+    key_of,
+    value_of,
+    chosen_queries,
+    chosen_keys,
     queries,
     keys,
     scale_log2,
@@ -82,13 +74,13 @@ def _attend(  # type: ignore[no-untyped-def]
     in_tile = item < queries * GROUP
     head = kv_head * GROUP + item % GROUP
     which = request * queries + item // GROUP
-    query_row = tl.load(query_rows_ptr + which, mask=in_tile, other=-1).to(tl.int64)
-    position = tl.load(query_positions_ptr + which, mask=in_tile, other=-1)
+    query_row = tl.load(chosen_queries.rows + which, mask=in_tile, other=-1).to(tl.int64)
+    position = tl.load(chosen_queries.positions + which, mask=in_tile, other=-1)
     is_query = query_row >= 0
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < DIM
     query = tl.load(
-        query_ptr + (query_row * query_row_stride + head * query_head_stride)[:, None] + dim[None, :],
+        query_of.at + (query_row * query_of.row + head * query_of.head)[:, None] + dim[None, :],
         mask=is_query[:, None] & in_dim[None, :],
         other=0.0,
     )
@@ -98,11 +90,11 @@ def _attend(  # type: ignore[no-untyped-def]
     for offset in range(0, SPAN, BLOCK_N):
         place = split * SPAN + offset + tl.arange(0, BLOCK_N)
         in_keys = place < keys
-        key_row = tl.load(key_rows_ptr + request * keys + place, mask=in_keys, other=-1).to(tl.int64)
-        key_position = tl.load(key_positions_ptr + request * keys + place, mask=in_keys, other=-1)
+        key_row = tl.load(chosen_keys.rows + request * keys + place, mask=in_keys, other=-1).to(tl.int64)
+        key_position = tl.load(chosen_keys.positions + request * keys + place, mask=in_keys, other=-1)
         is_key = key_row >= 0
         key = tl.load(
-            key_ptr + (key_row * key_row_stride + kv_head * key_head_stride)[None, :] + dim[:, None],
+            key_of.at + (key_row * key_of.row + kv_head * key_of.head)[None, :] + dim[:, None],
             mask=is_key[None, :] & in_dim[:, None],
             other=0.0,
         )
@@ -117,9 +109,7 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weight, 1)
         if WITH_VALUES:
             value = tl.load(
-                value_ptr
-                + (key_row * value_row_stride + kv_head * value_head_stride)[:, None]
-                + dim[None, :],
+                value_of.at + (key_row * value_of.row + kv_head * value_of.head)[:, None] + dim[None, :],
                 mask=is_key[:, None] & in_dim[None, :],
                 other=0.0,
             ).to(query.dtype)
@@ -158,22 +148,14 @@ def attend(evidence: Evidence, with_values: bool) -> Splits:
     _attend[(tiles, kv_heads, number)](
         lse,
         lse if output is None else output,
-        evidence.query,
-        evidence.keys,
-        evidence.values,
-        evidence.query_rows,
-        evidence.query_positions,
-        evidence.key_rows,
-        evidence.key_positions,
-        evidence.query.stride(0),
-        evidence.query.stride(1),
-        evidence.keys.stride(0),
-        evidence.keys.stride(1),
-        evidence.values.stride(0),
-        evidence.values.stride(1),
-        queries,
-        keys,
-        evidence.scale * LOG2E,
+        Strided.of(evidence.query),
+        Strided.of(evidence.keys),
+        Strided.of(evidence.values),
+        chosen_queries=Selected(evidence.query_rows, evidence.query_positions),
+        chosen_keys=Selected(evidence.key_rows, evidence.key_positions),
+        queries=queries,
+        keys=keys,
+        scale_log2=evidence.scale * LOG2E,
         HEADS=heads,
         GROUP=group,
         DIM=dim,

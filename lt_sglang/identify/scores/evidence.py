@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Strided(NamedTuple):
+    """[rows, heads, ...] for kernels: where it begins, and elements from one row or head to the next."""
+
+    at: torch.Tensor
+    row: int
+    head: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Strided:
+        """A tensor of two or more dimensions."""
+        return cls(tensor, tensor.stride(0), tensor.stride(1))
+
+
+class Selected(NamedTuple):
+    """Rows and positions of queries, [D, W], or of keys, [D, S]; -1 where there is none. For kernels."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
 
 
 def identity(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,15 @@ import triton
 import triton.language as tl
 
 from lt_sglang.identify.scores.attend_kernel import Splits, power_of_2
-from lt_sglang.identify.scores.evidence import Evidence
+from lt_sglang.identify.scores.evidence import Evidence, Strided
 
 
 @triton.jit
 def _reduce_masses(  # type: ignore[no-untyped-def]
     out_ptr,
     split_lse_ptr,
-    lse_ptr,
+    lse_of,
     query_rows_ptr,
-    lse_row_stride,
-    lse_head_stride,
     queries,
     heads,
     total_heads,
@@ -40,9 +38,7 @@ def _reduce_masses(  # type: ignore[no-untyped-def]
         row = tl.load(query_rows_ptr + request * queries + item // HEADS, mask=in_items, other=-1)
         count += ((row >= 0) & (head == 0)).to(tl.int32)
         counted = (row >= 0) & (head < heads)
-        lse = tl.load(
-            lse_ptr + row.to(tl.int64) * lse_row_stride + head * lse_head_stride, mask=counted, other=0.0
-        )
+        lse = tl.load(lse_of.at + row.to(tl.int64) * lse_of.row + head * lse_of.head, mask=counted, other=0.0)
         part = tl.load(
             split_lse_ptr + (request * splits + split[:, None]) * items + item[None, :],
             mask=in_splits[:, None] & counted[None, :],
@@ -67,14 +63,12 @@ def _reduced_masses(evidence: Evidence, splits: Splits, maximum: bool) -> torch.
     _reduce_masses[(requests,)](
         out,
         splits.lse,
-        evidence.lse,
+        Strided.of(evidence.lse),
         evidence.query_rows,
-        evidence.lse.stride(0),
-        evidence.lse.stride(1),
-        queries,
-        evidence.heads,
-        evidence.total_heads,
-        number,
+        queries=queries,
+        heads=evidence.heads,
+        total_heads=evidence.total_heads,
+        splits=number,
         HEADS=heads,
         SPLITS=padded,
         BLOCK=min(2048, 16384 // padded),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.identify.scores.attend_kernel import Splits, power_of_2
-from lt_sglang.identify.scores.evidence import Evidence
+from lt_sglang.identify.scores.evidence import Evidence, Strided
 
 WARP_ELEMENTS = 2048  # float32 that a warp keeps in registers while it adds up splits
 MINUS_ZERO = tl.constexpr(-(1 << 31))  # the bits of -0.0 as an int32; Triton would make a literal -0.0 a 0.0
@@ -19,10 +19,8 @@ def _output_rows(  # type: ignore[no-untyped-def]
     laziness_bits_ptr,
     split_lse_ptr,
     split_output_ptr,
-    attention_ptr,
+    attention_of,
     query_rows_ptr,
-    attention_row_stride,
-    attention_head_stride,
     queries,
     heads,
     splits,
@@ -51,7 +49,7 @@ def _output_rows(  # type: ignore[no-untyped-def]
     # Absent queries and padded heads are zeros, so that they add nothing to the projection.
     wanted = in_dim & (row >= 0) & (head < heads)
     output = tl.load(
-        attention_ptr + row * attention_row_stride + head * attention_head_stride + dim,
+        attention_of.at + row * attention_of.row + head * attention_of.head + dim,
         mask=wanted,
         other=0.0,
     ).to(tl.float32)
@@ -86,13 +84,11 @@ def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor
         laziness.view(torch.int32),
         rows if splits is None else splits.lse,
         rows if splits is None else splits.output,
-        attention,
+        Strided.of(attention),
         evidence.query_rows,
-        attention.stride(0),
-        attention.stride(1),
-        queries,
-        evidence.heads,
-        number,
+        queries=queries,
+        heads=evidence.heads,
+        splits=number,
         HEADS=heads,
         DIM=dim,
         BLOCK_DIM=block_dim,
@@ -159,10 +155,10 @@ def _compare(evidence: Evidence, projected: torch.Tensor, out: torch.Tensor, cos
         projected,
         evidence.hidden,
         evidence.query_rows,
-        projected.stride(0),
-        evidence.hidden.stride(0),
-        queries,
-        hidden,
+        projected_row_stride=projected.stride(0),
+        hidden_row_stride=evidence.hidden.stride(0),
+        queries=queries,
+        hidden=hidden,
         BLOCK_W=power_of_2(queries),
         BLOCK=block,
         COSINE=cosine,
