@@ -43,7 +43,7 @@ DESCRIPTION = """\
 Prefill samples in dynamic mode, count how often each layer is among the laziest, and write the most frequent
 ones as a configuration for lt-sglang serve --lt-config. A sample is a JSON line with "text", or "question"
 and "answer"; it must be longer than sink + recent tokens to count. A run that was cut off goes on where it
-stopped. Arguments after -- go to SGLang.
+stopped. Flags not named here go to SGLang.
 
 With --greedy, layers are made lazy one by one, each time the one that then costs least on the samples' last
 tokens; in transformers, on one device, no engine. Costs are those of a list that is cut behind the prompt
@@ -55,12 +55,11 @@ JOURNAL_SUFFIX = ".samples.jsonl"
 
 def run(argv: list[str]) -> int:
     """Write the configuration and the figures; raises LightTransferError."""
-    place = argv.index("--") if "--" in argv else len(argv)
-    options, rest = take_options(argv[:place])
-    args = _parser().parse_args(rest)
+    options, rest = take_options(argv)
+    args, flags = _parser().parse_known_args(rest)
     _check(options, args)
     if args.greedy:
-        return _run_greedy(options, args, argv[place + 1 :])
+        return _run_greedy(options, args, flags)
     for flag, value in (("--windows", args.windows), ("--candidates", args.candidates)):
         if value is not None:
             raise LightTransferError(f"{flag}: only with --greedy")
@@ -68,7 +67,7 @@ def run(argv: list[str]) -> int:
         require_matplotlib()  # before the engine starts
     score = options.score or DEFAULT_SCORE
     if score not in SCORES:
-        raise LightTransferError(f"--lt-score {score}: looks at no prompt; one of {', '.join(SCORES)}")
+        raise LightTransferError(f"--lt-score {score}: finds no layers; one of {', '.join(SCORES)}")
     data, out = Path(args.data).expanduser(), Path(args.out)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     samples = read_samples(data, tokenizer, args.samples, args.max_tokens, args.seed)
@@ -88,7 +87,8 @@ def run(argv: list[str]) -> int:
     journal = Journal(measured, setting)
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
         words = _engine_options(options, score, args.max_tokens)
-        spec = EngineSpec(out.stem, args.model_path, tuple(argv[place + 1 :]), words)
+        device = ("--device", args.device) if args.device else ()
+        spec = EngineSpec(out.stem, args.model_path, (*flags, *device), words)
         with told_when_stopped(measured), Engine(spec, out.with_suffix(".log")) as engine:
             endpoint = Endpoint(spec.name, engine.url, args.clients)
             laziness = measure(endpoint, samples, journal, _progress)
@@ -276,7 +276,7 @@ def _parser() -> Parser:
         metavar="M",
         help="of --greedy: try M layers a step, those that added least when last tried; default all",
     )
-    parser.add_argument("--device", help="of --greedy: cpu, cuda, ...; a GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, ...; a GPU if there is one")
     parser.add_argument("--samples", type=positive, default=64, help="drawn from the file, default 64")
     parser.add_argument("--max-tokens", type=positive, default=8192, help="of a sample's end, default 8192")
     parser.add_argument("--seed", type=seed, default=0)

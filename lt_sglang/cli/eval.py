@@ -36,13 +36,12 @@ The first engine is full attention; the others are compared with it, item by ite
 examples:
   lt-sglang eval --tokenizer M --endpoint full=http://a:30000 --endpoint half=http://b:30000 --out quality
   lt-sglang eval --model-path M --engine full --engine "half=--lt-mode dynamic --lt-score residual-error" \\
-      --tasks passkey,3-key,text --lengths 4096,8192 --out quality -- --tp-size 2"""
+      --tasks passkey,3-key,text --lengths 4096,8192 --out quality --tp-size 2"""
 
 
 def run(argv: list[str]) -> int:
     """Print the table; writes report.json and the figures. Raises LightTransferError."""
-    own, shared = _split(argv)
-    args = _parser().parse_args(own)
+    args, shared = _parser().parse_known_args(argv)
     if args.plots:
         require_matplotlib()  # before hours of measuring
     check(args)
@@ -93,6 +92,13 @@ def check(args: argparse.Namespace) -> None:
 
 def engine_specs(args: argparse.Namespace, shared: list[str]) -> list[EngineSpec]:
     """The engines to start, each of which can; raises LightTransferError that names the one that cannot."""
+    ours = [word for word in shared if word.startswith("--lt-")]
+    if ours:
+        raise LightTransferError(f"{ours[0]}: is of one engine; write --engine 'NAME={ours[0]} ...'")
+    if shared and args.endpoint:
+        raise LightTransferError(
+            f"{shared[0]}: unknown option, and --endpoint starts no engine to give it to"
+        )
     specs = []
     for number, text in enumerate(args.engine or ()):
         name, _, options = text.partition("=")
@@ -185,13 +191,6 @@ def _progress(name: str) -> Any:
     return bar
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in argv:
-        return argv, []
-    place = argv.index("--")
-    return argv[:place], argv[place + 1 :]
-
-
 def _pair(text: str) -> tuple[str, str]:
     name, equals, url = text.partition("=")
     if not equals or not url.startswith(("http://", "https://")):
@@ -202,7 +201,8 @@ def _pair(text: str) -> tuple[str, str]:
 def _parser() -> Parser:
     parser = Parser(
         prog="lt-sglang eval",
-        description="Ask full attention and lightened engines the same questions; say what lazy layers cost.",
+        description="Ask full attention and lightened engines the same questions; say what lazy layers cost. "
+        "Flags not named here go to SGLang, on all engines that are started.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -212,8 +212,7 @@ def _parser() -> Parser:
         "--engine",
         action="append",
         metavar="NAME[=OPTIONS]",
-        help="start one with these --lt-* options; the first, without any, is stock SGLang. SGLang flags for "
-        "all follow --",
+        help="start one with these --lt-* options; the first, without any, is stock SGLang",
     )
     parser.add_argument("--model-path", "--model", help="of engines that are started")
     parser.add_argument("--tokenizer", help="a folder or a hub name; the model's by default")

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         print(f"lt-sglang: {one_line(error)}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        say("stopped before it was ready")
+        say("stopped")
         return INTERRUPTED
     return 0
 

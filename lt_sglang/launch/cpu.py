@@ -29,6 +29,7 @@ __all__ = [
     "cpu_server_args",
     "gpu_memory",
     "has_gpu",
+    "use_cpu",
 ]
 
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -157,6 +158,24 @@ def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
         # Last, so that a driver found by anything earlier on the path wins over the stand-in.
         changes["LD_LIBRARY_PATH"] = os.pathsep.join([*(p for p in paths if p != stub_dir), stub_dir])
     return changes
+
+
+def use_cpu(tp: int = 1) -> None:
+    """Let this process, and those it starts, run SGLang on a CPU: for ``sglang.Engine`` in one's own program.
+
+    Call it before torch or sglang is imported.
+
+    Args:
+        tp: tensor-parallel size, as of cpu_environment.
+
+    Raises:
+        CompilerMissing: as cpu_environment.
+    """
+    changes = cpu_environment(tp, os.environ)
+    os.environ.update(changes)
+    if paths := changes.get("LD_LIBRARY_PATH"):
+        # The linker of this process has read its path already; a library that is loaded it finds by its name.
+        ctypes.CDLL(str(Path(paths.rpartition(os.pathsep)[2]) / DRIVER_LIBRARY), mode=ctypes.RTLD_GLOBAL)
 
 
 def cpu_server_args() -> list[str]:

@@ -143,7 +143,7 @@ def stock_command(argv: list[str], env: Mapping[str, str]) -> tuple[list[str], d
     # The plug-in does nothing unless its backend is asked for; stock is to be stock all the same.
     changes, missing = {"SGLANG_PLUGINS": "none"}, []
     if args.get(flags.DEVICE) in ("cpu", None if has_gpu() else "cpu"):
-        missing = _missing_cpu_args(args)
+        missing = [*_missing_limits(args), *_missing_cpu_args(args)]
         if args.get(flags.ATTENTION_BACKEND) is None:
             missing += [flags.ATTENTION_BACKEND[0], "torch_native"]
         changes |= _cpu_environment(machine, args.get_int(flags.TP_SIZE, 1), env)

@@ -200,7 +200,7 @@ def test_engines_are_started_and_ended(tmp_path: Path) -> None:
             ),
             *("--tasks", "passkey,text", "--lengths", "700", "--trials", "6", "--texts", "2"),
             *("--recent-tokens", str(RECENT), "--clients", "2"),
-            *("--", "--max-total-tokens", "16000", "--mem-fraction-static", "0.3"),
+            *("--max-total-tokens", "16000", "--mem-fraction-static", "0.3"),
         ]
     )
     assert done == 0

@@ -54,7 +54,7 @@ def evaluate(model: Path, out: Path, *engines: str, shared: tuple[str, ...] = ()
     argv = ["eval", "--model-path", str(model), "--out", str(out), "--no-plots"]
     for engine in engines:
         argv += ["--engine", engine]
-    return main([*argv, "--", *shared])
+    return main([*argv, *shared])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,24 @@ def test_eval_checks_what_all_engines_are_given(
 ) -> None:
     assert evaluate(model, tmp_path / "out", "full", "half=--lt-lazy-layers 1", shared=shared) == 2
     assert f": {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--engine", "full", "--lt-mode", "dynamic"], "--lt-mode: is of one engine; write --engine 'NAME="),
+        (
+            ["--endpoint", "a=http://a:1", "--tp-size", "2"],
+            "--tp-size: unknown option, and --endpoint starts no",
+        ),
+    ],
+)
+def test_eval_flags_that_no_engine_would_get(
+    argv: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", "--model-path", str(model), "--out", str(tmp_path / "out"), "--no-plots"]
+    assert main([*given, *argv]) == 2
+    assert capsys.readouterr().err.startswith(f"lt-sglang: {message}")
 
 
 def test_eval_looks_at_the_weights(

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lt_sglang.cli import INTERRUPTED
 from lt_sglang.doctor import PLUGIN_VALUE
 from lt_sglang.launch.lifeline import ORPHANED, PARENT_VARIABLE
 from lt_sglang.launch.processes import kill_tree, spawn
@@ -55,7 +56,11 @@ FAKE_SGLANG = {
     "sglang/__init__.py": "",
     "sglang/srt/__init__.py": "",
     "sglang/srt/plugins.py": "def load_plugins(): pass\n",
-    "sglang/srt/utils.py": "def kill_process_tree(pid, include_parent): pass\n",
+    "sglang/srt/utils.py": (
+        "import psutil\n\n"
+        "def kill_process_tree(pid, include_parent):\n"
+        "    [child.kill() for child in psutil.Process(pid).children(recursive=True)]\n"
+    ),
     "sglang/srt/server_args.py": "def prepare_server_args(argv): return argv\n",
     "sglang/launch_server.py": "import spawner\n\ndef run_server(args): spawner.main()\n",
 }
@@ -150,6 +155,20 @@ def test_a_killed_start_leaves_nothing(
     os.kill(process.pid, how)  # this process alone, not its group
     process.wait(20)
     wait_for(lambda: gone(child), 5, folder)
+
+
+def test_ctrl_c_ends_a_start_without_tracebacks(
+    folder: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """A terminal sends it to all processes at once; the first says so and ends the others."""
+    process = start(folder, "lt_sglang.cli.server")
+    started.append(process)
+    child = child_of(folder)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == INTERRUPTED
+    assert gone(child)
+    log = (folder / "log").read_text()
+    assert "Traceback" not in log and log.splitlines()[-1] == "lt-sglang: stopped"
 
 
 def test_the_processes_of_a_killed_command_end_with_it(

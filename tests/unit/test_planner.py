@@ -304,6 +304,37 @@ def test_known_shapes_agree_with_counting() -> None:
     )
 
 
+PUBLISHED = {  # billions of weights, as their publishers count them
+    "llama-3-70b": 70.55,
+    "llama-3.1-405b": 405.85,
+    "llama-3.1-8b": 8.03,
+    "llama-3.2-1b": 1.236,
+    "llama-3.2-3b": 3.213,
+    "llama-3.3-70b": 70.55,
+    "mistral-7b": 7.242,
+    "mistral-nemo-12b": 12.25,
+    "mistral-small-24b": 23.57,
+    "mixtral-8x22b": 140.6,
+    "mixtral-8x7b": 46.7,
+    "qwen2.5-14b": 14.77,
+    "qwen2.5-32b": 32.76,
+    "qwen2.5-72b": 72.71,
+    "qwen2.5-7b": 7.616,
+    "qwen3-14b": 14.77,
+    "qwen3-235b-a22b": 235.1,
+    "qwen3-30b-a3b": 30.53,
+    "qwen3-32b": 32.76,
+    "qwen3-4b": 4.022,
+    "qwen3-8b": 8.191,
+    "qwq-32b": 32.76,
+}
+
+
+def test_known_shapes_have_the_published_number_of_weights() -> None:
+    counted = {name: shape.params / 1e9 for name, shape in SHAPES.items()}
+    assert counted == pytest.approx(PUBLISHED, rel=1e-3)
+
+
 def test_nested_text_config() -> None:
     shape = shape_from_config({"model_type": "wrapper", "text_config": QWEN_25_05B}, "m")
     assert shape.layers == 24

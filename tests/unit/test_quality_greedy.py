@@ -197,7 +197,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for more, message in (
         (["--endpoint", "http://x"], "--greedy: needs no server"),
         (["--lt-score", "error-mass"], "--greedy: uses no score"),
-        (["--", "--tp-size", "2"], "--greedy: starts no engine"),
+        (["--tp-size", "2"], "--greedy: starts no engine"),
     ):
         with pytest.raises(LightTransferError, match=message):
             calibrate.run([*argv, *more])
