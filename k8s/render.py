@@ -3,7 +3,7 @@
 Usage:
     python k8s/render.py MODEL --tp 4 --lt-mode dynamic --gpu NVIDIA-H100-80GB-HBM3 > my-model.yaml
     python k8s/render.py MODEL --tp 4 --lt-lazy-layers 8-23 --name chat --namespace llm > my-model.yaml
-    python k8s/render.py --all      write k8s/manifests/ again, one file for each of the chart's values files
+    python k8s/render.py --all      write k8s/manifests, k8s/ray and deploy/ray/serve again, from the charts
 
 The flags --lt-* are those of lt-sglang serve. Any other that this does not know is SGLang's: engines get it.
 
@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -42,7 +43,10 @@ from lt_sglang.planner.shapes import GIB, shape_from_config  # noqa: E402
 
 CHART = HERE / "charts" / "lt-sglang"
 MONITORING = HERE / "charts" / "lt-sglang-monitoring"
+RAY = HERE / "charts" / "lt-sglang-ray"
 MANIFESTS = HERE / "manifests"
+RAY_MANIFESTS = HERE / "ray"
+SERVE_CONFIGS = HERE.parent / "deploy" / "ray" / "serve"
 RELEASE = NAMESPACE = "lt-sglang"
 HUB = "https://huggingface.co"
 HUB_SECONDS = 10.0
@@ -96,15 +100,25 @@ def helm_message(stderr: str) -> str:
     return found.group(1) if found else text
 
 
-def committed() -> Iterator[tuple[Path, Path]]:
-    """Each values file of the chart, and the manifest that is made of it."""
-    for values in sorted((CHART / "values").glob("*.yaml")):
-        yield values, MANIFESTS / values.name
+def committed(chart: Path = CHART, manifests: Path = MANIFESTS) -> Iterator[tuple[Path, Path]]:
+    """Each values file of a chart, and the manifest that is made of it."""
+    for values in sorted((chart / "values").glob("*.yaml")):
+        yield values, manifests / values.name
 
 
-def render_monitoring() -> str:
-    """The manifest of alerts and dashboard, which a cluster has once."""
-    return render([], chart=MONITORING, release=MONITORING.name, namespace="monitoring")
+def made() -> dict[Path, str]:
+    """Every file that ``--all`` writes, with its text."""
+    files = {manifest: render([values]) for values, manifest in committed()}
+    # Alerts and dashboard stand once in a cluster.
+    alone = render([], chart=MONITORING, release=MONITORING.name, namespace="monitoring")
+    files[MANIFESTS / "monitoring.yaml"] = alone
+    for values, manifest in committed(RAY, RAY_MANIFESTS):
+        text = files[manifest] = render([values], chart=RAY)
+        block = re.search(r"serveConfigV2: \|\n((?: {4}.*\n)+)", text)
+        if block:
+            head = f"# serve deploy deploy/ray/serve/{values.name}     on a cluster that runs\n"
+            files[SERVE_CONFIGS / values.name] = head + textwrap.dedent(block[1])
+    return files
 
 
 def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
@@ -259,10 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("either MODEL or --all")
     try:
         if args.all:
-            MANIFESTS.mkdir(exist_ok=True)
-            for values, manifest in committed():
-                manifest.write_text(render([values]), encoding="utf-8")
-            (MANIFESTS / "monitoring.yaml").write_text(render_monitoring(), encoding="utf-8")
+            for file, text in made().items():
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(text, encoding="utf-8")
             return 0
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(model_values(args, flags), file)

@@ -35,8 +35,8 @@ def build(args: dict[str, Any]) -> Application:
             "min_replicas": low,
             "max_replicas": high,
             "target_ongoing_requests": settings.requests_per_replica,
-            "upscale_delay_s": 30,
-            "downscale_delay_s": 900,
+            "upscale_delay_s": settings.upscale_seconds,
+            "downscale_delay_s": settings.downscale_seconds,
         },
         # SGLang itself waits 20 s for a token before it calls itself unhealthy.
         health_check_period_s=10,

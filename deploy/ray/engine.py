@@ -40,9 +40,12 @@ class Engine:
         self._requests = 0
         self._session: aiohttp.ClientSession | None = None
         arguments = engine_arguments(settings)
-        self._others = start_other_nodes(settings, arguments)
+        # Two engines may have their first ranks on one node.
+        port = choose_port(DIST_PORT, visible_gpus())
+        self._address = f"{ray.util.get_node_ip_address()}:{port}"
+        self._others = start_other_nodes(settings, arguments, self._address)
         if self._others:
-            arguments += node_arguments(settings, 0, f"{ray.util.get_node_ip_address()}:{DIST_PORT}")
+            arguments += node_arguments(settings, 0, self._address)
         self._child = Child(arguments, choose_port(settings.port_base, visible_gpus()))
         self._child.wait_until_ready(settings.start_seconds)
         self._ending = False
@@ -164,14 +167,13 @@ def node_arguments(settings: Settings, rank: int, address: str) -> list[str]:
     return [f"--nnodes={settings.nodes}", f"--node-rank={rank}", f"--dist-init-addr={address}"]
 
 
-def start_other_nodes(settings: Settings, arguments: list[str]) -> list[Any]:
-    """An actor in each further bundle of this replica's placement group."""
+def start_other_nodes(settings: Settings, arguments: list[str], address: str) -> list[Any]:
+    """An actor in each further bundle of the placement group; ``address``: of the first node's ranks."""
     if settings.nodes == 1:
         return []
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = ray.util.get_current_placement_group()
-    address = f"{ray.util.get_node_ip_address()}:{DIST_PORT}"
     actors = []
     for rank in range(1, settings.nodes):
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)

@@ -27,6 +27,7 @@ class Settings:
             GPU, on any free port.
         replicas: how many engines; (low, high) scales with requests in progress.
         requests_per_replica: the number of requests in progress that scaling aims at.
+        upscale_seconds, downscale_seconds: how long it must be above or below that.
         max_requests_per_replica: more wait in the front.
         start_seconds, drain_seconds: how long loading and the longest generation may take.
     """
@@ -40,6 +41,8 @@ class Settings:
     port_base: int = 30000
     replicas: tuple[int, int] = (1, 1)
     requests_per_replica: int = 32
+    upscale_seconds: float = 30
+    downscale_seconds: float = 900
     max_requests_per_replica: int = 256
     start_seconds: float = 1800
     drain_seconds: float = 600

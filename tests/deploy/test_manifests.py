@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from k8s.chart_docs import CHARTS, documents
-from k8s.render import CHART, MANIFESTS, MONITORING, committed, main, render, render_monitoring
+from k8s.render import CHART, MANIFESTS, MONITORING, RAY, made, main, render
 
 from .chart import KUBERNETES, VALUES, Object, builtin, custom, faults, objects, template
 
@@ -76,13 +76,12 @@ QWEN2 = json.dumps(
 
 
 def test_manifests_are_those_of_the_values_files() -> None:
-    """`make manifests` was run after the last change of the chart."""
-    made = {manifest.name: render([values]) for values, manifest in committed()}
-    made["monitoring.yaml"] = render_monitoring()
-    found = {file.name: file.read_text(encoding="utf-8") for file in MANIFESTS.glob("*.yaml")}
-    assert found.keys() == made.keys()
-    for name, text in made.items():
-        assert found[name] == text, f"k8s/manifests/{name} is old: python k8s/render.py --all"
+    """`make manifests` was run after the last change of a chart."""
+    files = made()
+    folders = {file.parent for file in files}
+    assert {file for folder in folders for file in folder.glob("*.yaml")} == files.keys()
+    for file, text in files.items():
+        assert file.read_text(encoding="utf-8") == text, f"{file} is old: python k8s/render.py --all"
 
 
 def test_a_manifest_can_be_read() -> None:
@@ -93,7 +92,7 @@ def test_a_manifest_can_be_read() -> None:
     assert [name for name, text in texts.items() if "lt-sglang.json" in text] == ["monitoring.yaml"]
 
 
-@pytest.mark.parametrize("chart", [CHART, MONITORING], ids=lambda chart: chart.name)
+@pytest.mark.parametrize("chart", [CHART, MONITORING, RAY], ids=lambda chart: chart.name)
 def test_schema_and_readme_are_those_of_the_values(chart: Path) -> None:
     """`make manifests` was run after the last change of a chart's values.yaml."""
     assert chart in CHARTS.iterdir()
@@ -103,7 +102,7 @@ def test_schema_and_readme_are_those_of_the_values(chart: Path) -> None:
 
 @pytest.mark.parametrize("part", [builtin, custom])
 def test_monitoring_is_valid(part: Part) -> None:
-    found = part(objects(render_monitoring()))
+    found = part(objects(render([], chart=MONITORING)))
     assert len(found) == 1
     assert [fault for version in KUBERNETES for item in found for fault in faults(item, version)] == []
 
@@ -238,7 +237,7 @@ def test_known_models_need_no_list(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "lazy_layers: none given" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("chart", [CHART, MONITORING], ids=lambda chart: chart.name)
+@pytest.mark.parametrize("chart", [CHART, MONITORING, RAY], ids=lambda chart: chart.name)
 def test_chart_version_is_the_packages(chart: Path) -> None:
     import lt_sglang
 

@@ -11,18 +11,31 @@ import pytest
 import yaml
 
 from deploy.ray.settings import Settings, SettingsError
+from k8s import render
+from lt_sglang.errors import LightTransferError
 
-from .chart import faults
+from .chart import faults, objects, one
 
 ROOT = Path(__file__).resolve().parents[2]
-RAY = ROOT / "k8s" / "ray"
-SERVE_CONFIG = yaml.safe_load((ROOT / "deploy" / "ray" / "serve-config.yaml").read_text(encoding="utf-8"))
-MANIFESTS = [
-    item
-    for file in sorted(RAY.glob("*.yaml"))
-    for item in yaml.safe_load_all(file.read_text(encoding="utf-8"))
-]
-SERVICE = next(item for item in MANIFESTS if item["kind"] == "RayService")
+SERVE_CONFIGS = {
+    file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+    for file in sorted(render.SERVE_CONFIGS.glob("*.yaml"))
+}
+MANIFESTS = {
+    file.stem: [item for item in yaml.safe_load_all(file.read_text(encoding="utf-8")) if item]
+    for file in sorted(render.RAY_MANIFESTS.glob("*.yaml"))
+}
+PRESETS = {"llama-3-70b-tp4", "llama-3-70b-tp8", "qwq-32b-tp2", "qwq-32b-tp4"}
+
+
+def service(name: str) -> dict[str, Any]:
+    return dict(one(MANIFESTS[name], "RayService")["spec"])
+
+
+def ray_chart(*sets: str) -> list[dict[str, Any]]:
+    """The Ray chart with a preset and ``sets``."""
+    values = render.RAY / "values" / "qwq-32b-tp2.yaml"
+    return objects(render.render([values], sets, chart=render.RAY))
 
 
 @pytest.mark.parametrize(
@@ -69,24 +82,36 @@ def test_application() -> None:
     assert front._deployment_config.graceful_shutdown_timeout_s > 900
 
 
-@pytest.mark.parametrize("item", MANIFESTS, ids=lambda item: item["kind"])
-def test_manifests_are_valid(item: dict[str, Any]) -> None:
-    assert faults(item, "1.37") == []
-    assert faults({**item, "spec": {**item["spec"], "rayClusterConfg": {}}}, "1.37")
+def test_there_is_a_preset_for_each_model_and_size() -> None:
+    assert set(SERVE_CONFIGS) == PRESETS and set(MANIFESTS) == PRESETS | {"cluster"}
 
 
-def test_service_runs_the_config_file() -> None:
-    assert yaml.safe_load(SERVICE["spec"]["serveConfigV2"]) == SERVE_CONFIG
-    cluster = next(item for item in MANIFESTS if item["kind"] == "RayCluster")
-    assert SERVICE["spec"]["rayClusterConfig"] == cluster["spec"]
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_are_valid(name: str) -> None:
+    assert [fault for v in ("1.29", "1.37") for item in MANIFESTS[name] for fault in faults(item, v)] == []
+    cluster = next(item for item in MANIFESTS[name] if item["apiVersion"] == "ray.io/v1")
+    assert faults({**cluster, "spec": {**cluster["spec"], "rayClusterConfg": {}}}, "1.37")
 
 
-def test_config_files_are_rays() -> None:
-    ray = pytest.importorskip("ray")
+@pytest.mark.parametrize("name", PRESETS)
+def test_service_runs_the_config_file(name: str) -> None:
+    assert yaml.safe_load(service(name)["serveConfigV2"]) == SERVE_CONFIGS[name]
+    cluster = one(MANIFESTS["cluster"], "RayCluster")["spec"]
+    if name == "qwq-32b-tp2":
+        assert service(name)["rayClusterConfig"] == cluster
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_files_are_rays(name: str) -> None:
+    pytest.importorskip("ray")
     from ray.serve.schema import ServeDeploySchema
 
-    parsed = ServeDeploySchema.model_validate(SERVE_CONFIG)
+    parsed = ServeDeploySchema.model_validate(SERVE_CONFIGS[name])
     assert parsed.applications[0].import_path == "deploy.ray.app:build"
+
+
+def test_cluster_launcher_file_is_rays() -> None:
+    ray = pytest.importorskip("ray")
     schema = json.loads(
         (Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")
     )
@@ -94,20 +119,64 @@ def test_config_files_are_rays() -> None:
     jsonschema.validate(cluster, schema)
 
 
-def test_cluster_has_room_and_time() -> None:
-    settings = Settings.from_dict(SERVE_CONFIG["applications"][0]["args"])
-    (group,) = SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+@pytest.mark.parametrize("name", PRESETS)
+def test_cluster_has_room_and_time(name: str) -> None:
+    settings = Settings.from_dict(SERVE_CONFIGS[name]["applications"][0]["args"])
+    (group,) = service(name)["rayClusterConfig"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
     worker = pod["containers"][0]
     limits = worker["resources"]["limits"]
     assert settings.replicas[1] * settings.tp <= int(limits["nvidia.com/gpu"]) * group["maxReplicas"]
     assert settings.cpus * 8 / settings.tp <= int(limits["cpu"])
     assert pod["terminationGracePeriodSeconds"] >= settings.drain_seconds + 90
+    hook = worker["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook == ["python3", "-m", "deploy.ray.drain", str(int(settings.drain_seconds))]
     ports = [port["containerPort"] for port in worker["ports"] if port["name"].startswith("engine-")]
     assert ports == [settings.port_base + gpu for gpu in range(0, 8, settings.tp)], "each engine is scraped"
-    monitor = next(item for item in MANIFESTS if item["kind"] == "PodMonitor")
+    monitor = one(MANIFESTS[name], "PodMonitor")
     scraped = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     assert scraped == {port["name"] for port in worker["ports"]}
     for endpoint in monitor["spec"]["podMetricsEndpoints"][1:]:
         assert endpoint["relabelings"] == [{"targetLabel": "elastic", "replacement": "true"}]
-    assert SERVICE["spec"]["upgradeStrategy"] == {"type": "None"}, "there are no GPUs for a second cluster"
+    assert service(name)["upgradeStrategy"] == {"type": "None"}, "there are no GPUs for a second cluster"
+
+
+def test_the_cluster_is_guarded() -> None:
+    """A token for the dashboard, a budget for disruptions, and ports for those alone who need them."""
+    found = ray_chart()
+    assert one(found, "RayService")["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    budgets = {o["metadata"]["name"]: o["spec"] for o in found if o["kind"] == "PodDisruptionBudget"}
+    assert budgets["lt-sglang-engine"]["maxUnavailable"] == 1
+    assert budgets["lt-sglang-head"]["maxUnavailable"] == 0, "the cluster ends with its head"
+    worker = one(found, "NetworkPolicy", "lt-sglang-engine")["spec"]
+    open_to_all = [rule for rule in worker["ingress"] if {"namespaceSelector": {}} in rule["from"]]
+    assert [port["port"] for rule in open_to_all for port in rule["ports"]] == [8000]
+    cluster = one(ray_chart("auth=false", "networkPolicy.enabled=false"), "RayService")["spec"]
+    assert "authOptions" not in cluster["rayClusterConfig"]
+
+
+def test_the_head_may_be_replaced_where_a_redis_keeps_its_state() -> None:
+    found = ray_chart("redis.address=redis.db:6379", "redis.secret=redis")
+    options = one(found, "RayService")["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    secret = {"valueFrom": {"secretKeyRef": {"name": "redis", "key": "password"}}}
+    assert options == {"redisAddress": "redis.db:6379", "redisPassword": secret}
+    assert one(found, "PodDisruptionBudget", "lt-sglang-head")["spec"]["maxUnavailable"] == 1
+    head = one(found, "NetworkPolicy", "lt-sglang-ray-head")["spec"]
+    assert {"ports": [{"port": 6379, "protocol": "TCP"}]} in head["egress"]
+    assert [fault for item in found for fault in faults(item, "1.37")] == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (("application.model=",), "application.model: required"),
+        (("application.tensorParallel=3",), "3 does not divide the 8 GPUs"),
+        (("application.maxReplicas=9",), "9 engines of 2 GPUs do not fit on node.max: 2 nodes"),
+        (("application.minReplicas=5",), "application.maxReplicas: less than minReplicas"),
+        (("application.cpus=20",), "reserve more than node.cpu"),
+        (("application.args={--tp-size=4}",), "--tp-size=4 is not for these"),
+    ],
+)
+def test_what_cannot_work_is_refused(sets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(LightTransferError, match=message):
+        ray_chart(*sets)
