@@ -29,7 +29,7 @@ RECOMPILES = 64
 
 @dataclass(frozen=True)
 class Masks:
-    """Of one batch. full, lazy: a BlockMask each, or dense [B, 1, S, S]. lazy_layers: who takes which."""
+    """Of one batch. full, lazy: a BlockMask each, or dense [B, 1, T, T]. lazy_layers: who takes which."""
 
     full: Any
     lazy: Any

@@ -26,8 +26,8 @@ ROWS_AT_ONCE = 1024  # queries whose mask is looked at together; bounds the memo
 class Tokens:
     """Where each token of a batch stands.
 
-    document: [B, S] int32, which document of its row a token belongs to; every padding token is a document of
-        its own. position: [B, S] int32, from 0 in its document. single: each row is one document without
+    document: [B, T] int32, which document of its row a token belongs to; every padding token is a document of
+        its own. position: [B, T] int32, from 0 in its document. single: each row is one document without
         padding, so that nothing needs to be compared.
     """
 
@@ -46,8 +46,8 @@ def tokens_of(
     """Documents and positions, from what a trainer passes to a model.
 
     Args:
-        position_ids: [1 or B, S]; a document begins where they do not go on by one (padding-free batches).
-        attention_mask: [B, S], 1 for tokens and 0 for padding, on either side.
+        position_ids: [1 or B, T]; a document begins where they do not go on by one (padding-free batches).
+        attention_mask: [B, T], 1 for tokens and 0 for padding, on either side.
 
     Raises LightTransferError for a mask of another shape.
     """
@@ -101,7 +101,7 @@ def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
 
 
 def dense(mask: MaskMod, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """[B, 1, S, S] bool, True where a query (third) sees a key (fourth)."""
+    """[B, 1, T, T] bool, True where a query (third) sees a key (fourth)."""
     rows = torch.arange(length, device=device)
     return _rows(mask, batch, rows, length)[:, None]
 
@@ -137,7 +137,7 @@ def visited_blocks(mask: BlockMask) -> int:
 
 
 def _rows(mask: MaskMod, batch: int, rows: torch.Tensor, length: int) -> torch.Tensor:
-    """[B, rows, S] bool."""
+    """[B, rows, T] bool."""
     b = torch.arange(batch, device=rows.device)[:, None, None]
     k = torch.arange(length, device=rows.device)[None, None, :]
     seen: torch.Tensor = mask(b, 0, rows[None, :, None], k)

@@ -1,0 +1,114 @@
+"""The documents name files, functions, flags, commands and results that exist.
+
+A pointer in the text is written ``file.py:function`` or ``file.py:Class.method``, the file from the root of the
+repository or from ``lt_sglang``. Links, paths, modules, make targets and ``--lt-`` flags are checked wherever
+they stand, code blocks included.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lt_sglang.cli import COMMANDS
+from lt_sglang.launch.options import LtOptions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "lt_sglang"
+DOCUMENTS = sorted(
+    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), REPOSITORY / "loadtest/results/README.md"]
+)
+FOLDERS = "|".join(
+    sorted(path.name for root in (REPOSITORY, PACKAGE) for path in root.iterdir() if path.is_dir() and path.name[0] not in "._")
+)
+POINTER = re.compile(r"`([\w./-]+\.py)::?([A-Za-z_][\w.]*)`")
+PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|json|yaml|toml|svg|png))(?![\w*{{])")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MODULE = re.compile(r"-m ((?:tests|lt_sglang)\.[\w.]+)")
+TARGET = re.compile(r"(?:`|^|\$ )make ([a-z][a-z-]*)", re.MULTILINE)
+FLAG = re.compile(r"--lt-[a-z-]+[a-z]")
+COMMAND = re.compile(r"(?:`|^)lt-sglang ([a-z]+)", re.MULTILINE)
+# Not of serve: of the locust file (docs/benchmarks.md).
+LOCUST = {"--lt-scenario", "--lt-case", "--lt-out"}
+
+each = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+
+
+def text_of(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+def located(name: str) -> Path | None:
+    """The file that a text calls ``name``, from the root or from the package."""
+    return next((root / name for root in (REPOSITORY, PACKAGE) if (root / name).exists()), None)
+
+
+@cache
+def names(file: Path) -> frozenset[str]:
+    """What a module defines: functions, classes, their members, and its own variables."""
+    found: set[str] = set()
+
+    def read(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                read(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.Assign):
+                found.update(prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(prefix + node.target.id)
+
+    read(ast.parse(file.read_text(encoding="utf-8")).body, "")
+    return frozenset(found)
+
+
+def anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    lines = [line.lstrip("#").strip() for line in text_of(document).splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@each
+def test_pointers_lead_to_code(document: Path) -> None:
+    for name, what in POINTER.findall(text_of(document)):
+        file = located(name)
+        assert file is not None, f"{name} does not exist"
+        assert what in names(file), f"{name} defines no {what}"
+
+
+@each
+def test_paths_exist(document: Path) -> None:
+    missing = [name for name in PATH.findall(text_of(document)) if located(name) is None]
+    assert not missing
+
+
+@each
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in LINK.findall(text_of(document)):
+        if link.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), f"{link} leads nowhere"
+        if anchor:
+            assert anchor in anchors(target), f"{target.name} has no heading {anchor}"
+
+
+@each
+def test_commands_modules_targets_and_flags_exist(document: Path) -> None:
+    text = text_of(document)
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    flags = {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+    assert {name for name in MODULE.findall(text) if importlib.util.find_spec(name) is None} == set()
+    assert {name for name in TARGET.findall(text) if not re.search(rf"^{name}:", makefile, re.M)} == set()
+    assert set(COMMAND.findall(text)) <= set(COMMANDS)
+    unknown = set(FLAG.findall(text)) - flags - LOCUST - {"--lt-admin-routes"}
+    assert unknown == set()
