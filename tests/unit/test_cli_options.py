@@ -364,7 +364,7 @@ def test_a_list_after_a_full_prefill(tmp_path: Path) -> None:
         resolve_config(options(*asked), "m", PLAIN, {})
     with pytest.raises(LightTransferError, match="^--lt-lazy-layers: 4 layers in the list, but keep 2 of 8"):
         resolve_config(options(*asked, "--lt-lazy-layers=1-3,5", "--lt-keep=2"), "m", PLAIN, {})
-    with pytest.raises(LightTransferError, match="but keep 0.5 of 8 leaves 4 lazy"):
+    with pytest.raises(LightTransferError, match=r"but keep 0.5 of 8 leaves 4 lazy"):
         resolve_config(options("--lt-mode=dynamic", "--lt-keep=0.5", "--lt-lazy-layers=1"), "m", PLAIN, {})
 
 
