@@ -37,7 +37,8 @@ class Child:
         port: where it listens.
         serves: False for the ranks of another node, which answer no requests.
 
-    Raises RuntimeError if the port is taken.
+    Raises:
+        RuntimeError: the port is taken.
     """
 
     def __init__(self, arguments: Sequence[str], port: int, *, serves: bool = True) -> None:

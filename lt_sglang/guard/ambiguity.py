@@ -1,6 +1,6 @@
 """Whether a grammar can be read in too many ways, judged by the grammar alone.
 
-XGrammar tries every token that may follow on the scheduler's thread, and keeps an entry for each way to read
+XGrammar tries each token that may follow on the scheduler's thread, and keeps an entry for each way to read
 the answer so far. ``((-+)+)+`` reads a row of dashes in 2 ** n ways, and one step takes for ever. XGrammar
 writes any grammar (a JSON schema, a regular expression, EBNF, a structural tag) as plain rules, which are
 read here. A character is one of 0 to 255, or "another"; sets of them are the bits of a number.

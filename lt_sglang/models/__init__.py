@@ -75,7 +75,7 @@ def entry_of(folder: Path) -> dict[str, Any]:
     """The entry of ``known.json`` for a model whose config.json has the key ``lighttransfer``.
 
     Raises:
-        LightTransferError: if it has none, or a list that does not fit the model.
+        LightTransferError: it has none, or a list that does not fit the model.
     """
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))

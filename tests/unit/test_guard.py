@@ -275,9 +275,9 @@ def test_a_stock_engine_beside_ours_is_not_guarded(backend: str, ours: bool) -> 
     stock = getattr(NORMALIZE, "__wrapped__", NORMALIZE)
     bad = message(input_ids=array("q", [VOCABULARY]))
     if ours:
-        with pytest.raises(ValueError, match="^rid:"):
+        with pytest.raises(ValueError, match=r"^rid:"):
             hooks.normalize_request(stock, obj)
-        with pytest.raises(ValueError, match="^input_ids:"):
+        with pytest.raises(ValueError, match=r"^input_ids:"):
             hooks.create_tokenized(lambda *given: bad, manager, obj)
         return
     hooks.normalize_request(stock, obj)
