@@ -37,6 +37,7 @@ def parse_lazy_layers(text: str, label: str = "lazy_layers") -> tuple[tuple[int,
     """Layers as parse_layers, or none and the choice that ``text`` names, such as ``"ends:0.5"``.
 
     Args:
+        text: as a user wrote it.
         label: what an error calls the field.
 
     Raises:
@@ -49,7 +50,8 @@ def parse_lazy_layers(text: str, label: str = "lazy_layers") -> tuple[tuple[int,
 def parse_layers(text: str, label: str = "lazy_layers") -> tuple[int, ...]:
     """Parse ``"5-24,26,30-33"`` into sorted unique layer indices; ``"none"`` and ``""`` give ``()``.
 
-    Raises LightTransferError on anything else, and on a layer named twice; it calls the field ``label``.
+    Raises:
+        LightTransferError: anything else, and on a layer named twice; it calls the field ``label``.
     """
     text = text.strip()
     if text in ("", "none"):
@@ -186,7 +188,9 @@ class LightTransferConfig:
         """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
 
         Dynamic mode without a list for short prompts makes the ends of the stack lazy for them. Idempotent.
-        Raises LightTransferError if both do not fit the model, or each other.
+
+        Raises:
+            LightTransferError: both do not fit the model, or each other.
         """
         if self.choice is not None:
             choice = parse_choice(self.choice)

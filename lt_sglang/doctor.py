@@ -248,7 +248,8 @@ def _resolve_arguments(argv: list[str]) -> str:
 def server_arguments(argv: list[str]) -> Any:
     """SGLang's ServerArgs of ``argv``, with our plug-in loaded.
 
-    Raises DoctorError on a bad flag, where SGLang's parser would print its usage of 480 lines and exit.
+    Raises:
+        DoctorError: on a bad flag, where SGLang's parser would print its usage of 480 lines and exit.
     """
     from sglang.srt.plugins import load_plugins
 

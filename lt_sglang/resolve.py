@@ -31,7 +31,8 @@ def load_config(
 ) -> LightTransferConfig:
     """The configuration to serve: overrides, else the model's own, else the known model's.
 
-    Raises LightTransferError when there is none.
+    Raises:
+        LightTransferError: when there is none.
     """
     found = find_config(overrides, model_config, model_path, "model override args")
     if found is not None:

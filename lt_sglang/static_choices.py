@@ -86,6 +86,7 @@ def parse_choice(text: str, label: str = "lazy_layers") -> Choice | None:
     """The choice that ``text`` names, such as ``"ends:0.5"``; None if it names none.
 
     Args:
+        text: as a user wrote it.
         label: what an error calls the field.
 
     Raises:

@@ -34,7 +34,8 @@ class Child(ServerProcess):
         port: where it listens.
         serves: False for the ranks of another node, which answer no requests.
 
-    Raises RuntimeError if the port is taken.
+    Raises:
+        RuntimeError: the port is taken.
     """
 
     failed = RuntimeError

@@ -153,7 +153,8 @@ def kl_of(
 ) -> list[Divergence | None]:
     """One divergence a text; None where a prompt was not cached, since its queries saw everything.
 
-    Raises ValueError if fewer than half were cached.
+    Raises:
+        ValueError: fewer than half were cached.
     """
     found: list[Divergence | None] = []
     for text, p, q in zip(spec["kl"], full, light, strict=True):

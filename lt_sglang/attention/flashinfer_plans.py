@@ -92,10 +92,12 @@ def plan_decode(
     Args:
         updater: SGLang's indices updater, for heads and dtypes.
         wrapper: FlashInfer's.
-        kv_indptr, last_page_len: int32 [bs + 1] and [bs], on the device or the host.
+        kv_indptr: int32 [bs + 1], on the device or the host.
+        last_page_len: int32 [bs], likewise.
         kv_indices: int32, of the wrapper's device.
         kv_indptr_host: as ``kv_indptr``, on the host.
-        fixed_split_size, disable_split_kv: as SGLang gives them.
+        fixed_split_size: as SGLang gives it.
+        disable_split_kv: as SGLang gives it.
     """
     fast = {"global_override_indptr_cpu": kv_indptr_host} if is_replanned(wrapper) else {}
     with copied(wrapper):

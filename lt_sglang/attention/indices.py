@@ -56,6 +56,8 @@ def sink_rows(rows: torch.Tensor, tables: StreamingTables, windows: Windows) -> 
 
     Args:
         rows: int64 [bs], request rows.
+        tables: where positions live.
+        windows: w_sink and w_recent.
 
     Returns:
         int64 [bs, w_sink]. Entries of positions not yet computed are meaningless (and in bounds).
@@ -74,8 +76,11 @@ def span_slots(
     """Slots of positions first[b] .. first[b] + counts[b] - 1 of each request, packed.
 
     Args:
-        rows, first, counts: int64 [bs] on the device.
+        rows: int64 [bs] on the device, request rows.
+        first: int64 [bs] on the device.
+        counts: int64 [bs] on the device.
         total: sum of counts, known on the host, so that nothing waits for the device.
+        tables: where positions live.
 
     Returns:
         Full and streaming slots, int32 [total] each; copies.

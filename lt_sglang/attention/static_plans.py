@@ -47,7 +47,7 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
         self.runner = model_runner
         super().__init__(model_runner, attn_backend)
 
-    def update_sliding_window(
+    def update_sliding_window(  # noqa: PLR0913 - SGLang's signature
         self,
         seq_lens: torch.Tensor,
         seq_lens_cpu: torch.Tensor | None,
@@ -117,7 +117,7 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
         self.runner = model_runner
         super().__init__(model_runner, attn_backend)
 
-    def update_sliding_window(
+    def update_sliding_window(  # noqa: PLR0913 - SGLang's signature
         self,
         req_pool_indices: torch.Tensor,
         seq_lens: torch.Tensor,

@@ -36,7 +36,10 @@ def bounds(
     """The bounds of ``scenario`` on one model and machine.
 
     Args:
+        scenario: what is run.
+        shape: of the model.
         config: settled, as the server uses it.
+        tp: GPUs of one server.
         gpu: the planner's name; None on a CPU, whose speed it does not know.
         stock_tokens: what the stock server's KV memory holds: both servers have the same bytes.
         server: the stock server's /server_info.

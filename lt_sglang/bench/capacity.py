@@ -33,6 +33,7 @@ def check_fits(scenario: Scenario, server: Mapping[str, Any], name: str) -> None
     that do not say what they hold, are not checked.
 
     Args:
+        scenario: whose requests.
         server: /server_info.
         name: what to call the server.
     """

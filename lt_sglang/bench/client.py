@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def send(client: Any, scenario: Scenario, request: Request, began: float) -> tup
     ttft = tokens_at[0] - start if tokens_at else None
     if ttft is not None:
         _show_ttft(client, path, request, ttft)
-    gaps = tuple(after - before for before, after in zip(tokens_at, tokens_at[1:], strict=False))
+    gaps = tuple(after - before for before, after in itertools.pairwise(tokens_at))
     sample = Sample(
         index=request.conversation.index,
         turn=request.number,

@@ -18,8 +18,9 @@ from lt_sglang.launch.engine import server_info
 def fitted(scenario: Scenario, url: str) -> Scenario:
     """``scenario`` as the server at ``url`` gets it.
 
-    Raises LightTransferError if the server must be asked how much it holds, and does not say, or holds less
-    than one request.
+    Raises:
+        LightTransferError: the server must be asked how much it holds, and does not say, or holds less
+            than one request.
     """
     if not scenario.load.fill:
         return scenario
@@ -34,10 +35,12 @@ def filled(scenario: Scenario, server: Mapping[str, Any], name: str) -> Scenario
     """``scenario`` with at most as many users and requests as ``server`` holds at once.
 
     Args:
+        scenario: of known lengths.
         server: /server_info.
         name: what to call the server.
 
-    Raises LightTransferError if /server_info does not say how much KV it holds, or that is too little.
+    Raises:
+        LightTransferError: /server_info does not say how much KV it holds, or that is too little.
     """
     load, lengths = scenario.load, mean_lengths(scenario)
     if lengths is None:

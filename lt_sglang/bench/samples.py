@@ -76,8 +76,7 @@ def unit_of(metric: str) -> str:
 
 
 def summarize(samples: Sequence[Sample], slo: Slo) -> dict[str, float | None]:
-    """Every metric of METRICS; latencies are None where no request has them, cached_tokens where
-    an answer did not say.
+    """Every metric of METRICS; None for latencies that no request has and cached_tokens that no answer told.
 
     Throughput counts answered requests only, over the time from the first request to the last answer of
     any kind. concurrency: requests in flight on average. slo_attainment: good requests among all sent.

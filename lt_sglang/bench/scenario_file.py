@@ -64,7 +64,8 @@ def pick(scenarios: tuple[Scenario, ...], name: str | None) -> Scenario:
 def pick_cases(files: Sequence[tuple[Scenario, ...]], names: Sequence[str]) -> list[tuple[Scenario, ...]]:
     """Of each file the scenarios that one of ``names`` picks, as in `pick`; all of them without names.
 
-    Raises LightTransferError if a name picks nothing, or two of one file.
+    Raises:
+        LightTransferError: a name picks nothing, or two of one file.
     """
     if not names:
         return list(files)

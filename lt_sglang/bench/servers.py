@@ -35,13 +35,16 @@ def specs_of(
     """Stock servers by attention backend, and ours under ``lighttransfer``.
 
     Args:
+        scenario: what is run.
         work: folder for the configuration of a shape.
         baselines: attention backends of stock SGLang; not used if the scenario wants ours alone.
         model: a folder or hub name, in place of the scenario's shape.
         most_tp: GPUs, where the scenario asks for more.
-        flags: SGLang's, for both sides. options: ``--lt-*``.
+        flags: SGLang's, for both sides.
+        options: ``--lt-*``, for ours.
 
-    Raises LightTransferError if there is no model.
+    Raises:
+        LightTransferError: there is no model.
     """
     engine = scenario.engine
     common = (*engine.flags, *flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -150,7 +151,7 @@ def parts(
     at = np.array([look.at - started_at for look in looks])
     cpu = np.interp(edges, at, [look.cpu_seconds for look in looks])
     found = []
-    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = np.clip(np.minimum(begins + spans, high) - np.maximum(begins, low), 0, None) / spans
         made = float((tokens * inside).sum())
         seen = [look for look, when in zip(looks, at, strict=True) if low <= when <= high]

@@ -71,7 +71,8 @@ def choose_layers(laziness: Sequence[Sequence[float]], keep: int) -> Choice:
         laziness: per sample, per layer; higher is lazier.
         keep: layers that stay full.
 
-    Raises LightTransferError without samples, or if ``keep`` is not a number of layers below all.
+    Raises:
+        LightTransferError: without samples, or if ``keep`` is not a number of layers below all.
     """
     if not laziness:
         raise LightTransferError("calibrate: no sample is longer than sink + recent tokens; none was counted")
@@ -119,7 +120,8 @@ def sha256_of(path: Path) -> str:
 class Journal:
     """The samples measured so far, one JSON line each, after a first line with their setting.
 
-    Raises LightTransferError if the file is of another setting, and names what differs.
+    Raises:
+        LightTransferError: the file is of another setting, and names what differs.
     """
 
     def __init__(self, path: Path, setting: Setting) -> None:

@@ -106,8 +106,9 @@ class Endpoint:
         continuation then hit the cache: the continuation's queries see lazy layers as decoded tokens do.
         Position i of the result is what continuation[: i + 1] predicts; there are len(continuation) - 1.
 
-        Raises LightTransferError if the prompt was not cached (the server runs without a prefix cache, or
-        with too small a one).
+        Raises:
+            LightTransferError: the prompt was not cached (the server runs without a prefix cache, or with
+                too small a one).
         """
         return self._each(lambda text: self._continued(*text, top=top), texts, progress)
 

@@ -35,7 +35,8 @@ def wilson(successes: float, trials: int) -> Interval:
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     """Of rate(second) - rate(first), the same trials in both (Newcombe 1998, method 10).
 
-    Raises ValueError if they differ in length or are empty.
+    Raises:
+        ValueError: they differ in length or are empty.
     """
     both, lost, won, neither = _table(first, second)
     trials = both + lost + won + neither
@@ -56,7 +57,8 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
 def paired_means(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
     """Of mean(second) - mean(first), the same items in both: a seeded percentile bootstrap over items.
 
-    Raises ValueError if they differ in length or are empty.
+    Raises:
+        ValueError: they differ in length or are empty.
     """
     import numpy
 

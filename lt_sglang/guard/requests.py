@@ -35,7 +35,8 @@ class Family:
 def normalize(original: Callable[[Any], None], obj: Any) -> None:
     """Check, let SGLang normalize, and note which requests belong together.
 
-    Raises ValueError with a sentence that names the field.
+    Raises:
+        ValueError: with a sentence that names the field.
     """
     check_request(obj)
     name = obj.rid if isinstance(obj.rid, str) else None

@@ -23,7 +23,9 @@ def queue_step(
     Args:
         bank_of: int32 [capacity, L], rows of ``sets`` valid for layers before ``layer``.
         laziness: float32 [capacity, L], likewise, and for ``layer``.
-        sets: int64 [D], distinct rows. keep: P.
+        sets: int64 [D], distinct rows.
+        layer: the one that enters.
+        keep: P.
 
     Returns:
         int64 [D], the popped layers; NOBODY while the queues are not full.

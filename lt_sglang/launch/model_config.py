@@ -15,7 +15,8 @@ from lt_sglang.errors import LightTransferError
 def read_model_config(model_path: str, revision: str | None = None) -> dict[str, Any] | None:
     """config.json of a local folder or a hub name; None if it is neither: SGLang knows other sources.
 
-    Raises LightTransferError, with the cause, if a folder or the hub has none, or if it is not a JSON object.
+    Raises:
+        LightTransferError: with the cause, if a folder or the hub has none, or if it is not a JSON object.
     """
     folder = Path(model_path).expanduser()
     if names_folder(model_path):

@@ -130,6 +130,8 @@ def resolve_config(
     """The configuration that the options, the model and the known models add up to.
 
     Args:
+        options: as given on the command line.
+        model_path: a folder or a hub name.
         model_config: the model's config.json, or None if it cannot be read here.
         overrides: the object of ``--json-model-override-args``.
 

@@ -80,8 +80,9 @@ class Machine:
 def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None = None) -> Launch:
     """Work out the command line and the environment of the server.
 
-    Raises LightTransferError on a bad option, a conflicting backend and a model without lazy layers. May
-    convert the demonstration model and compile the driver stub, both once per machine.
+    Raises:
+        LightTransferError: on a bad option, a conflicting backend and a model without lazy layers. May
+            convert the demonstration model and compile the driver stub, both once per machine.
     """
     machine = machine or Machine()
     leave_open, rest = admin.take_option(argv)

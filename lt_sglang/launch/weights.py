@@ -26,7 +26,8 @@ MOST_HEADER_BYTES = 1 << 30
 def check_weights(args: SglangArgs) -> str:
     """What was found of the model that ``args`` name, as a sentence.
 
-    Raises LightTransferError, naming the file, if a start would not find all weights.
+    Raises:
+        LightTransferError: naming the file, if a start would not find all weights.
     """
     model = args.get(flags.MODEL_PATH) or ""
     load_format = args.get(flags.LOAD_FORMAT) or "auto"

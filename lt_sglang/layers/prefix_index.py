@@ -52,7 +52,7 @@ class _Node:
     below; no two filings have the same.
     """
 
-    __slots__ = ("edge", "parent", "ends", "children", "time")
+    __slots__ = ("children", "edge", "ends", "parent", "time")
 
     def __init__(self, edge: bytes, parent: _Node | None, time: int = 0) -> None:
         self.edge = edge

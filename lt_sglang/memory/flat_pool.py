@@ -62,7 +62,6 @@ class FlatPool:
 
 def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
     """``pool_class`` (an MHATokenToKVPool) whose buffers are banks of ``flat``."""
-
     base: Any = pool_class
 
     class FlatKVPool(base):

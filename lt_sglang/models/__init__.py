@@ -74,7 +74,8 @@ def find_known(model_path: str) -> KnownModel | None:
 def entry_of(folder: Path) -> dict[str, Any]:
     """The entry of ``known.json`` for a model whose config.json has the key ``lighttransfer``.
 
-    Raises LightTransferError if it has none, or a list that does not fit the model.
+    Raises:
+        LightTransferError: it has none, or a list that does not fit the model.
     """
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -47,11 +47,12 @@ def attach(model: Any, config: LightTransferConfig, kind: str | None = None) -> 
     """Make ``model`` attend as ``config``'s static list says, in training and in evaluation, without a cache.
 
     Args:
-        model: a causal language model of transformers (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen2-MoE,
-        ...).
+        model: a causal language model of transformers (Llama, Mistral, Mixtral, Qwen2, Qwen3, ...).
+        config: of mode "static".
         kind: "flex" or "dense"; by default flex on a GPU and dense on a CPU, decided batch by batch.
 
-    Raises LightTransferError for a list that does not fit the model, and for a model without one decoder.
+    Raises:
+        LightTransferError: for a list that does not fit the model, and for a model without one decoder.
     """
     if kind not in (None, *KINDS):
         raise LightTransferError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
@@ -127,9 +128,15 @@ def attend(
 
     Args:
         module: has ``layer_idx``.
-        query: [B, heads, S, head_dim]. key, value: [B, kv_heads, S, head_dim].
+        query: [B, heads, S, head_dim].
+        key: [B, kv_heads, S, head_dim].
+        value: as ``key``.
+        attention_mask: the masks of the batch, for full and for lazy layers.
+        scaling: of the products of queries and keys; 1 / sqrt(head_dim) by default.
+        dropout: not used; ``attach`` refuses a model that has one.
 
-    Returns: [B, S, heads, head_dim] in ``value``'s dtype, and no weights.
+    Returns:
+        [B, S, heads, head_dim] in ``value``'s dtype, and no weights.
     """
     if not isinstance(attention_mask, Masks):
         raise LightTransferError("attention: got no hybrid mask; call the model through its decoder")

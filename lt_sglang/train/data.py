@@ -145,10 +145,15 @@ def load_samples(
     """All samples of at most ``max_length`` tokens, and the report.
 
     Args:
+        paths: JSON lines, one file or more.
+        encoder: makes a record's tokens and labels.
+        max_length: in tokens.
         window: sink + recent tokens; at least one sample must be longer, or lazy layers would see everything.
         too_long: "truncate" cuts the end of a longer sample; "drop" leaves it out.
+        progress: wraps the records as they are read.
 
-    Raises LightTransferError for bad lines, and if nothing is left to train on.
+    Raises:
+        LightTransferError: for bad lines, and if nothing is left to train on.
     """
     samples: list[Sample] = []
     report = Report()

@@ -46,10 +46,14 @@ def tokens_of(
     """Documents and positions, from what a trainer passes to a model.
 
     Args:
+        batch: B.
+        length: T.
+        device: of the result.
         position_ids: [1 or B, T]; a document begins where they do not go on by one (padding-free batches).
         attention_mask: [B, T], 1 for tokens and 0 for padding, on either side.
 
-    Raises LightTransferError for a mask of another shape.
+    Raises:
+        LightTransferError: for a mask of another shape.
     """
     index = torch.arange(length, dtype=torch.int32, device=device).expand(batch, length)
     starts = torch.zeros((batch, length), dtype=torch.bool, device=device)

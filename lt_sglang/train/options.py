@@ -97,7 +97,8 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 def read_recipe(name: str) -> dict[str, Any]:
     """A ready recipe of this package by name, or a JSON file: option names and their values.
 
-    Raises LightTransferError for a file that cannot be read and an option that does not exist.
+    Raises:
+        LightTransferError: for a file that cannot be read and an option that does not exist.
     """
     path = Path(name).expanduser()
     ready = resources.files("lt_sglang.train").joinpath(RECIPES)

@@ -84,7 +84,8 @@ def train(options: TrainOptions) -> Path:
 def prepare_folder(options: TrainOptions) -> Path | None:
     """Make the run's folder and record; the checkpoint to go on from, or None.
 
-    Raises LightTransferError if the folder holds another run, or one that was not to be resumed.
+    Raises:
+        LightTransferError: the folder holds another run, or one that was not to be resumed.
     """
     from lt_sglang.train.trainer import last_checkpoint
 

@@ -21,7 +21,7 @@ def test_models_of_more_than_text_are_refused(tmp_path: Path) -> None:
         tmp_path
     )
     with pytest.raises(
-        LightTransferError, match="^model: Qwen2VLForConditionalGeneration takes more than text"
+        LightTransferError, match=r"^model: Qwen2VLForConditionalGeneration takes more than text"
     ):
         _check_kind(ModelConfig(str(tmp_path)))
     _check_kind(ModelConfig(str(tmp_path), language_model_only=True))

@@ -154,5 +154,5 @@ def test_the_narrowest_entry_counts() -> None:
     ],
 )
 def test_a_group_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="^server_args, group 1: wants names and exactly one of"):
+    with pytest.raises(ValueError, match=r"^server_args, group 1: wants names and exactly one of"):
         verdicts.load(text)

@@ -21,7 +21,7 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
 
 ARGS = dict(re.findall(r"^ARG (\w+)=(\S+)$", DOCKERFILE.split("\nFROM")[0], re.MULTILINE))
-STAGES = {name: text for name, text in re.findall(r"(?ms)^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE)}
+STAGES = dict(re.findall(r"(?ms)^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE))
 
 
 def test_bases_are_pinned_by_digest() -> None:

@@ -245,6 +245,6 @@ def test_sigterm_drains(client: Client) -> None:
         assert refused.status_code == 503 and refused.headers["Retry-After"]
         outcomes = [future.result() for future in running]
     assert all(outcome.finished and len(outcome.tokens) == 1500 for outcome in outcomes)
-    gone, alive = psutil.wait_procs(processes, timeout=60)
+    _gone, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     wait_until(lambda: healthy(client, 2), START_SECONDS)

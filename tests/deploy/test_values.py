@@ -143,7 +143,7 @@ REFUSED_BY_ARITHMETIC = {
 @pytest.mark.parametrize("setting", REFUSED_BY_SCHEMA.values(), ids=REFUSED_BY_SCHEMA)
 def test_schema_refuses(setting: str, program: str, request: pytest.FixtureRequest) -> None:
     helm: Path = request.getfixturevalue(program)
-    with pytest.raises(LightTransferError, match="(?i)schema"):
+    with pytest.raises(LightTransferError, match=r"(?i)schema"):
         render([], (*MINIMAL, setting), program=helm)
 
 

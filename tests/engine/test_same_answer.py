@@ -7,7 +7,6 @@ stays full and the first that becomes lazy there is room, as the server itself r
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,10 +33,10 @@ def reference() -> DynamicReference:
 
 
 @pytest.fixture
-def cold(server: Server) -> Iterator[Server]:
+def cold(server: Server) -> Server:
     """With an empty cache."""
     server.flush_cache()
-    yield server
+    return server
 
 
 def room(choice: dict[str, Any]) -> float:
@@ -65,8 +64,11 @@ def test_each_of_n_answers_as_one(cold: Server) -> None:
         prompt, one = alone(cold, length, 24, rng)
         for order in ("n after one", "n on an empty cache"):
             parameters = {
-                **{"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
-                **{"custom_params": ASK, "n": 4},
+                "temperature": 0,
+                "max_new_tokens": 24,
+                "ignore_eos": True,
+                "custom_params": ASK,
+                "n": 4,
             }
             answers = cold.post("/generate", {"input_ids": prompt, "sampling_params": parameters}).json()
             assert len(answers) == 4

@@ -135,7 +135,7 @@ def _read(answer: requests.Response) -> str:
 
 
 def outcome(answer: requests.Response) -> str:
-    """ "refused", "answered" or "failed", whether the answer is one object or a stream of events."""
+    """One of refused, answered and failed, whether the answer is one object or a stream of events."""
     if answer.status_code >= 500:
         return "failed"
     if answer.status_code >= 400:

@@ -155,7 +155,7 @@ def in_child(tests: list[str], mutant: Mutant | None, log: Path) -> str:
         code = int(
             pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=line", *tests])
         )
-    except BaseException as error:  # noqa: B036
+    except BaseException as error:
         print(repr(error))
     finally:
         os._exit(code)

@@ -387,7 +387,7 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     sinks = Sinks(rows, tiles, WINDOWS)
     merge_sinks(out, lse, query, KV(keys, values), sinks, Scales(0.25), window=window, banks=(column, KEEP))
     assert torch.equal(out[5:14], untouched[5:14])
-    for index, where in ((0, range(0, 5)), (2, range(14, 20))):
+    for index, where in ((0, range(5)), (2, range(14, 20))):
         start = LAYOUT.bank_start(int(of[index]))
         k, v = (part.float()[start + rows[index], 0] for part in (keys, values))
         for offset, token in enumerate(where):

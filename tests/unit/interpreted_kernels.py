@@ -171,9 +171,8 @@ def test_tiles_cover_every_query_that_sees_a_sink_once(seed: int) -> None:
     expected = []
     token = 0
     for request, (prefix, extend) in enumerate(zip(prefixes, extends, strict=True)):
-        for i in range(extend):
-            if prefix + i >= batch.windows.recent_tokens:
-                expected.append((request, token + i, prefix + i))
+        behind = range(max(0, batch.windows.recent_tokens - prefix), extend)
+        expected += [(request, token + i, prefix + i) for i in behind]
         token += extend
     assert sorted(covered) == expected
 

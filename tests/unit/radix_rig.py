@@ -40,7 +40,7 @@ class Rig:
             head_num=1,
             head_dim=2,
         )
-        with mock.patch.object(fixtures, "get_device", lambda: "cpu"):
+        with mock.patch.object(fixtures, "get_device", return_value="cpu"):
             stock, self.allocator, self.rows = fixtures.build_fixture(config)
         params: Any = stock.cache_init_params
         params.disable = disable

@@ -15,10 +15,10 @@ def visible(position: int, sink: int, recent: int) -> list[int]:
 
 
 class Batch:
-    """Requests with shuffled slots; those longer than their window have a sink set, every other one of
-    the rest too (a request that shares a prefix may get its set early).
+    """Requests with shuffled slots; those longer than their window have a sink set.
 
-    Slots outside a long request's window are unmapped (streaming slot 0), as after the window slid on.
+    Every other one of the rest has one, too: a request that shares a prefix may get its set early. Slots
+    outside a long request's window are unmapped (streaming slot 0), as after the window slid on.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ def test_layers_are_checked_against_the_model() -> None:
 def test_nothing_known() -> None:
     with pytest.raises(
         LightTransferError,
-        match="lazy layers: none are known for m. With --lt-mode dynamic .* lt-sglang calibrate",
+        match=r"lazy layers: none are known for m. With --lt-mode dynamic .* lt-sglang calibrate",
     ):
         resolve_config(LtOptions(), "m", PLAIN, {})
     # A model that cannot be looked up here is left to SGLang's process...
@@ -362,9 +362,9 @@ def test_a_list_after_a_full_prefill(tmp_path: Path) -> None:
     assert known is not None and known.lazy_layers == load_config({}, {}, QWQ).lazy_layers
     with pytest.raises(LightTransferError, match="lazy layers: none are known for m"):
         resolve_config(options(*asked), "m", PLAIN, {})
-    with pytest.raises(LightTransferError, match="^--lt-lazy-layers: 4 layers in the list, but keep 2 of 8"):
+    with pytest.raises(LightTransferError, match=r"^--lt-lazy-layers: 4 layers in the list, but keep 2 of 8"):
         resolve_config(options(*asked, "--lt-lazy-layers=1-3,5", "--lt-keep=2"), "m", PLAIN, {})
-    with pytest.raises(LightTransferError, match="but keep 0.5 of 8 leaves 4 lazy"):
+    with pytest.raises(LightTransferError, match=r"but keep 0.5 of 8 leaves 4 lazy"):
         resolve_config(options("--lt-mode=dynamic", "--lt-keep=0.5", "--lt-lazy-layers=1"), "m", PLAIN, {})
 
 

@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_read_is_left_to_sglang() -> None:
 
 
 def test_a_model_without_lazy_layers_is_refused() -> None:
-    with pytest.raises(LightTransferError, match="none are known for m. With --lt-mode dynamic"):
+    with pytest.raises(LightTransferError, match=r"none are known for m. With --lt-mode dynamic"):
         Fake().launch("m")
 
 

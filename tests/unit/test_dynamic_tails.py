@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -41,7 +42,7 @@ def test_chunks_of_any_size_give_the_prompts_last_queries(hidden: bool) -> None:
         cuts = sorted(rng.sample(range(1, tokens), min(rng.randint(1, 6), tokens - 1)))
         bounds = [0, *cuts, tokens]
         layers = [whole(tokens, 2 * case + layer, hidden) for layer in range(2)]
-        for start, stop in zip(bounds[:-2], bounds[1:-1], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             for layer, source in enumerate(layers):
                 tails.keep(layer, part(source, start, stop), first=start == 0)
         for layer, source in enumerate(layers):

@@ -55,9 +55,18 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
     backend.prefill = SimpleNamespace(whole_kv_indices=None, prefix_kv_indices=None)
     scale = torch.tensor(SCALE)
     layer = SimpleNamespace(
-        **{"layer_id": 0, "head_dim": DIM, "scaling": 0.25, "logit_cap": 0.0, "is_cross_attention": False},
-        **{"tp_q_head_num": HEADS, "tp_k_head_num": KV_HEADS, "tp_v_head_num": KV_HEADS},
-        **{"k_scale": scale, "v_scale": scale, "k_scale_float": SCALE, "v_scale_float": SCALE},
+        layer_id=0,
+        head_dim=DIM,
+        scaling=0.25,
+        logit_cap=0.0,
+        is_cross_attention=False,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS,
+        tp_v_head_num=KV_HEADS,
+        k_scale=scale,
+        v_scale=scale,
+        k_scale_float=SCALE,
+        v_scale_float=SCALE,
     )
     batch = SimpleNamespace(out_cache_loc=torch.arange(1, 9), out_cache_loc_is_physical=False)
     query = torch.randn(8, HEADS * DIM).bfloat16()

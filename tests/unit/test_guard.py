@@ -147,7 +147,7 @@ def test_the_message_is_not_changed() -> None:
 
 def test_float32_and_float16_weights_take_no_embeds() -> None:
     limits = Limits(vocab_size=VOCABULARY, hidden_size=HIDDEN, takes_embeds=False)
-    with pytest.raises(ValueError, match="^input_embeds: only models in bfloat16"):
+    with pytest.raises(ValueError, match=r"^input_embeds: only models in bfloat16"):
         check(limits, input_ids=None, input_embeds=[[0.5] * HIDDEN])
 
 
@@ -155,7 +155,7 @@ def test_what_a_server_was_started_for_is_not_refused() -> None:
     limits = Limits(VOCABULARY, HIDDEN, True, pooling=True, labels=frozenset({"team"}))
     check(limits, SimpleNamespace(custom_labels={"team": "a"}), bootstrap_room=1)
     check(limits, token_indices_to_pool=[0, 2], return_logprob=True)
-    with pytest.raises(ValueError, match="^custom_labels: 'model_name' is not allowed; allowed are team"):
+    with pytest.raises(ValueError, match=r"^custom_labels: 'model_name' is not allowed; allowed are team"):
         check(limits, SimpleNamespace(custom_labels={"model_name": "a"}))
     check(LIMITS, SimpleNamespace(custom_labels={"ignored": "where metrics are off"}))
 
@@ -223,7 +223,7 @@ def test_requests_that_sglang_stumbles_over_are_refused_by_name(name: str, given
 
 def test_a_batch_of_embeddings_needs_a_list_of_names() -> None:
     stock = EmbeddingReqInput.normalize_batch_and_arguments
-    with pytest.raises(ValueError, match="^the fields of this request do not fit"):
+    with pytest.raises(ValueError, match=r"^the fields of this request do not fit"):
         requests.normalize(getattr(stock, "__wrapped__", stock), EmbeddingReqInput(text=["a", "b"], rid="a"))
 
 
@@ -275,9 +275,9 @@ def test_a_stock_engine_beside_ours_is_not_guarded(backend: str, ours: bool) -> 
     stock = getattr(NORMALIZE, "__wrapped__", NORMALIZE)
     bad = message(input_ids=array("q", [VOCABULARY]))
     if ours:
-        with pytest.raises(ValueError, match="^rid:"):
+        with pytest.raises(ValueError, match=r"^rid:"):
             hooks.normalize_request(stock, obj)
-        with pytest.raises(ValueError, match="^input_ids:"):
+        with pytest.raises(ValueError, match=r"^input_ids:"):
             hooks.create_tokenized(lambda *given: bad, manager, obj)
         return
     hooks.normalize_request(stock, obj)

@@ -183,7 +183,7 @@ def test_the_guard_asks_of_every_request() -> None:
     from lt_sglang.guard.requests import check_sampling_params
 
     check_sampling_params({"regex": "a+"})
-    with pytest.raises(ValueError, match="^regex: can take too long"):
+    with pytest.raises(ValueError, match=r"^regex: can take too long"):
         check_sampling_params({"regex": "((.*)*)*"})
 
 

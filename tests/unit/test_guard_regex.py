@@ -74,13 +74,13 @@ def test_ordinary_patterns_pass(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", SLOW)
 def test_patterns_that_may_take_for_ever_are_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="^stop_regex: .*can take too long"):
+    with pytest.raises(ValueError, match=r"^stop_regex: .*can take too long"):
         check_stop_regex(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{2,1}", "(?P<x", "[", "*", "(?<=a+)b(", "a" + "(" * 3000])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match="^stop_regex: .*is not a regular expression"):
+    with pytest.raises(ValueError, match=r"^stop_regex: .*is not a regular expression"):
         check_stop_regex(pattern)
 
 

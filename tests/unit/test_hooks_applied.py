@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +29,7 @@ HOOK = Hook(f"{MODULE}.Class.method", ("number",), ours, "for tests", "never")
 
 
 @pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+def target(monkeypatch: pytest.MonkeyPatch) -> type:
     """A class with one static method, in a module of its own; SGLang's registry is empty, and empty again."""
 
     class Class:
@@ -42,7 +42,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     monkeypatch.setitem(sys.modules, MODULE, module)
     monkeypatch.setattr(HookRegistry, "_hooks", {HOOK.target: []})
     monkeypatch.setattr(HookRegistry, "_patched", set())
-    yield Class
+    return Class
 
 
 def register(*wrappers: Callable[..., Any], how: HookType = HookType.AROUND) -> None:

@@ -49,7 +49,7 @@ class TestStub:
     def test_lies_alone_in_its_folder_under_the_drivers_name(self, tmp_path: Path) -> None:
         path = cpu.build_libcuda_stub(tmp_path)
         assert [entry.name for entry in path.parent.iterdir()] == ["libcuda.so.1"]
-        assert [entry for entry in tmp_path.iterdir()] == [path.parent], "no scratch folder is left"
+        assert list(tmp_path.iterdir()) == [path.parent], "no scratch folder is left"
 
     def test_is_built_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = cpu.build_libcuda_stub(tmp_path)

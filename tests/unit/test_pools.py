@@ -138,7 +138,7 @@ def test_a_limit_above_the_budget_changes_nothing(monkeypatch: pytest.MonkeyPatc
 def test_a_limit_says_nothing_where_all_layers_are_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     made = configurator(monkeypatch, max_total_tokens=1000)
     made.layer_info.full_attention_layer_ids = []
-    with pytest.raises(LightTransferError, match="^--max-total-tokens: not used when every layer is lazy"):
+    with pytest.raises(LightTransferError, match=r"^--max-total-tokens: not used when every layer is lazy"):
         made.config_from_budget(4 << 20)
     configurator(monkeypatch)
     made.config_from_budget(4 << 20)

@@ -55,7 +55,7 @@ def test_questions_depend_on_the_seed_alone() -> None:
 
 
 def test_too_short_for_its_window() -> None:
-    with pytest.raises(LightTransferError, match="tokens: 300 is too short .* from 3[0-9]+ on"):
+    with pytest.raises(LightTransferError, match=r"tokens: 300 is too short .* from 3[0-9]+ on"):
         PasskeyTask(300, 1, window=200).items(Words())
 
 
@@ -155,9 +155,9 @@ def test_bad_files(tmp_path: Path) -> None:
     tokenizer, folder = Words(), _longbench(tmp_path)
     with pytest.raises(LightTransferError, match="'narrative' is not one of narrativeqa, "):
         longbench(str(folder), ["narrative"], None, 100, tokenizer, chat=False)
-    with pytest.raises(LightTransferError, match="--longbench .*qasper.jsonl: cannot be read"):
+    with pytest.raises(LightTransferError, match=r"--longbench .*qasper.jsonl: cannot be read"):
         longbench(str(folder), ["qasper"], None, 100, tokenizer, chat=False)
-    with pytest.raises(LightTransferError, match="dataset2prompt.json cannot be read"):
+    with pytest.raises(LightTransferError, match=r"dataset2prompt.json cannot be read"):
         longbench(str(tmp_path / "no"), ["qasper"], None, 100, tokenizer, chat=False)
     path = tmp_path / "bad.jsonl"
     for content, message in (

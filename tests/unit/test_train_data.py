@@ -193,7 +193,7 @@ def test_answers_must_end(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     )
-    with pytest.raises(LightTransferError, match="w, line 4: .* ends the answer with 'a'"):
+    with pytest.raises(LightTransferError, match=r"w, line 4: .* ends the answer with 'a'"):
         Encoder(tokenizer).encode(record)
     stop = tokenizer("a")["input_ids"][-1]
     assert Encoder(tokenizer, stops=(stop,)).encode(record).labels

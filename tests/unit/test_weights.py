@@ -17,7 +17,7 @@ def stock(**fields: Any) -> WeightUpdater:
     nothing: Any = lambda *_, **__: None  # noqa: E731
     names = ("tp_rank", "device", "gpu_id", "model_config", "custom_weight_loaders", "get_model")
     names += ("update_model_fields", "recapture_cuda_graph", "get_model_runner")
-    return WeightUpdater(**{name: nothing for name in names} | fields)
+    return WeightUpdater(**dict.fromkeys(names, nothing) | fields)
 
 
 @pytest.mark.parametrize("name", CHANGING)

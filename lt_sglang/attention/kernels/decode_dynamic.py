@@ -57,7 +57,8 @@ def decode_kv_indptr(
     Args:
         out: int32 [L * bs + 1]; ``out[l * bs : (l + 1) * bs + 1]`` is the kv_indptr of layer l.
         banks: where the layers of the requests are.
-        req_pool_indices, seq_lens: int [bs].
+        req_pool_indices: int [bs].
+        seq_lens: int [bs].
     """
     layers, requests = banks.layout.layers, len(req_pool_indices)
     _decode_kv_indptr[(layers,)](
@@ -142,7 +143,8 @@ def decode_kv_indices(
         kv_indptr: from ``decode_kv_indptr``.
         banks: where the layers of the requests are.
         tables: where positions live.
-        req_pool_indices, seq_lens: int [bs].
+        req_pool_indices: int [bs].
+        seq_lens: int [bs].
         longest: at least the longest of ``seq_lens``; host value that sizes the grid.
     """
     requests, full_blocks = len(req_pool_indices), triton.cdiv(max(longest, 1), BLOCK)
@@ -202,8 +204,8 @@ def decode_out_cache_loc(
         out: int32 [L, at least bs].
         banks: where the layers of the requests are.
         req_pool_indices: int [bs].
-        full_slots, streaming_slots: int [bs]; 0 for padding requests, whose rows are then the padding rows of
-            their banks.
+        full_slots: int [bs]; 0 for padding requests, whose rows are then the padding rows of their banks.
+        streaming_slots: as ``full_slots``.
     """
     layers, requests, block = banks.layout.layers, len(req_pool_indices), 128
     _decode_out_cache_loc[(layers, triton.cdiv(requests, block))](

@@ -56,7 +56,8 @@ def decode_kv_indices(
     Args:
         out: int32, at least kv_indptr[bs] elements.
         kv_indptr: int32 [bs + 1], exclusive sums of ``lazy_lengths``.
-        req_pool_indices, seq_lens: int [bs].
+        req_pool_indices: int [bs].
+        seq_lens: int [bs].
         tables: where positions live.
         windows: w_sink and w_recent.
     """

@@ -137,7 +137,8 @@ def extend_kv_indices(
     Args:
         banks: where the layers of the requests are.
         given: the requests of the batch.
-        firsts, ends: positions that each request's lists cover, where they are not empty.
+        firsts: the first position that each request's lists cover, where they are not empty.
+        ends: one behind the last such position.
         kv_indptr: from ``extend_kv_indptr`` with the same ``lazy``.
         lazy: lists of lazy layers, else of those with full attention.
     """

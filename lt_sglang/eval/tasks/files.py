@@ -14,8 +14,10 @@ from lt_sglang.eval.items import Item, Tokenizer
 LONGBENCH: dict[str, str] = {
     **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), "qa-f1"),
     **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), "rouge-l"),
-    **{"trec": "classification", "triviaqa": "qa-f1"},
-    **{"passage_retrieval_en": "retrieval", "passage_count": "count"},
+    "trec": "classification",
+    "triviaqa": "qa-f1",
+    "passage_retrieval_en": "retrieval",
+    "passage_count": "count",
     **dict.fromkeys(("lcc", "repobench-p"), "code-similarity"),
 }
 FIRST_LINE = ("trec", "triviaqa", "samsum")

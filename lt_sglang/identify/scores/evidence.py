@@ -61,7 +61,8 @@ class Evidence:
     reduce: sums a tensor over the tensor-parallel ranks and returns it; may work in place.
     reduce_max: likewise, the maximum.
 
-    Raises ValueError if a tensor has not the shape, dtype or layout that the kernels rely on.
+    Raises:
+        ValueError: a tensor has not the shape, dtype or layout that the kernels rely on.
     """
 
     query: torch.Tensor

@@ -57,6 +57,7 @@ def projected(evidence: Evidence, rows: torch.Tensor) -> torch.Tensor:
     """float32 [D, W, hidden]: W_o applied to rows of concatenated heads, summed over the ranks.
 
     Args:
+        evidence: of D requests.
         rows: float32 [D, W, H, dim], zeros for absent queries; padded heads are taken as zeros.
     """
     assert evidence.project is not None

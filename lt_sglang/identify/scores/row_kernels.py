@@ -170,6 +170,7 @@ def negative_ratio(evidence: Evidence, projected: torch.Tensor, laziness: torch.
     """Lower ``laziness`` [D] to minus the largest ||projected|| / ||hidden|| of each request's queries.
 
     Args:
+        evidence: of D requests.
         projected: [D * W, hidden], reduced over the ranks.
         laziness: float32 [D] from ``output_rows``, changed in place.
     """
