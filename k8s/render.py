@@ -277,10 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(text, encoding="utf-8")
             return 0
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(model_values(args, flags), file)
-            file.flush()
-            files = [Path(file.name), *args.values]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as values:
+            json.dump(model_values(args, flags), values)
+            values.flush()
+            files = [Path(values.name), *args.values]
             print(render(files, args.set, release=args.name, namespace=args.namespace), end="")
     except (LightTransferError, FetchFailed) as error:
         print(f"render: {error}", file=sys.stderr)

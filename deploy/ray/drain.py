@@ -37,7 +37,7 @@ def engines(below: int) -> list[psutil.Process]:
 
 def announce(address: str, node: str, seconds: int) -> None:
     """Tell the cluster that ``node`` goes within ``seconds``; raises RuntimeError if it will not have it."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
     client = GcsClient(address=address)

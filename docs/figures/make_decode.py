@@ -1,4 +1,4 @@
-"""Draw docs/figures/decode.svg from loadtest/results: python docs/figures/make_decode.py
+"""Draw docs/figures/decode.svg from loadtest/results: python docs/figures/make_decode.py.
 
 The numbers are read from the result files; tests/unit/test_docs.py draws it again and compares.
 """
@@ -78,7 +78,9 @@ def svg() -> str:
         parts.append(f'<path d="M{end:.0f} {y - 3}v48" stroke="{BOUND}" stroke-width="3"/>')
     bottom = TOP + HIGH * len(ROWS)
     parts.append(f'<path d="M{LEFT + WIDE} {TOP - 6}V{bottom - 8}" stroke="#bbbbbb" stroke-dasharray="4 4"/>')
-    parts.append(f'<text x="{LEFT + WIDE}" y="{bottom + 8}" text-anchor="middle" fill="#555">stock: 1.00x</text>')
+    parts.append(
+        f'<text x="{LEFT + WIDE}" y="{bottom + 8}" text-anchor="middle" fill="#555">stock: 1.00x</text>'
+    )
     parts.append(
         f'<text x="20" y="{bottom + 32}" fill="#555">One H100, Mistral-7B shape with dummy weights, 16 of 32 layers '
         "lazy, 4 + 1020.</text>"

@@ -118,7 +118,7 @@ def abort_stuck(original: Callable[[Any], list[Any]], scheduler: Any) -> list[An
     return [*aborts, *watch.look(scheduler)]
 
 
-def run_http_server(  # noqa: PLR0913 - SGLang's signature
+def run_http_server(
     original: Callable[..., Any],
     server_args: Any,
     tokenizer_manager: Any,

@@ -1,7 +1,7 @@
 """The documents name files, functions, flags, commands and results that exist.
 
-A pointer in the text is written ``file.py:function`` or ``file.py:Class.method``, the file from the root of the
-repository or from ``lt_sglang``. Links, paths, modules, make targets and ``--lt-`` flags are checked wherever
+A pointer in the text is written ``file.py:function`` or ``file.py:Class.method``, the file from the repository's
+root or from ``lt_sglang``. Links, paths, modules, make targets and ``--lt-`` flags are checked wherever
 they stand, code blocks included.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -23,10 +21,19 @@ from lt_sglang.launch.options import LtOptions
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "lt_sglang"
 DOCUMENTS = sorted(
-    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), REPOSITORY / "loadtest/results/README.md"]
+    [
+        *REPOSITORY.glob("*.md"),
+        *(REPOSITORY / "docs").rglob("*.md"),
+        REPOSITORY / "loadtest/results/README.md",
+    ]
 )
 FOLDERS = "|".join(
-    sorted(path.name for root in (REPOSITORY, PACKAGE) for path in root.iterdir() if path.is_dir() and path.name[0] not in "._")
+    sorted(
+        path.name
+        for root in (REPOSITORY, PACKAGE)
+        for path in root.iterdir()
+        if path.is_dir() and path.name[0] not in "._"
+    )
 )
 POINTER = re.compile(r"`([\w./-]+\.py)::?([A-Za-z_][\w.]*)`")
 PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|json|yaml|toml|svg|png))(?![\w*{{])")
