@@ -38,8 +38,8 @@ def measure(conversations: int, seed: int = 1) -> tuple[float, float, float]:
     prompts = [system + [rng.randrange(30000) for _ in range(OWN)] for _ in range(conversations)]
     for number, prompt in enumerate(prompts):
         name, tokens = f"r{number}", array("q", prompt)
-        entry = prefills.sets.create(name, prefills.beginnings(tokens, None, None))
-        prefills.sets.decide(name)
+        entry = prefills.sets.create(name, prefills.prompt_start(tokens, None, None))
+        prefills.sets.mark_known(name)
         value = caches.allocator.alloc(len(prompt))
         tree.insert(InsertParams(key=RadixKey(tokens, _name(entry.uid, None)), value=value.to(torch.int64)))
         prefills.sets.release(name, None)
