@@ -47,7 +47,7 @@ def measure(conversations: int, seed: int = 1) -> tuple[float, float, float]:
     turns = [prompts[number] + [rng.randrange(30000) for _ in range(TURN)] for number in chosen]
     waiting = [request(f"w{number}", turn) for number, turn in enumerate(turns)]
     for number, req in zip(chosen, waiting, strict=True):
-        prompt = tree._beginnings(RadixKey(req.origin_input_ids))
+        prompt = tree._prompt_start(RadixKey(req.origin_input_ids))
         assert next(tree._sets_of(prompt)).uid == number + 1, "not the set that agrees longest"
 
     def ours() -> None:

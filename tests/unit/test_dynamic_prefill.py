@@ -196,7 +196,7 @@ def test_a_batch_places_every_request() -> None:
     assert len({plan.layer_set for plan in plans}) == 2
 
 
-def beginnings_of(prefills: PrefillTracker, request: Request) -> Any:
+def prompt_start_of(prefills: PrefillTracker, request: Request) -> Any:
     return prefills.prompt_start(request.req.origin_input_ids, request.req.extra_key, None)
 
 
@@ -206,7 +206,7 @@ def test_two_that_begin_alike_at_the_same_time_are_decided_each() -> None:
     one, two = Request("a", prompt, 1), Request("b", prompt, 2)
     plans = prefills.begin([one.chunk(256), two.chunk(256)])
     assert kinds(plans) == [Kind.SELECT, Kind.SELECT] and plans[0].layer_set != plans[1].layer_set
-    found = list(prefills.sets.find(beginnings_of(prefills, one)))
+    found = list(prefills.sets.find(prompt_start_of(prefills, one)))
     assert found == [prefills.sets.of("b"), prefills.sets.of("a")]
 
 
@@ -215,7 +215,7 @@ def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
     prompt = tokens(100)
     prefills.begin([Request("a", prompt, 1).chunk(256)])
     heir = Request("b", prompt + tokens(600, 1), 2)
-    begins = beginnings_of(prefills, heir)
+    begins = prompt_start_of(prefills, heir)
     prefills.inherit("b", prefills.sets.of("a"), begins)
     heir.req.extend_end = 100
     for _ in range(3):
@@ -246,7 +246,7 @@ def test_only_prompts_of_one_owner_begin_alike() -> None:
 def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
     prefills = tracker()
     request = Request("c", tokens(100))
-    begins = beginnings_of(prefills, request)
+    begins = prompt_start_of(prefills, request)
     gone = LayerSet(3, 4, known=True)
     for entry in (None, gone):
         with pytest.raises(RuntimeError, match="layer set of its cached prefix is gone"):
@@ -274,7 +274,7 @@ def test_what_left_the_cache_is_decided_again() -> None:
     prefills.begin([Request("b", prompt, 1).chunk(256)])
     again = prefills.sets.of("b")
     assert again is not None and again is not entry
-    assert list(prefills.sets.find(beginnings_of(prefills, one))) == [again, entry]
+    assert list(prefills.sets.find(prompt_start_of(prefills, one))) == [again, entry]
     assert prefills.sets.check_integrity() == []
 
 
