@@ -52,8 +52,10 @@ def make_pools(
     """Pools of ``full`` and ``streaming`` slots and sink sets, in a context as a scheduler of SGLang's has.
 
     Args:
-        full, streaming: slots.
-        sink_sets, sink_tokens: sets, and rows of one.
+        full: slots of the full pool.
+        streaming: slots of the streaming pool.
+        sink_sets: sets of sink rows.
+        sink_tokens: rows of one.
         requests: rows of req_to_token.
         context: its columns.
         dtype: of K and V, one head of one element.
