@@ -32,7 +32,7 @@ from lt_sglang.attention.kernels.place import settle, store_new
 from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.errors import LightTransferError
-from lt_sglang.identify.decider import Decider
+from lt_sglang.identify.selector import LayerSelector
 from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.steps = DecodeSteps(self.banks, self.workspace_buffer.device)
         self.prefill_planner = PrefillPlanner(state, self.banks, self.calls)
         self.prefill: PrefillMetadata | None = None
-        self.decider = Decider(state)
+        self.selector = LayerSelector(state)
         self.pool = state.pool.kv
         self.cache = KV(self.pool.k.view(state.kv_dtype), self.pool.v.view(state.kv_dtype))
         self.paged_cache = paged(self.cache)
@@ -110,7 +110,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.prefill = self.prefill_planner.plan(
             plans, forward_batch.req_pool_indices, self.runner.streaming_tables()
         )
-        self.decider.begin(plans, self.prefill.popped, self.prefill.requests.full)
+        self.selector.begin(plans, self.prefill.popped, self.prefill.requests.full)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """As FlashInferAttnBackend; where K and V go follows once the streaming slots are known."""
@@ -205,7 +205,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 window=window,
                 banks=(column, self.state.keep),
             )
-        self.decider.decide(layer, query, out, lse, new, forward_batch)
+        self.selector.select(layer, query, out, lse, new, forward_batch)
         if layer.layer_id >= self.state.keep:
             # One after the other: what is cut may be read from the rows that the next request is staged in.
             for tiles in (prefill.cut_tiles, prefill.stage_tiles):

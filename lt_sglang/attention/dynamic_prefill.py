@@ -89,13 +89,13 @@ class PrefillMetadata:
     """What the layers of one prefill share.
 
     windowed: some request has lazy layers here, which attend to their windows. undecided: some request is
-    staged or decided in this prefill.
+    staged or selected for in this prefill.
     Full attention is ragged over the new tokens and over cached ones at ``prefix_kv_indices``, int32 [L,
     cached tokens], None if there are none. A windowed batch has one call for it instead, ``full``, and one
     for the windows, ``lazy``; if FA3 would gather too much, ``lengths`` empties what is lazy of the former.
     new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
     stage_tiles: of the staged request, whose rows another one may still be read from until then.
-    banks: int32 [bs, L], of the decided requests. sinks: within a streaming bank.
+    banks: int32 [bs, L], of the known requests. sinks: within a streaming bank.
     """
 
     requests: Requests
@@ -134,7 +134,7 @@ class _Batch:
 
     @property
     def undecided(self) -> list[bool]:
-        return [plan.kind != Kind.DECIDED for plan in self.plans]
+        return [plan.kind != Kind.KNOWN for plan in self.plans]
 
 
 class PrefillPlanner:
@@ -171,13 +171,13 @@ class PrefillPlanner:
         block = tile_positions(state.pool.kv.k[0].numel())
         new = [(index, plan.prefix, plan.end) for index, plan in enumerate(plans)]
         cut = [
-            (index, 0 if plan.kind == Kind.DECIDE else plan.prefix, plan.end)
+            (index, 0 if plan.kind == Kind.SELECT else plan.prefix, plan.end)
             for index, plan in enumerate(plans)
-            if plan.kind == Kind.DECIDE or (not windowed and plan.kind == Kind.DECIDED)
+            if plan.kind == Kind.SELECT or (not windowed and plan.kind == Kind.KNOWN)
         ]
-        stage = [run for run, plan in zip(new, plans, strict=True) if plan.kind == Kind.STAGE]
+        stage = [run for run, plan in zip(new, plans, strict=True) if plan.kind == Kind.STAGED]
         banks = state.sets.bank_of[batch.given.layer_set.to(torch.int64)]
-        full = ((banks < state.keep) | (batch.given.kind != Kind.DECIDED).unsqueeze(1)).t()
+        full = ((banks < state.keep) | (batch.given.kind != Kind.KNOWN).unsqueeze(1)).t()
         lazy_here = [windowed and not late for late in batch.undecided]
         tiles = make_sink_tiles(batch.prefixes, batch.extends, windows, device, every=lazy_here)
         return PrefillMetadata(
@@ -262,13 +262,13 @@ def _spans(firsts: list[int], ends: list[int]) -> list[int]:
 def _requests(plans: list[Prefill], req_pool_indices: torch.Tensor, tables: StreamingTables) -> Requests:
     device = req_pool_indices.device
     facts: list[list[int]] = []
-    token = offset = deciding = 0
+    token = offset = selecting = 0
     for plan in plans:
-        number = deciding if plan.kind == Kind.DECIDE else -1
+        number = selecting if plan.kind == Kind.SELECT else -1
         facts.append([plan.kind, plan.layer_set, plan.prefix, token, offset, number])
         token += plan.extend
         offset += plan.end
-        deciding += plan.kind == Kind.DECIDE
+        selecting += plan.kind == Kind.SELECT
     table = torch.tensor(facts, dtype=torch.int32).t().contiguous().to(device, non_blocking=True)
     ends = torch.tensor([plan.end for plan in plans], dtype=torch.int64).to(device, non_blocking=True)
     rows = req_pool_indices.to(torch.int64)
@@ -281,7 +281,7 @@ def _requests(plans: list[Prefill], req_pool_indices: torch.Tensor, tables: Stre
         token=table[3],
         offset=table[4],
         sink_set=tables.sink_set_of[rows],
-        deciding=table[5],
+        selecting=table[5],
         full=full,
         streaming=streaming,
     )

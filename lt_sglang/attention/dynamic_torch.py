@@ -106,19 +106,19 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         hidden = self._state.hidden(forward_batch, len(query))
         ends = [0, *itertools.accumulate(prefill.extend for prefill in self._prefills)]
         # A request that will be staged comes after the one that was.
-        for index in sorted(range(len(self._prefills)), key=lambda i: self._prefills[i].kind == Kind.STAGE):
+        for index in sorted(range(len(self._prefills)), key=lambda i: self._prefills[i].kind == Kind.STAGED):
             prefill = self._prefills[index]
             new = slice(ends[index], ends[index + 1])
             here = None if hidden is None else hidden[new]
-            if prefill.kind == Kind.DECIDED:
-                out[new] = self._decided(index, prefill, query[new], KV(k[new], v[new]), layer)
+            if prefill.kind == Kind.KNOWN:
+                out[new] = self._known(index, prefill, query[new], KV(k[new], v[new]), layer)
             else:
                 out[new] = self._undecided(index, prefill, query[new], KV(k[new], v[new]), layer, here)
         if layer.layer_id == self._state.layout.layers - 1:
             self._state.finish(self._prefills)
         return out.view(q.shape[0], -1)
 
-    def _decided(
+    def _known(
         self, index: int, prefill: Prefill, query: torch.Tensor, new: KV, layer: RadixAttention
     ) -> torch.Tensor:
         layout = self._state.layout
@@ -156,14 +156,14 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         chunk = None
         if state.score is not None:
             chunk = LastQueries(query, out, torch.empty(0), hidden)
-            count = state.tails.count if prefill.kind == Kind.STAGE else prefill.last_queries
+            count = state.observed.count if prefill.kind == Kind.STAGED else prefill.last_queries
             with state.stopwatch:
                 chunk = chunk.last(count)
                 chunk = replace(chunk, lse=_log2_sum(chunk.query, whole.k, layer))
-        if prefill.kind == Kind.STAGE:
+        if prefill.kind == Kind.STAGED:
             self._store(rows[prefill.prefix :], new)
             if chunk is not None:
-                state.tails.keep(number, chunk, first=prefill.prefix == 0)
+                state.observed.keep(number, chunk, first=prefill.prefix == 0)
             return out
         with state.stopwatch:
             sets = torch.tensor([prefill.layer_set])
@@ -180,7 +180,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         state = self._state
         assert state.score is not None
-        last = state.tails.join(layer.layer_id, chunk, prefill.last_queries)
+        last = state.observed.join(layer.layer_id, chunk, prefill.last_queries)
         positions = selected_positions(prefill.end, state.config.sink_tokens, state.config.recent_tokens)
         chosen = torch.tensor(positions, dtype=torch.int32)
         return state.score.laziness(single_evidence(state, prefill, layer, last, whole.at(chosen), chosen))

@@ -22,10 +22,10 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lt_sglang.cache.radix_static import LightTransferRadixCache, Slots
-from lt_sglang.layers.decisions import Remembered, remember, remembered
+from lt_sglang.layers.chosen import Remembered, remember, remembered
 from lt_sglang.layers.layer_sets import LayerSet
 from lt_sglang.layers.prefill import PrefillTracker, is_copy
-from lt_sglang.layers.prefix_index import Beginnings
+from lt_sglang.layers.prefix_index import PromptStart
 from lt_sglang.memory.kv_keys import request_id
 from lt_sglang.memory.sinks import SinkStore
 
@@ -48,7 +48,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
         key, req, had = params.key, params.req, remembered(params.req)
         if had is None:
-            needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._beginnings(key)
+            needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._prompt_start(key)
             sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
         else:
             needed = had.full_rows
@@ -56,7 +56,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         for entry in sets:
             # A copy reads all but its last token from the cache and computes that one with streaming
             # attention, where the first run had full attention; and SGLang sends a request with n > 1 once
-            # ahead, to fill the cache. So each copy is computed as n = 1 would be, and decided for itself.
+            # ahead, to fill the cache. So each copy is computed as n = 1 would be, and selected for itself.
             if had is None and req is not None and is_copy(req, entry):
                 continue
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
@@ -71,7 +71,7 @@ class DynamicRadixCache(LightTransferRadixCache):
 
         SGLang does this for 128 waiting requests at a time.
         """
-        entry = next(self._sets_of(self._beginnings(key)), None)
+        entry = next(self._sets_of(self._prompt_start(key)), None)
         if entry is not None:
             super().touch_prefix(_within(key, _name(entry.uid, key.extra_key)))
 
@@ -86,7 +86,7 @@ class DynamicRadixCache(LightTransferRadixCache):
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As LightTransferRadixCache; an undecided request stays out of the tree."""
         entry = self.prefills.sets.of(request_id(req))
-        if entry is not None and entry.decided:
+        if entry is not None and entry.known:
             super().checkpoint(req, up_to=up_to, **kwargs)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
@@ -119,17 +119,17 @@ class DynamicRadixCache(LightTransferRadixCache):
         """As LightTransferRadixCache; PrefillTracker.chunk_limit."""
         return self.prefills.chunk_limit(req)
 
-    def _comes_back(self, req: Req, had: Remembered) -> tuple[Beginnings | None, Iterator[LayerSet]]:
+    def _comes_back(self, req: Req, had: Remembered) -> tuple[PromptStart | None, Iterator[LayerSet]]:
         """Its prompt, and the only set whose K and V a retracted request may read: the one it had."""
         if had.default:
             return None, iter((self.prefills.sets.default,))
-        prompt = self.prefills.beginnings(req.origin_input_ids, req.extra_key, req.cache_salt)
+        prompt = self.prefills.prompt_start(req.origin_input_ids, req.extra_key, req.cache_salt)
         own = self.prefills.sets.stored_set(had.uid)
         return prompt, iter(() if own is None else (own,))
 
     def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
         entry = self.prefills.sets.of(request_id(req))
-        return slots if entry is not None and entry.decided else None
+        return slots if entry is not None and entry.known else None
 
     def _extra_key_of(self, req: Req) -> str | None:
         # Also of its sinks: their rows belong to the streaming banks of one layer set, whoever shares them.
@@ -141,15 +141,15 @@ class DynamicRadixCache(LightTransferRadixCache):
         filed: Any = _Filed(req, self._extra_key_of(req))
         return filed
 
-    def _sets_of(self, prompt: Beginnings | None) -> Iterator[LayerSet]:
+    def _sets_of(self, prompt: PromptStart | None) -> Iterator[LayerSet]:
         sets = self.prefills.sets
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
-    def _beginnings(self, key: RadixKey) -> Beginnings | None:
+    def _prompt_start(self, key: RadixKey) -> PromptStart | None:
         """None of a prompt that has no layers of its own."""
         if len(key.token_ids) <= self.prefills.block_tokens:
             return None
-        return self.prefills.beginnings(key.token_ids, key.extra_key, key.cache_salt)
+        return self.prefills.prompt_start(key.token_ids, key.extra_key, key.cache_salt)
 
 
 class _Filed:
@@ -177,12 +177,12 @@ def _within(key: RadixKey, extra_key: str) -> RadixKey:
     return RadixKey(key.token_ids, extra_key, key.is_bigram, key.limit, key.cache_salt)
 
 
-def _bind(req: Any, entry: LayerSet | None, prompt: Beginnings | None) -> None:
+def _bind(req: Any, entry: LayerSet | None, prompt: PromptStart | None) -> None:
     """Remember with the request, which may never be admitted, whose K and V it was shown for ``prompt``."""
     if req is not None:
         req.lighttransfer_hit = entry, prompt
 
 
-def _bound(req: Any) -> tuple[LayerSet | None, Beginnings | None]:
-    found: tuple[LayerSet | None, Beginnings | None] = getattr(req, "lighttransfer_hit", (None, None))
+def _bound(req: Any) -> tuple[LayerSet | None, PromptStart | None]:
+    found: tuple[LayerSet | None, PromptStart | None] = getattr(req, "lighttransfer_hit", (None, None))
     return found

@@ -1,4 +1,4 @@
-"""Which keys and queries of a deciding request the scores look at."""
+"""Which keys and queries of a request the scores look at."""
 
 from __future__ import annotations
 

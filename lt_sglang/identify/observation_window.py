@@ -52,7 +52,7 @@ class LastQueries:
         return LastQueries(self.query.clone(), self.attention.clone(), self.lse.clone(), hidden)
 
 
-class Tails:
+class ObservationWindow:
     """The last queries of the one staged request, by layer. count: how many are kept."""
 
     def __init__(self, count: int) -> None:

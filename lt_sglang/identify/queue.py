@@ -1,4 +1,4 @@
-"""One step of the paper's max-priority queue, for every deciding request of a batch at once.
+"""One step of the paper's max-priority queue, for every request of a batch whose layers are selected.
 
 The queue of a request is its row of the layer table: the layers in its P full banks. A new layer enters it;
 once P + 1 layers contend, the laziest is popped and becomes lazy, and its full bank goes to the new layer.

@@ -1,4 +1,4 @@
-"""identify/queue.py as a Triton kernel: one step for every request that is being decided."""
+"""identify/queue.py as a Triton kernel: one step for every request whose layers are selected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def queue_step(
     layer: int,
     keep: int,
 ) -> None:
-    """As ``decide.queue_step``; also stores ``score`` (float32 [D]) as the laziness of ``layer``.
+    """As ``queue.queue_step``; also stores ``score`` (float32 [D]) as the laziness of ``layer``.
 
     sets: int32 [D]. popped: int32 [D], written.
     """

@@ -10,7 +10,7 @@ import torch
 
 from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.identify.observation_window import Tails
+from lt_sglang.identify.observation_window import ObservationWindow
 from lt_sglang.identify.scores.base import Score
 from lt_sglang.identify.stopwatch import Stopwatch
 from lt_sglang.layers.layer_sets import LayerSetStore
@@ -49,7 +49,7 @@ class DynamicState:
     Attributes:
         score: None if every request gets the configured list.
         projections: by layer, [n, heads * dim] -> [n, hidden], this rank's part of the output projection.
-        tails: last queries of the staged request.
+        observed: last queries of the staged request.
         stopwatch: runs while layers are scored and queues popped.
         table_checks: counters.
         before_stop: called, on every rank, before different tables stop the server.
@@ -76,7 +76,7 @@ class DynamicState:
         self.table_checks = TableChecks()
         self.before_stop: Callable[[], None] = lambda: None
         first_chunk = config.decide == "first-chunk"
-        self.tails = Tails(LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES)
+        self.observed = ObservationWindow(LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES)
 
     @property
     def layout(self) -> BankLayout:
@@ -111,11 +111,11 @@ class DynamicState:
 
     def finish(self, plans: Sequence[Prefill]) -> None:
         """After a prefill's last layer: check the tables if asked, free the last queries if used."""
-        deciding = [plan for plan in plans if plan.kind == Kind.DECIDE]
-        if deciding and self.config.check_tables:
-            self._check_tables([plan.layer_set for plan in deciding])
-        if any(plan.prefix for plan in deciding) and not any(plan.kind == Kind.STAGE for plan in plans):
-            self.tails.clear()
+        selecting = [plan for plan in plans if plan.kind == Kind.SELECT]
+        if selecting and self.config.check_tables:
+            self._check_tables([plan.layer_set for plan in selecting])
+        if any(plan.prefix for plan in selecting) and not any(plan.kind == Kind.STAGED for plan in plans):
+            self.observed.clear()
 
     def _check_tables(self, sets: list[int]) -> None:
         """Raise if the tensor-parallel ranks decided differently; a collective, and a wait for the device.

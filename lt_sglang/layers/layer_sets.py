@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lt_sglang.layers.decisions import Decision, bring
-from lt_sglang.layers.host_copy import HostMirror
-from lt_sglang.layers.prefix_index import BeginningIndex, Beginnings
+from lt_sglang.layers.async_host_copy import AsyncHostCopy
+from lt_sglang.layers.chosen import ChosenLayers, bring
+from lt_sglang.layers.prefix_index import PrefixIndex, PromptStart
 from lt_sglang.memory.row_table import set_rows
 
 DEFAULT_SET = 0
@@ -41,18 +41,18 @@ class LayerSet:
 
     uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
     stored: whether later requests find it. users: requests. heirs: those that inherited it. decision: its
-    layers, from the forward that decided it on. decided_for: digest of the whole prompt that decided it.
+    layers, from the forward that decided it on. selected_for: digest of the whole prompt that decided it.
     """
 
     index: int
     uid: int
-    decided: bool = False
-    prompt: Beginnings | None = None
+    known: bool = False
+    prompt: PromptStart | None = None
     stored: bool = False
     users: set[str] = field(default_factory=set)
     heirs: set[str] = field(default_factory=set)
-    decision: Decision | None = None
-    decided_for: bytes = b""
+    chosen: ChosenLayers | None = None
+    selected_for: bytes = b""
 
 
 @dataclass
@@ -99,22 +99,22 @@ class LayerSetStore:
         self.bank_of[DEFAULT_SET] = torch.tensor(banks(default_lazy, num_layers), dtype=torch.int32)
         self.laziness = torch.zeros((capacity, num_layers), dtype=torch.float32, device=device)
         self.set_of = torch.full((request_rows,), DEFAULT_SET, dtype=torch.int32, device=device)
-        self.default = LayerSet(DEFAULT_SET, uid=0, decided=True)
-        self.default.decision = Decision.known(banks(default_lazy, num_layers), [0.0] * num_layers)
+        self.default = LayerSet(DEFAULT_SET, uid=0, known=True)
+        self.default.chosen = ChosenLayers.known(banks(default_lazy, num_layers), [0.0] * num_layers)
         self._free = list(range(capacity - 1, 0, -1))
         self._stored: OrderedDict[int, LayerSet] = OrderedDict()  # by uid
-        self._index = BeginningIndex()
+        self._index = PrefixIndex()
         self._of_request: dict[str, LayerSet] = {}
         self.lazy_counts = torch.zeros(num_layers, dtype=torch.int64, device=device)
-        self.finished = HostMirror(self.lazy_counts)
+        self.finished = AsyncHostCopy(self.lazy_counts)
         self.laziness_sums = torch.zeros(num_layers + 1, dtype=torch.float64, device=device)
-        self.scored = HostMirror(self.laziness_sums)
+        self.scored = AsyncHostCopy(self.laziness_sums)
         self._pending: dict[int, int] = {}
         self._counted: list[int] = []
-        self._deciding: list[LayerSet] = []
+        self._selecting: list[LayerSet] = []
         self._next_uid = 1
 
-    def find(self, prompt: Beginnings) -> Iterator[LayerSet]:
+    def find(self, prompt: PromptStart) -> Iterator[LayerSet]:
         """Stored sets of prompts that begin like this one, the most alike first."""
         for uid in self._index.find(prompt):
             yield self._stored[uid]
@@ -127,7 +127,7 @@ class LayerSetStore:
         """The set of this uid, if later requests can still use it."""
         return self._stored.get(uid)
 
-    def inherit(self, request: str, entry: LayerSet, prompt: Beginnings, *, resumed: bool = False) -> None:
+    def inherit(self, request: str, entry: LayerSet, prompt: PromptStart, *, resumed: bool = False) -> None:
         """Let ``request`` use the stored set ``entry``, which its own prompt finds from now on too.
 
         resumed: it was retracted and comes back, which no counter shows.
@@ -144,7 +144,7 @@ class LayerSetStore:
         self._use(request, self.default)
         self.stats.short += counted
 
-    def create(self, request: str, prompt: Beginnings) -> LayerSet:
+    def create(self, request: str, prompt: PromptStart) -> LayerSet:
         """Give ``request`` a new, undecided set; a stored set nobody uses makes room if it must."""
         if not self._free:
             self._evict()
@@ -153,32 +153,32 @@ class LayerSetStore:
         self._use(request, entry)
         return entry
 
-    def decide(
-        self, request: str, *, stored: bool = True, decided_for: bytes = b"", resumed: bool = False
+    def mark_known(
+        self, request: str, *, stored: bool = True, selected_for: bytes = b"", resumed: bool = False
     ) -> None:
-        """The forward that is about to run decides the set of ``request``.
+        """The forward that is about to run selects the layers of ``request``.
 
-        stored: whether later requests find it. decided_for: digest of the whole prompt. resumed: the request
+        stored: whether later requests find it. selected_for: digest of the whole prompt. resumed: the request
         was retracted and brings the layers it had, which no counter shows.
         """
         entry = self._of_request[request]
         assert entry.prompt is not None
-        entry.decided, entry.stored, entry.decided_for = True, stored, decided_for
+        entry.known, entry.stored, entry.selected_for = True, stored, selected_for
         self.stats.decided += not resumed
         self.stats.resumed += resumed
         if stored:
             self._stored[entry.uid] = entry
             self._index.file(entry.uid, entry.prompt)
         entry.prompt = None
-        self._deciding.append(entry)
+        self._selecting.append(entry)
 
     def bring(self) -> None:
-        """Have the decisions of the forward that was just queued copied to the host; does not wait."""
-        if self._deciding:
-            found = bring(self.bank_of, self.laziness, [entry.index for entry in self._deciding])
-            for entry, decision in zip(self._deciding, found, strict=True):
-                entry.decision = decision
-            self._deciding.clear()
+        """Have the layers chosen by the forward that was just queued copied to the host; does not wait."""
+        if self._selecting:
+            found = bring(self.bank_of, self.laziness, [entry.index for entry in self._selecting])
+            for entry, chosen in zip(self._selecting, found, strict=True):
+                entry.chosen = chosen
+            self._selecting.clear()
 
     def place(self, request: str, row: int) -> None:
         """``request`` is in row ``row`` of req_to_token from the next forward on."""
@@ -187,7 +187,7 @@ class LayerSetStore:
     def count(self, request: str) -> None:
         """``request`` finished: count its lazy layers at the next flush, before its row changes."""
         entry = self._of_request.get(request)
-        if entry is not None and entry.decided:
+        if entry is not None and entry.known:
             self._counted.append(entry.index)
 
     def release(self, request: str, row: int | None) -> None:
@@ -246,10 +246,10 @@ class LayerSetStore:
         "prompt", "prefix" (inherited with a cached prefix) or "default" (the prompt was too short to tell).
         """
         entry = self._of_request.get(request)
-        if entry is None or entry.decision is None:
+        if entry is None or entry.chosen is None:
             return None
         default = entry is self.default
-        found = entry.decision
+        found = entry.chosen
         return {
             "lazy_layers": [layer for layer, bank in enumerate(found.banks) if bank >= self.keep],
             "laziness": None if default else [round(x, 6) for x in found.laziness],
@@ -266,7 +266,7 @@ class LayerSetStore:
         if indices != list(range(1, self.capacity)):
             wrong.append(f"layer sets are lost or doubled: {len(indices)} accounted of {self.capacity - 1}")
         for uid, entry in self._stored.items():
-            if entry.uid != uid or not entry.stored or not entry.decided:
+            if entry.uid != uid or not entry.stored or not entry.known:
                 wrong.append(f"layer set {entry.index} is stored under a name that is not its own")
         if self._index.keys != set(self._stored):
             wrong.append(f"{len(self._stored)} layer sets are stored, {len(self._index.keys)} can be found")

@@ -1,9 +1,9 @@
 """What each request of a prefill batch is to have done with its layers.
 
-    decided      its set is known: lazy layers use streaming attention, K and V go to their banks
-    decide       full attention everywhere; layer by layer the scores fill the queue; what it pops is cut
-    stage        full attention everywhere; another chunk follows before it is decided. Layers from P on
-                 wait in the staging banks
+    known        its layers are known: lazy ones use streaming attention, K and V go to their banks
+    select       full attention everywhere; layer by layer the scores fill the queue; what it pops is cut
+    staged       full attention everywhere; another chunk follows before its layers are selected. Layers from
+                 P on wait in the staging banks
 
 SGLang prefills at most one request in chunks at a time, so at most one is staged.
 """
@@ -18,9 +18,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
-from lt_sglang.layers.decisions import Remembered, remembered
+from lt_sglang.layers.chosen import Remembered, remembered
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
-from lt_sglang.layers.prefix_index import Beginnings, beginnings
+from lt_sglang.layers.prefix_index import PromptStart, prompt_start
 from lt_sglang.memory.kv_keys import determined_by_key
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ MOST_COPIES_SEEN = 8
 class Kind(IntEnum):
     """What a prefill does with a request's layers; the kernels know the numbers."""
 
-    DECIDED = 0
-    DECIDE = 1
-    STAGE = 2
+    KNOWN = 0
+    SELECT = 1
+    STAGED = 2
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Prefill:
     """One request of a prefill batch.
 
     row: of req_to_token. layer_set: row of the layer table. prefix, extend: tokens before and in this chunk.
-    last_queries: of a deciding request, how many of its last queries are scored. laziness: of a request that
-    was retracted, what its layers had scored; they are not scored again.
+    last_queries: where layers are selected, how many of the last queries are scored. laziness: of a request
+    that was retracted, what its layers had scored; they are not scored again.
     """
 
     kind: Kind
@@ -70,9 +70,9 @@ def digest(req: Any) -> bytes:
 
 
 def is_copy(req: Any, entry: LayerSet) -> bool:
-    """Whether ``req`` is one of n copies of the very prompt that decided ``entry``."""
+    """Whether ``req`` is one of n copies of the very prompt that ``entry`` was selected for."""
     n = getattr(getattr(req, "sampling_params", None), "n", 1) or 1
-    return n > 1 and entry.decided_for == digest(req)
+    return n > 1 and entry.selected_for == digest(req)
 
 
 class PrefillTracker:
@@ -81,7 +81,7 @@ class PrefillTracker:
     Attributes:
         sets: the layer sets.
         block_tokens: tokens of the first block, w_sink + w_recent; no longer prompts use set 0.
-        staged: the request between two chunks that is undecided, or None.
+        staged: the request between two chunks whose layers are not known, or None.
     """
 
     def __init__(self, config: LightTransferConfig, context_tokens: int, sets: LayerSetStore) -> None:
@@ -92,9 +92,9 @@ class PrefillTracker:
         self._stage_limit = config.stage_limit(context_tokens)
         self._full_rows: dict[str, int] = {}
 
-    def beginnings(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> Beginnings:
+    def prompt_start(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> PromptStart:
         """How a prompt begins; ``tokens``: an array of token ids, longer than the first block."""
-        return beginnings(tokens, self.block_tokens, (extra_key, cache_salt))
+        return prompt_start(tokens, self.block_tokens, (extra_key, cache_salt))
 
     def hit_tokens(self, tokens: int) -> int:
         """How many cached tokens make a hit for a prompt of ``tokens``: a long one needs its first block."""
@@ -104,7 +104,7 @@ class PrefillTracker:
         self,
         request: str,
         entry: LayerSet | None,
-        prompt: Beginnings | None,
+        prompt: PromptStart | None,
         *,
         prefix: int = 0,
         had: Remembered | None = None,
@@ -126,13 +126,13 @@ class PrefillTracker:
     def memory_of(self, request: str) -> Remembered | None:
         """What ``request``, which is about to give its K and V back, must come back with; None: anything."""
         entry = self.sets.of(request)
-        if entry is None or entry.decision is None:
+        if entry is None or entry.chosen is None:
             return None
         return Remembered(
             uid=entry.uid,
             default=entry is self.sets.default,
             full_rows=self._full_rows.get(request, 0),
-            laziness=entry.decision.laziness,
+            laziness=entry.chosen.laziness,
         )
 
     def chunk_limit(self, req: Req) -> int | None:
@@ -175,25 +175,25 @@ class PrefillTracker:
         if len(prompt) <= self.block_tokens:
             self.sets.use_default(name, counted=counted and had is None)
             return
-        self.sets.create(name, self.beginnings(prompt, req.extra_key, req.cache_salt))
+        self.sets.create(name, self.prompt_start(prompt, req.extra_key, req.cache_salt))
 
     def _plan(self, name: str, req: Req) -> Prefill:
         entry = self.sets.of(name)
         assert entry is not None
         prefix, end = req.prefix_len, req.extend_end
-        kind, queries, had = Kind.DECIDED, 0, None
-        if not entry.decided:
+        kind, queries, had = Kind.KNOWN, 0, None
+        if not entry.known:
             had = remembered(req)
             total = len(req.origin_input_ids) + len(req.output_ids) if had is None else had.full_rows
             first_chunk = self._config.decide == "first-chunk"
             if end >= total:
-                kind, queries = Kind.DECIDE, LAST_QUERIES
+                kind, queries = Kind.SELECT, LAST_QUERIES
             elif end > self._stage_limit:
-                kind, queries = Kind.DECIDE, LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES
+                kind, queries = Kind.SELECT, LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES
             else:
-                kind = Kind.STAGE
-        if kind == Kind.DECIDE:
-            self._decide(name, req, end, resumed=had is not None)
+                kind = Kind.STAGED
+        if kind == Kind.SELECT:
+            self._select(name, req, end, resumed=had is not None)
         self._stage(name, kind)
         return Prefill(
             kind,
@@ -205,10 +205,10 @@ class PrefillTracker:
             None if had is None else had.laziness,
         )
 
-    def _decide(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
+    def _select(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
         stored = determined_by_key(req) and not self._is_one_copy_more(name, req)
-        self.sets.decide(name, stored=stored, decided_for=digest(req), resumed=resumed)
+        self.sets.mark_known(name, stored=stored, selected_for=digest(req), resumed=resumed)
 
     def _is_one_copy_more(self, name: str, req: Req) -> bool:
         """Whether a copy of this prompt has its set stored; thousands would push out everybody's."""
@@ -217,9 +217,9 @@ class PrefillTracker:
         return any(is_copy(req, entry) for entry in alike)
 
     def _stage(self, name: str, kind: Kind) -> None:
-        if self.staged == name and kind != Kind.STAGE:
+        if self.staged == name and kind != Kind.STAGED:
             self.staged = None  # read before another request of this batch writes its own
-        elif kind == Kind.STAGE:
+        elif kind == Kind.STAGED:
             if self.staged not in (None, name):
-                raise RuntimeError(f"requests {self.staged} and {name} are both undecided between chunks")
+                raise RuntimeError(f"requests {self.staged} and {name} are both staged between chunks")
             self.staged = name

@@ -45,7 +45,7 @@ class PrefillPlans:
         extends = [int(e) for e in forward_batch.extend_seq_lens_cpu]
         shapes = list(zip(prefixes, extends, strict=True))
         if self._plans is None:
-            return [Prefill(Kind.DECIDED, 0, 0, prefix, extend) for prefix, extend in shapes]
+            return [Prefill(Kind.KNOWN, 0, 0, prefix, extend) for prefix, extend in shapes]
         if [(plan.prefix, plan.extend) for plan in self._plans] != shapes:
             raise LightTransferError("prefill: the batch that runs is not the one that was planned")
         return self._plans

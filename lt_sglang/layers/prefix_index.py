@@ -21,7 +21,7 @@ MOST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
-class Beginnings:
+class PromptStart:
     """One prompt. owner: what else prompts must share. block, rest: its tokens' bytes. width: of a token."""
 
     owner: Hashable
@@ -38,10 +38,10 @@ class Beginnings:
 Root = tuple[Hashable, bytes, int]
 
 
-def beginnings(tokens: Any, block: int, owner: Hashable) -> Beginnings:
+def prompt_start(tokens: Any, block: int, owner: Hashable) -> PromptStart:
     """Of a prompt of more than ``block`` tokens (an array); ``owner``: what else prompts must share."""
     data, width = bytes(tokens.tobytes()), int(tokens.itemsize)
-    return Beginnings(owner, data[: block * width], data[block * width :], width)
+    return PromptStart(owner, data[: block * width], data[block * width :], width)
 
 
 class _Node:
@@ -98,7 +98,7 @@ class _Node:
             node, before = parent, parent.time
 
 
-class BeginningIndex:
+class PrefixIndex:
     """Keys (ints) filed under prompts; a key may be filed under many."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class BeginningIndex:
         self._bytes = 0
         self._time = 0
 
-    def file(self, key: int, prompt: Beginnings) -> None:
+    def file(self, key: int, prompt: PromptStart) -> None:
         """Find ``key`` by ``prompt`` from now on, before those that were filed earlier."""
         self._time += 1
         self._file(key, prompt.root, self._node(prompt), self._time)
@@ -135,7 +135,7 @@ class BeginningIndex:
         self._long.clear()
         self._bytes = 0
 
-    def find(self, prompt: Beginnings) -> Iterator[int]:
+    def find(self, prompt: PromptStart) -> Iterator[int]:
         """Each key that begins like ``prompt``, once: those that agree longest first.
 
         Of equals, first those with a prompt that ``prompt`` continues, as the next turn of a conversation
@@ -162,7 +162,7 @@ class BeginningIndex:
         """All that can be found."""
         return set(self._prompts)
 
-    def _node(self, prompt: Beginnings) -> _Node:
+    def _node(self, prompt: PromptStart) -> _Node:
         """The node of a prompt, made if need be."""
         node = self._roots.get(prompt.root)
         if node is None:
@@ -220,7 +220,7 @@ class BeginningIndex:
         for node, root in list(prompts.items()):
             if node.parent is not None:
                 self._forget(key, node)
-                self._file(key, root, self._node(Beginnings(*root[:2], b"", root[2])), last)
+                self._file(key, root, self._node(PromptStart(*root[:2], b"", root[2])), last)
         del self._long[key]
 
 

@@ -50,7 +50,7 @@ NOT_COVERED = {
         "Triton kernels; they run under its interpreter in tests/unit/interpreted_*.py, minutes for each"
     ),
     "lt_sglang/attention/*flashinfer*.py, *_plan*.py, *decode.py, prefix.py, gathered.py": "need a GPU",
-    "lt_sglang/attention/*torch*.py, identify/decider.py, identify/collect.py": (
+    "lt_sglang/attention/*torch*.py, identify/selector.py, identify/collect.py": (
         "attention and scores; compared with transformers on real engines in tests/engine"
     ),
 }
@@ -69,13 +69,13 @@ TESTS = {
     "layers/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
     "memory/banks.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
     "memory/flat_pool.py": ["unit/test_dynamic_layout.py", "unit/test_pools.py"],
-    "identify/observation_window.py": ["unit/test_dynamic_tails.py", "unit/test_dynamic_state.py"],
+    "identify/observation_window.py": ["unit/test_dynamic_window.py", "unit/test_dynamic_state.py"],
     "hooks/queue_watch.py": ["unit/test_watch.py"],
     "cache/radix_static.py": ["unit/test_radix.py", "unit/test_radix_keys.py", *CACHES],
     "cache/radix_dynamic.py": ["unit/test_dynamic_radix.py", "unit/test_dynamic_radix_layers.py", *CACHES],
     "cache/factory.py": ["unit/test_radix.py"],
     "identify/queue.py": ["unit/test_dynamic_decide.py"],
-    "layers/host_copy.py": ["unit/test_device_tables.py", "unit/test_dynamic_layer_sets.py"],
+    "layers/async_host_copy.py": ["unit/test_device_tables.py", "unit/test_dynamic_layer_sets.py"],
     "identify/state.py": ["unit/test_dynamic_state.py", "unit/test_model_runner.py"],
     "attention/indices.py": ["unit/test_indices.py", "property/test_caches.py"],
     "model_runner.py": ["unit/test_model_runner.py"],

@@ -12,14 +12,8 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.mem_cache.unified_cache.components import ComponentType
-from sglang.srt.runtime_context import publish, reset_context
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs
 
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.cache.radix_dynamic import DynamicRadixCache
@@ -27,7 +21,7 @@ from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
-from lt_sglang.memory.sinks import SinkStore
+from tests.pools import make_pools
 
 CONTEXT = 128
 
@@ -58,51 +52,24 @@ class Caches:
     """A cache as SGLang's scheduler holds it, and the tables and buffers that a forward reads."""
 
     def __init__(self, sizes: Sizes) -> None:
-        reset_context()
-        arguments = ServerArgs(
-            model_path="dummy", device="cpu", page_size=1, chunked_prefill_size=sizes.chunk
-        )
-        publish(arguments, role="scheduler")
         self.sizes, self.config = sizes, sizes.config
-        self.rows = ReqToTokenPool(
-            size=sizes.rows, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
-        )
-        pool = SWAKVPool(
-            size=sizes.full,
-            size_swa=sizes.streaming + sizes.sets * sizes.sink,
-            page_size=1,
+        pools = make_pools(
+            sizes.full,
+            sizes.streaming,
+            sizes.sets,
+            sizes.sink,
+            requests=sizes.rows,
+            context=CONTEXT,
             dtype=torch.int64,
-            head_num=1,
-            head_dim=1,
-            swa_attention_layer_ids=[1],
-            full_attention_layer_ids=[0],
-            device="cpu",
+            chunked_prefill_size=sizes.chunk,
         )
-        pool.size_swa = sizes.streaming
-        self.full, self.streaming = pool.full_kv_pool.k_buffer[0], pool.swa_kv_pool.k_buffer[0]
-        self.allocator = SWATokenToKVPoolAllocator(
-            size=sizes.full,
-            size_swa=sizes.streaming,
-            page_size=1,
-            dtype=torch.int64,
-            device="cpu",
-            kvcache=pool,
-            need_sort=False,
-        )
-        table = self.rows.req_to_token.shape[0]
-        self.sinks = SinkStore(sizes.sets, sizes.sink, table, "cpu")
+        self.rows, self.allocator, self.sinks = pools.rows, pools.allocator, pools.sinks
+        self.full, self.streaming = pools.kv.full_kv_pool.k_buffer[0], pools.kv.swa_kv_pool.k_buffer[0]
         self.windows = Windows(sizes.sink, sizes.recent, sink_base=sizes.streaming + 1)
-        params = CacheInitParams(
-            disable=sizes.disable,
-            req_to_token_pool=self.rows,
-            token_to_kv_pool_allocator=self.allocator,
-            page_size=1,
-            sliding_window_size=self.config.retained_tokens - 1,
-            tree_components=(ComponentType.FULL, ComponentType.SWA),
-        )
+        params = pools.cache_params(self.config.retained_tokens - 1, sizes.disable)
         self.prefills: PrefillTracker | None = None
         if sizes.dynamic:
-            sets = LayerSetStore(sizes.layer_sets, (1,), 2, table, "cpu")
+            sets = LayerSetStore(sizes.layer_sets, (1,), 2, len(self.sinks.set_of), "cpu")
             self.prefills = PrefillTracker(self.config, CONTEXT, sets)
             self.tree: LightTransferRadixCache = DynamicRadixCache(params, self.sinks, self.prefills)
         else:

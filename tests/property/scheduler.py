@@ -242,28 +242,28 @@ class Scheduler(Reads):
             req.is_retracted = False
         caches = self.caches
         if caches.prefills is None:
-            plans = [Prefill(Kind.DECIDED, 0, 0, req.prefix_len, req.extend_len) for req in reqs]
+            plans = [Prefill(Kind.KNOWN, 0, 0, req.prefix_len, req.extend_len) for req in reqs]
         else:
             plans = caches.prefills.begin([(request_id(req), req) for req in reqs])
         self._flush()
         rows = torch.tensor([req.kv.req_pool_idx for req in reqs])
         sinks = sink_rows(rows, caches.tables, caches.windows)
         self.launched = [(None, None, False)] * len(reqs)  # type: ignore[list-item]
-        for index in sorted(range(len(reqs)), key=lambda i: plans[i].kind == Kind.STAGE):
+        for index in sorted(range(len(reqs)), key=lambda i: plans[i].kind == Kind.STAGED):
             req, plan = reqs[index], plans[index]
             tags = self._tags(req, req.extend_end, req.prefix_len)
             full, streaming = self._slots(req, req.extend_end)
             prefix = req.prefix_len
             caches.full[full[prefix:], 0, 0] = tags[prefix:]
             assert (streaming[prefix:] > 0).all()
-            if plan.kind == Kind.DECIDED:
+            if plan.kind == Kind.KNOWN:
                 caches.streaming[streaming[prefix:], 0, 0] = tags[prefix:]
                 self._check_extend(prefix, tags, streaming, sinks[index])
             else:
                 assert torch.equal(self.staging[:prefix], tags[:prefix]), "another's staging rows"
                 self.staging[prefix : plan.end] = tags[prefix:]
                 self.events[plan.kind.name] += 1
-            if plan.kind == Kind.DECIDE:
+            if plan.kind == Kind.SELECT:
                 held = streaming > 0
                 caches.streaming[streaming[held], 0, 0] = tags[held]
                 count = min(caches.sizes.sink, plan.end)

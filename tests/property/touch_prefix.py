@@ -38,8 +38,8 @@ def measure(conversations: int, seed: int = 1) -> tuple[float, float, float]:
     prompts = [system + [rng.randrange(30000) for _ in range(OWN)] for _ in range(conversations)]
     for number, prompt in enumerate(prompts):
         name, tokens = f"r{number}", array("q", prompt)
-        entry = prefills.sets.create(name, prefills.beginnings(tokens, None, None))
-        prefills.sets.decide(name)
+        entry = prefills.sets.create(name, prefills.prompt_start(tokens, None, None))
+        prefills.sets.mark_known(name)
         value = caches.allocator.alloc(len(prompt))
         tree.insert(InsertParams(key=RadixKey(tokens, _name(entry.uid, None)), value=value.to(torch.int64)))
         prefills.sets.release(name, None)
@@ -47,7 +47,7 @@ def measure(conversations: int, seed: int = 1) -> tuple[float, float, float]:
     turns = [prompts[number] + [rng.randrange(30000) for _ in range(TURN)] for number in chosen]
     waiting = [request(f"w{number}", turn) for number, turn in enumerate(turns)]
     for number, req in zip(chosen, waiting, strict=True):
-        prompt = tree._beginnings(RadixKey(req.origin_input_ids))
+        prompt = tree._prompt_start(RadixKey(req.origin_input_ids))
         assert next(tree._sets_of(prompt)).uid == number + 1, "not the set that agrees longest"
 
     def ours() -> None:

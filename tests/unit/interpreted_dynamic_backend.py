@@ -429,11 +429,11 @@ class World:
         self.cuda_backend.init_forward_metadata(batch)
         for layer in range(LAYERS):
             self._layer(batch, layer, sum(extend for _, _, extend, _ in work), "forward_extend")
-        scored = (Kind.DECIDE,) if self.torch_state.score is None else (Kind.DECIDE, Kind.STAGE)
+        scored = (Kind.SELECT,) if self.torch_state.score is None else (Kind.SELECT, Kind.STAGED)
         finding = any(kind in scored for kind, *_ in work)
         for watch, seconds in zip(watches, before, strict=True):
             assert (watch.read() > seconds) == finding, "only finding layers takes time"
-        self._assert_clear([request.layer_set for kind, request, *_ in work if kind is Kind.DECIDE])
+        self._assert_clear([request.layer_set for kind, request, *_ in work if kind is Kind.SELECT])
         return self.cuda_backend.prefill
 
     def _assert_clear(self, decided: list[int]) -> None:
@@ -503,7 +503,7 @@ class World:
         """Outputs would be right without it: what is lazy is written over."""
         backend, banks = self.cuda_backend, self.cuda_state.sets.bank_of
         lazy = [
-            backend.prefill.windowed and one.kind == Kind.DECIDED and int(banks[one.layer_set, layer]) >= KEEP
+            backend.prefill.windowed and one.kind == Kind.KNOWN and int(banks[one.layer_set, layer]) >= KEEP
             for one in self.plans
         ]
         calls = backend.prefill
@@ -542,31 +542,31 @@ def test_backends_agree(score: str, seed: int, draw: int, monkeypatch: pytest.Mo
     a, b, c, d, e, f = (
         Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (4, 0), (9, 0), (11, 8))
     )
-    meta = world.prefill([(Kind.STAGE, a, 40, 0), (Kind.DECIDE, b, 30, 6), (Kind.DECIDE, f, 22, 6)])
+    meta = world.prefill([(Kind.STAGED, a, 40, 0), (Kind.SELECT, b, 30, 6), (Kind.SELECT, f, 22, 6)])
     assert not meta.windowed and meta.prefix_kv_indices is None
     world.slide(a, 1, copy=False)  # reserved: written when it is decided
     # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
-    meta = world.prefill([(Kind.DECIDE, a, 3, 6), (Kind.STAGE, c, 20, 0), (Kind.DECIDED, d, 10, 0)])
+    meta = world.prefill([(Kind.SELECT, a, 3, 6), (Kind.STAGED, c, 20, 0), (Kind.KNOWN, d, 10, 0)])
     assert not meta.windowed and meta.prefix_kv_indices is not None
     world.slide(b, 2, copy=True)
     world.decode([a, b, d, f])
     world.share(e, b, 28)
     # Staged, inherited and new requests in one batch: full and windowed attention in every layer.
     new = Request(13, 9)
-    meta = world.prefill([(Kind.DECIDE, c, 15, 6), (Kind.DECIDED, e, 25, 0), (Kind.DECIDE, new, 19, 6)])
+    meta = world.prefill([(Kind.SELECT, c, 15, 6), (Kind.KNOWN, e, 25, 0), (Kind.SELECT, new, 19, 6)])
     assert meta.windowed
     assert isinstance(meta.full, GatheredCall) == (seed in (1, 3)) and (meta.full is None) == (seed in (5, 7))
     assert isinstance(meta.lazy, GatheredCall) == (seed in (1, 3, 7))
     # A chunk that decides early, and the one behind it.
     early = Request(14, 10)
-    world.prefill([(Kind.DECIDE, early, 30, 12)])
-    meta = world.prefill([(Kind.DECIDED, early, 9, 0), (Kind.STAGE, Request(15, 11), 20, 0)])
+    world.prefill([(Kind.SELECT, early, 30, 12)])
+    meta = world.prefill([(Kind.KNOWN, early, 9, 0), (Kind.STAGED, Request(15, 11), 20, 0)])
     assert meta.windowed
     world.decode([a, b, c, d, e, new, early])
     # Short requests with a cached prefix.
     short = Request(3, 0)
     world.share(short, d, 9)
-    meta = world.prefill([(Kind.DECIDED, short, 4, 0)])
+    meta = world.prefill([(Kind.KNOWN, short, 4, 0)])
     assert not meta.windowed
     for step in range(4):
         world.decode([short, e, a], graph=step > 0)
@@ -605,6 +605,6 @@ def test_a_prefill_holds_p_full_layers_and_windows(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(world, "grow", lambda request, extend: setattr(request, "tokens", extend))
     for state in (world.torch_state, world.cuda_state):
         state.sets.set_of[request.row] = request.layer_set
-    world.prefill([(Kind.DECIDE, request, tokens, 6)])
+    world.prefill([(Kind.SELECT, request, tokens, 6)])
     lazy = LAYERS - KEEP
     assert written() == {"full": KEEP * tokens, "streaming": lazy * held, "staging": 0, "scratch": 0}

@@ -174,7 +174,7 @@ class Chunk:
         facts: list[list[int]] = []
         token = offset = deciding = 0
         for plan in self.plans:
-            number = deciding if plan.kind == Kind.DECIDE else -1
+            number = deciding if plan.kind == Kind.SELECT else -1
             facts.append([int(plan.kind), plan.layer_set, plan.prefix, token, offset, number])
             token, offset, deciding = token + plan.extend, offset + plan.end, deciding + (number >= 0)
         table = torch.tensor(facts, dtype=torch.int32).t().contiguous()
@@ -188,7 +188,7 @@ class Chunk:
 def chunk(seed: int, short: bool) -> Chunk:
     rng = random.Random(seed)
     shapes = [(0, 30), (20, 45), (33, 50), (10, 26), (0, 9)]
-    kinds = [Kind.DECIDE, Kind.DECIDE, Kind.STAGE, Kind.DECIDED, Kind.DECIDED]
+    kinds = [Kind.SELECT, Kind.SELECT, Kind.STAGED, Kind.KNOWN, Kind.KNOWN]
     if short:  # decided requests that have not left their windows
         shapes[3] = (9, 15)
     world = World(rng, [end for _, end in shapes])
@@ -202,7 +202,7 @@ def chunk(seed: int, short: bool) -> Chunk:
 def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bool) -> int:
     """Where a position is before it is decided upon, in the order of memory/banks.py."""
     plan, world = case.plans[index], case.world
-    if plan.kind == Kind.DECIDED:
+    if plan.kind == Kind.KNOWN:
         bank = world.bank(index, layer)
         slot = world.full(index)[position] if bank < KEEP else world.streaming(index)[position]
         return LAYOUT.bank_start(bank) + slot
@@ -228,7 +228,7 @@ def test_extend_kv_indices(seed: int) -> None:
         at = 0
         for layer in range(LAYERS):
             for index, plan in enumerate(case.plans):
-                full = plan.kind != Kind.DECIDED or case.world.bank(index, layer) < KEEP
+                full = plan.kind != Kind.KNOWN or case.world.bank(index, layer) < KEEP
                 positions = range(begin[index], ends[index]) if full != lazy else range(0)
                 expected = [expected_row(case, index, layer, p, scratch=True) for p in positions]
                 assert int(pointers[layer * count + index]) == at
@@ -271,7 +271,7 @@ def test_prefix_lists_read_sinks_that_left_the_window() -> None:
     world = World(random.Random(5), [SINK + RECENT])
     row = int(world.rows[0])
     world.sink_set_of[row] = 2
-    plan = Prefill(Kind.DECIDED, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
+    plan = Prefill(Kind.KNOWN, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
     case = Chunk(world, [plan])
     out = every_kv_indices(world.banks, case.requests(), [0], [plan.prefix])
     left = plan.prefix - RECENT
@@ -294,15 +294,15 @@ def test_place(seed: int, ragged: bool) -> None:
     tokens = sum(plan.extend for plan in plans)
     new = [(i, plan.prefix, plan.end) for i, plan in enumerate(plans)]
     cut = [
-        (i, 0 if plan.kind == Kind.DECIDE else plan.prefix, plan.end)
+        (i, 0 if plan.kind == Kind.SELECT else plan.prefix, plan.end)
         for i, plan in enumerate(plans)
-        if plan.kind == Kind.DECIDE or (ragged and plan.kind == Kind.DECIDED)
+        if plan.kind == Kind.SELECT or (ragged and plan.kind == Kind.KNOWN)
     ]
-    stage = [run for run in new if plans[run[0]].kind == Kind.STAGE]
+    stage = [run for run in new if plans[run[0]].kind == Kind.STAGED]
     tiles = {
         name: make_tiles(runs, 4, "cpu") for name, runs in (("new", new), ("cut", cut), ("stage", stage))
     }
-    deciding = [plan for plan in plans if plan.kind == Kind.DECIDE]
+    deciding = [plan for plan in plans if plan.kind == Kind.SELECT]
     sets = torch.tensor([plan.layer_set for plan in deciding])
     laziness = torch.zeros(world.bank_of.shape)
     popped = torch.full((len(plans),), -1, dtype=torch.int32)
@@ -329,7 +329,7 @@ def test_place(seed: int, ragged: bool) -> None:
             else:
                 old_k, old_v = torch.zeros(plan.prefix, 2, 3), torch.zeros(plan.prefix, 2, 3)
             source[index] = (torch.cat([old_k, k[fresh]]), torch.cat([old_v, v[fresh]]))
-            early = plan.kind == Kind.DECIDED or layer < KEEP or not ragged
+            early = plan.kind == Kind.KNOWN or layer < KEEP or not ragged
             for position in range(plan.prefix, plan.end):
                 if early:
                     row = expected_row(case, index, layer, position, scratch=True)
@@ -344,7 +344,7 @@ def test_place(seed: int, ragged: bool) -> None:
         if layer >= KEEP:
             for index, plan in enumerate(plans):
                 streaming, full = world.streaming(index), world.full(index)
-                if plan.kind == Kind.DECIDE:
+                if plan.kind == Kind.SELECT:
                     gone = int(popped[deciding.index(plan)])
                     bank = world.bank(index, layer)
                     cut_k, cut_v = (tensor.clone() for tensor in source[index])
@@ -361,7 +361,7 @@ def test_place(seed: int, ragged: bool) -> None:
                     for position in range(SINK if sink_set >= 0 else 0):
                         row = start + LAYOUT.sink_base + sink_set * SINK + position
                         put(row, cut_k[position], cut_v[position])
-                elif plan.kind == Kind.STAGE:
+                elif plan.kind == Kind.STAGED:
                     for position in range(plan.prefix, plan.end):
                         row = LAYOUT.staging_bank_start(layer) + position
                         put(row, source[index][0][position], source[index][1][position])

@@ -163,7 +163,7 @@ def test_tiles_cover_every_query_that_sees_a_sink_once(seed: int) -> None:
     prefixes = [rng.randrange(0, 400) for _ in range(5)]
     extends = [rng.randrange(0, 300) for _ in range(5)]
     tiles = make_sink_tiles(prefixes, extends, batch.windows, "cpu")
-    table = [getattr(tiles, name).tolist() for name in ("request", "token", "position", "count")]
+    table = [getattr(tiles, name).tolist() for name in ("request", "token", "position", "queries")]
     covered = []
     for request, token, position, count in zip(*table, strict=True):
         assert 1 <= count <= TILE_QUERIES

@@ -12,14 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
-from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.cache.radix_static import LightTransferRadixCache
@@ -28,7 +24,7 @@ from lt_sglang.hooks.wrappers import slide_after_chunk
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.memory.kv_keys import request_id
-from lt_sglang.memory.sinks import SinkStore
+from tests.pools import make_pools
 
 ROWS = 16
 CONTEXT = 20_000
@@ -54,35 +50,11 @@ class Rig:
     running: list[Req] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", page_size=1))
-        self.rows = ReqToTokenPool(
-            size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
+        self.pools = make_pools(
+            self.full, self.streaming, self.sets, self.sinks, requests=ROWS, context=CONTEXT
         )
-        pool = SWAKVPool(
-            size=self.full,
-            size_swa=self.streaming,
-            page_size=1,
-            dtype=torch.float32,
-            head_num=1,
-            head_dim=1,
-            swa_attention_layer_ids=[1],
-            full_attention_layer_ids=[0],
-            device="cpu",
-        )
-        self.allocator = SWATokenToKVPoolAllocator(
-            self.full, self.streaming, 1, torch.float32, "cpu", pool, need_sort=False
-        )
-        self.store = SinkStore(self.sets, self.sinks, ROWS + 1, "cpu")
-        self.tree = self.make_tree(
-            CacheInitParams(
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=1,
-                disable=self.disabled,
-                sliding_window_size=self.window,
-                tree_components=(ComponentType.FULL, ComponentType.SWA),
-            )
-        )
+        self.rows, self.allocator, self.store = self.pools.rows, self.pools.allocator, self.pools.sinks
+        self.tree = self.make_tree(self.pools.cache_params(self.window, self.disabled))
         self.made = 0
 
     def make_tree(self, params: CacheInitParams) -> LightTransferRadixCache:

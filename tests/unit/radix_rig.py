@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
-from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lt_sglang.cache.radix_static import LightTransferRadixCache
-from lt_sglang.memory.sinks import SinkStore
-
-# SGLang's test kit reads the first digit of CUDA_VISIBLE_DEVICES, which is empty where a CPU serves.
-with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0"}):
-    from sglang.test.kits.unified_radix_cache import fixtures
-    from sglang.test.kits.unified_radix_cache.config import CacheConfig
-    from sglang.test.unified_allocator_fixtures import setup_allocator_context
+from tests.pools import make_pools
 
 SINKS, WINDOW = 4, 20
 
@@ -30,21 +21,9 @@ class Rig:
     """The cache, its pools, and requests that move through them a prefill chunk or a token at a time."""
 
     def __init__(self, *, disable: bool = False, sets: int = 6) -> None:
-        setup_allocator_context()
-        config = CacheConfig(
-            components=(ComponentType.FULL, ComponentType.SWA),
-            num_layers=2,
-            full_attention_layer_ids=(0,),
-            sliding_window_size=WINDOW,
-            kv_size=600,
-            head_num=1,
-            head_dim=2,
-        )
-        with mock.patch.object(fixtures, "get_device", return_value="cpu"):
-            stock, self.allocator, self.rows = fixtures.build_fixture(config)
-        params: Any = stock.cache_init_params
-        params.disable = disable
-        self.sinks = SinkStore(sets, SINKS, self.rows.req_to_token.shape[0], "cpu")
+        pools = make_pools(600, 600, sets, SINKS, requests=10, context=512)
+        self.rows, self.allocator, self.sinks = pools.rows, pools.allocator, pools.sinks
+        params = pools.cache_params(WINDOW, disable)
         self.cache = self._build(params)
 
     def _build(self, params: Any) -> LightTransferRadixCache:

@@ -1,4 +1,4 @@
-"""lt_sglang.layers.host_copy and memory.row_table: tables on the device, and what the host sees of them."""
+"""lt_sglang.layers.async_host_copy and memory.row_table: device tables, and what the host sees."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lt_sglang.layers.host_copy import HostMirror
+from lt_sglang.layers.async_host_copy import AsyncHostCopy
 from lt_sglang.memory.row_table import set_rows
 
 
 def test_a_mirror_has_the_values_and_the_dtype_of_what_it_shows() -> None:
     table = torch.tensor([(1 << 53) + 1, 2])
-    mirror = HostMirror(table)
+    mirror = AsyncHostCopy(table)
     assert mirror.read() == [(1 << 53) + 1, 2] and mirror._host.dtype == table.dtype
     table += 1
     assert mirror.read() == [(1 << 53) + 2, 3]
@@ -44,7 +44,7 @@ def test_a_mirror_of_a_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) ->
             return self.values
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    mirror = HostMirror(torch.zeros(1, dtype=torch.int64))
+    mirror = AsyncHostCopy(torch.zeros(1, dtype=torch.int64))
     tensor = SimpleNamespace(is_cuda=True, value=5)
     mirror._tensor, mirror._host = tensor, Host()  # type: ignore[assignment]
     assert mirror.read() == [0] and events[0] == 5 and len(events) == 2

@@ -24,13 +24,13 @@ from hypothesis.stateful import (
 )
 
 from lt_sglang.layers import prefix_index as module
-from lt_sglang.layers.prefix_index import MOST_PROMPTS, BeginningIndex, Beginnings, beginnings
+from lt_sglang.layers.prefix_index import MOST_PROMPTS, PrefixIndex, PromptStart, prompt_start
 
 BLOCK = 64
 
 
-def begin(tokens: list[int], block: int = BLOCK, owner: str | None = None) -> Beginnings:
-    return beginnings(array("q", tokens), block, (owner, None))
+def begin(tokens: list[int], block: int = BLOCK, owner: str | None = None) -> PromptStart:
+    return prompt_start(array("q", tokens), block, (owner, None))
 
 
 def tokens(rng: random.Random, length: int) -> list[int]:
@@ -40,7 +40,7 @@ def tokens(rng: random.Random, length: int) -> list[int]:
 def test_a_prompt_is_found_if_its_first_block_and_its_owner_agree() -> None:
     rng = random.Random(1)
     prompt = tokens(rng, BLOCK + 100)
-    index = BeginningIndex()
+    index = PrefixIndex()
     index.file(7, begin(prompt, owner="one"))
     for changed in (0, BLOCK - 1, BLOCK, len(prompt) - 1):
         other = list(prompt)
@@ -52,17 +52,17 @@ def test_a_prompt_is_found_if_its_first_block_and_its_owner_agree() -> None:
 
 def test_tokens_of_another_width_are_other_tokens() -> None:
     """Two arrays of the same bytes are not the same prompt."""
-    index = BeginningIndex()
-    index.file(1, beginnings(array("q", [1] * 8), 4, None))
+    index = PrefixIndex()
+    index.file(1, prompt_start(array("q", [1] * 8), 4, None))
     narrow = array("i", array("q", [1] * 8).tobytes())
-    assert list(index.find(beginnings(narrow, 8, None))) == []
+    assert list(index.find(prompt_start(narrow, 8, None))) == []
 
 
 def test_a_conversation_is_found_among_all_that_share_its_system_prompt() -> None:
     """Whatever its length, and though others were there later."""
     rng = random.Random(2)
     system = tokens(rng, 1600)
-    index = BeginningIndex()
+    index = PrefixIndex()
     turns = [system + tokens(rng, rng.choice([1, 5, 60, 512, 1031])) for _ in range(200)]
     for key, turn in enumerate(turns):
         index.file(key, begin(turn))
@@ -80,7 +80,7 @@ def test_a_conversation_is_found_among_all_that_share_its_system_prompt() -> Non
 def test_of_equals_the_one_that_is_continued_then_the_last_used() -> None:
     rng = random.Random(3)
     trunk = tokens(rng, BLOCK + 40)
-    index = BeginningIndex()
+    index = PrefixIndex()
     index.file(0, begin(trunk))
     for key in (1, 2, 3):
         index.file(key, begin(trunk + [key] + tokens(rng, 50)))
@@ -97,7 +97,7 @@ def test_of_equals_the_one_that_is_continued_then_the_last_used() -> None:
 def test_agreement_counts_along_the_whole_way() -> None:
     """A prompt is compared with each stretch of the trie where it has come to, not with its own beginning."""
     trunk = list(range(100, 100 + BLOCK + 3))
-    index = BeginningIndex()
+    index = PrefixIndex()
     index.file(0, begin(trunk + [4, 5, 6, 7, 8]))
     index.file(1, begin(trunk + [4, 5, 6]))
     index.file(2, begin(trunk + [4, 5, 6, 9]))
@@ -109,7 +109,7 @@ def test_agreement_counts_along_the_whole_way() -> None:
 
 def test_what_is_dropped_leaves_nothing() -> None:
     rng = random.Random(4)
-    index = BeginningIndex()
+    index = PrefixIndex()
     prompts = [tokens(rng, BLOCK + 1500) for _ in range(5)]
     for key in range(5):
         for prompt in prompts[key:]:
@@ -125,7 +125,7 @@ def test_a_key_that_everybody_uses_stays_small() -> None:
     """A document with a thousand questions, and longer and longer prompts."""
     rng = random.Random(5)
     document = tokens(rng, BLOCK + 500)
-    index = BeginningIndex()
+    index = PrefixIndex()
     for _ in range(1000):
         index.file(1, begin(last := document + tokens(rng, 20)))
     assert list(index.find(begin(last))) == list(index.find(begin(document))) == [1]
@@ -143,7 +143,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(6)
     block = tokens(rng, BLOCK)
     prompts = [block + tokens(rng, 300) for _ in range(6)]
-    index = BeginningIndex()
+    index = PrefixIndex()
     for key, prompt in enumerate(prompts):
         index.file(key, begin(prompt))
         assert index._bytes <= 8 * 1000
@@ -189,7 +189,7 @@ def test_the_first_few_of_thousands_cost_no_more_than_of_few(behind: int) -> Non
     system = tokens(rng, BLOCK + 1000)
     work = {}
     for count in (64, 4096):
-        index = BeginningIndex()
+        index = PrefixIndex()
         turns = [system + [key] + tokens(rng, behind) for key in range(count)]
         for key, turn in enumerate(turns):
             index.file(key, begin(turn))
@@ -214,7 +214,7 @@ class Scan(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = BeginningIndex()
+        self.index = PrefixIndex()
         self.filed: list[tuple[int, str, list[int]]] = []  # the last at the end
 
     @rule(many=st.lists(st.tuples(st.integers(0, 9), TOKENS, OWNERS), min_size=1, max_size=9))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lt_sglang.layers.layer_sets import DEFAULT_SET, UNDECIDED, LayerSet, LayerSetStore, banks
-from lt_sglang.layers.prefix_index import Beginnings, beginnings
+from lt_sglang.layers.prefix_index import PromptStart, prompt_start
 
 LAYERS = 6
 ROWS = 12
@@ -22,8 +22,8 @@ def store(capacity: int = 4) -> LayerSetStore:
     return LayerSetStore(capacity, LAZY, LAYERS, ROWS, "cpu")
 
 
-def key(name: str) -> Beginnings:
-    return beginnings(array("q", list(f"{name} and what follows".encode())), 4, (None, None))
+def key(name: str) -> PromptStart:
+    return prompt_start(array("q", list(f"{name} and what follows".encode())), 4, (None, None))
 
 
 def first(sets: LayerSetStore, name: str) -> LayerSet | None:
@@ -32,7 +32,7 @@ def first(sets: LayerSetStore, name: str) -> LayerSet | None:
 
 def decided(sets: LayerSetStore, request: str, block: str) -> None:
     sets.create(request, key(block))
-    sets.decide(request)
+    sets.mark_known(request)
 
 
 def test_banks_of_a_known_list() -> None:
@@ -102,9 +102,9 @@ def test_all_that_were_decided_are_found() -> None:
     sets = store()
     one, two = sets.create("a", key("same")), sets.create("b", key("same"))
     assert first(sets, "same") is None, "nothing to inherit before it is decided"
-    sets.decide("b")
+    sets.mark_known("b")
     assert list(sets.find(key("same"))) == [two]
-    sets.decide("a")
+    sets.mark_known("a")
     assert list(sets.find(key("same"))) == [one, two] and one.stored and two.stored
     assert (sets.stats.decided, sets.stored) == (2, 2)
     for name in "ab":
@@ -316,10 +316,10 @@ def test_churn(seed: int) -> None:
             entry = sets.of(name)
             assert entry is not None
             sets.place(name, row)
-            running[name] = Running(block, row, entry.index, entry.decided)
+            running[name] = Running(block, row, entry.index, entry.known)
         elif event < 0.65 and (undecided := [n for n, r in running.items() if not r.decided]):
             name = rng.choice(undecided)
-            sets.decide(name)
+            sets.mark_known(name)
             running[name].decided = True
             entry = sets.of(name)
             assert entry is not None and running[name].block is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.layers.decisions import remember
+from lt_sglang.layers.chosen import remember
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
 
@@ -72,7 +72,7 @@ def test_short_prompts_use_the_default(length: int, decide: str) -> None:
     request = Request("a", tokens(length))
     for _ in range(0, length, 30):
         (plan,) = prefills.begin([request.chunk(30)])
-        assert (plan.kind, plan.layer_set, plan.last_queries) == (Kind.DECIDED, 0, 0)
+        assert (plan.kind, plan.layer_set, plan.last_queries) == (Kind.KNOWN, 0, 0)
     assert prefills.sets.stats.short == 1 and prefills.sets.stats.decided == 0
     assert prefills.hit_tokens(length) == 0
 
@@ -92,8 +92,8 @@ def test_one_chunk_is_decided_at_once(length: int) -> None:
     (plan,) = prefills.begin([Request("a", tokens(length), row=7).chunk(256)])
     entry = prefills.sets.of("a")
     assert entry is not None
-    assert plan == Prefill(Kind.DECIDE, 7, entry.index, 0, length, 32) and plan.end == length
-    assert entry.decided and entry.stored and prefills.staged is None
+    assert plan == Prefill(Kind.SELECT, 7, entry.index, 0, length, 32) and plan.end == length
+    assert entry.known and entry.stored and prefills.staged is None
     assert prefills.hit_tokens(length) == BLOCK
 
 
@@ -106,10 +106,10 @@ def test_in_chunks_it_waits_for_the_prompts_end(length: int) -> None:
         (plan,) = prefills.begin([request.chunk(256)])
         seen.append(plan.kind)
         entry = prefills.sets.of("a")
-        assert entry is not None and entry.decided == (plan.end == length)
+        assert entry is not None and entry.known == (plan.end == length)
         assert prefills.staged == (None if plan.end == length else "a")
         assert plan.last_queries == (32 if plan.end == length else 0)
-    assert seen == [Kind.STAGE] * (len(seen) - 1) + [Kind.DECIDE]
+    assert seen == [Kind.STAGED] * (len(seen) - 1) + [Kind.SELECT]
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_staging_memory_bounds_the_wait(staging: int, decided_at: int) -> None:
     request = Request("a", tokens(1000))
     for _ in range(4):
         (plan,) = prefills.begin([request.chunk(256)])
-        expected = Kind.STAGE if plan.end < decided_at else Kind.DECIDED
-        assert plan.kind == (Kind.DECIDE if plan.end == decided_at else expected)
-        if plan.kind == Kind.STAGE:
+        expected = Kind.STAGED if plan.end < decided_at else Kind.KNOWN
+        assert plan.kind == (Kind.SELECT if plan.end == decided_at else expected)
+        if plan.kind == Kind.STAGED:
             assert plan.end <= staging
-        if plan.kind == Kind.DECIDE:
+        if plan.kind == Kind.SELECT:
             assert plan.last_queries == 32
     assert prefills.staged is None
 
@@ -145,8 +145,8 @@ def test_first_chunk_needs_a_window_and_128_queries(chunks: list[int], decided_a
     request = Request("a", tokens(900))
     for size in chunks:
         (plan,) = prefills.begin([request.chunk(size)])
-        expected = Kind.STAGE if plan.end < decided_at else Kind.DECIDED
-        assert plan.kind == (Kind.DECIDE if plan.end == decided_at else expected)
+        expected = Kind.STAGED if plan.end < decided_at else Kind.KNOWN
+        assert plan.kind == (Kind.SELECT if plan.end == decided_at else expected)
         assert plan.last_queries == (queries if plan.end == decided_at else 0)
 
 
@@ -154,7 +154,7 @@ def test_first_chunk_needs_a_window_and_128_queries(chunks: list[int], decided_a
 def test_first_chunk_that_is_the_whole_prompt_is_decided_as_ever(length: int) -> None:
     prefills = tracker("first-chunk")
     (plan,) = prefills.begin([Request("a", tokens(length)).chunk(256)])
-    assert (plan.kind, plan.last_queries) == (Kind.DECIDE, 32)
+    assert (plan.kind, plan.last_queries) == (Kind.SELECT, 32)
 
 
 def test_the_staged_one_is_planned_before_the_one_to_be_staged() -> None:
@@ -165,7 +165,7 @@ def test_the_staged_one_is_planned_before_the_one_to_be_staged() -> None:
         prefills.begin([old.chunk(256)])
         batch = [old.chunk(256), new.chunk(212)]
         plans = prefills.begin(batch[::-1] if swap else batch)
-        assert kinds(plans) == ([Kind.STAGE, Kind.DECIDE] if swap else [Kind.DECIDE, Kind.STAGE])
+        assert kinds(plans) == ([Kind.STAGED, Kind.SELECT] if swap else [Kind.SELECT, Kind.STAGED])
         assert prefills.staged == "new"
 
 
@@ -182,7 +182,7 @@ def test_an_aborted_staged_request_makes_way() -> None:
     prefills.release("a", 1)
     assert prefills.staged is None and prefills.sets.requests == 0
     other = Request("b", tokens(900, 1), 1)
-    assert kinds(prefills.begin([other.chunk(256)])) == [Kind.STAGE]
+    assert kinds(prefills.begin([other.chunk(256)])) == [Kind.STAGED]
     prefills.release("somebody else", 5)
     assert prefills.staged == "b"
 
@@ -196,8 +196,8 @@ def test_a_batch_places_every_request() -> None:
     assert len({plan.layer_set for plan in plans}) == 2
 
 
-def beginnings_of(prefills: PrefillTracker, request: Request) -> Any:
-    return prefills.beginnings(request.req.origin_input_ids, request.req.extra_key, None)
+def prompt_start_of(prefills: PrefillTracker, request: Request) -> Any:
+    return prefills.prompt_start(request.req.origin_input_ids, request.req.extra_key, None)
 
 
 def test_two_that_begin_alike_at_the_same_time_are_decided_each() -> None:
@@ -205,8 +205,8 @@ def test_two_that_begin_alike_at_the_same_time_are_decided_each() -> None:
     prompt = tokens(100)
     one, two = Request("a", prompt, 1), Request("b", prompt, 2)
     plans = prefills.begin([one.chunk(256), two.chunk(256)])
-    assert kinds(plans) == [Kind.DECIDE, Kind.DECIDE] and plans[0].layer_set != plans[1].layer_set
-    found = list(prefills.sets.find(beginnings_of(prefills, one)))
+    assert kinds(plans) == [Kind.SELECT, Kind.SELECT] and plans[0].layer_set != plans[1].layer_set
+    found = list(prefills.sets.find(prompt_start_of(prefills, one)))
     assert found == [prefills.sets.of("b"), prefills.sets.of("a")]
 
 
@@ -215,12 +215,12 @@ def test_an_heir_is_decided_from_its_first_chunk_on() -> None:
     prompt = tokens(100)
     prefills.begin([Request("a", prompt, 1).chunk(256)])
     heir = Request("b", prompt + tokens(600, 1), 2)
-    begins = beginnings_of(prefills, heir)
+    begins = prompt_start_of(prefills, heir)
     prefills.inherit("b", prefills.sets.of("a"), begins)
     heir.req.extend_end = 100
     for _ in range(3):
         (plan,) = prefills.begin([heir.chunk(256)])
-        assert plan.kind == Kind.DECIDED and plan.last_queries == 0
+        assert plan.kind == Kind.KNOWN and plan.last_queries == 0
         entry = prefills.sets.of("a")
         assert entry is not None and plan.layer_set == entry.index
     assert prefills.sets.stats.inherited == 1
@@ -230,11 +230,11 @@ def test_only_prompts_of_one_owner_begin_alike() -> None:
     prefills = tracker()
     prompt = array("q", tokens(100))
     sets = prefills.sets
-    sets.create("a", prefills.beginnings(prompt, None, None))
-    sets.decide("a")
+    sets.create("a", prefills.prompt_start(prompt, None, None))
+    sets.mark_known("a")
 
     def found(prompt: Any, extra_key: str | None = None, salt: str | None = None) -> bool:
-        return list(sets.find(prefills.beginnings(prompt, extra_key, salt))) == [sets.of("a")]
+        return list(sets.find(prefills.prompt_start(prompt, extra_key, salt))) == [sets.of("a")]
 
     assert found(prompt) and found(prompt[:BLOCK] + array("q", [1, 2, 3]))
     other = array("q", prompt)
@@ -246,8 +246,8 @@ def test_only_prompts_of_one_owner_begin_alike() -> None:
 def test_a_prefix_whose_set_is_gone_is_an_error() -> None:
     prefills = tracker()
     request = Request("c", tokens(100))
-    begins = beginnings_of(prefills, request)
-    gone = LayerSet(3, 4, decided=True)
+    begins = prompt_start_of(prefills, request)
+    gone = LayerSet(3, 4, known=True)
     for entry in (None, gone):
         with pytest.raises(RuntimeError, match="layer set of its cached prefix is gone"):
             prefills.inherit("b", entry, begins)
@@ -274,7 +274,7 @@ def test_what_left_the_cache_is_decided_again() -> None:
     prefills.begin([Request("b", prompt, 1).chunk(256)])
     again = prefills.sets.of("b")
     assert again is not None and again is not entry
-    assert list(prefills.sets.find(beginnings_of(prefills, one))) == [again, entry]
+    assert list(prefills.sets.find(prompt_start_of(prefills, one))) == [again, entry]
     assert prefills.sets.check_integrity() == []
 
 
@@ -295,7 +295,7 @@ def test_a_short_prompt_that_is_retracted_keeps_the_default_set() -> None:
     retract(prefills, request, tokens(40, 1))
     assert prefills.chunk_limit(request.req) is None
     (plan,) = prefills.begin([request.chunk(256)])
-    assert (plan.kind, plan.layer_set, plan.extend) == (Kind.DECIDED, 0, 100)
+    assert (plan.kind, plan.layer_set, plan.extend) == (Kind.KNOWN, 0, 100)
     assert (prefills.sets.stats.short, prefills.sets.stats.decided) == (1, 0), "counted once"
 
 
@@ -309,15 +309,15 @@ def test_a_retracted_request_brings_its_layers_and_computes_its_prompt_alone() -
     retract(prefills, request, tokens(40, 1))
     assert prefills.chunk_limit(request.req) == 300
     (staged,) = prefills.begin([request.chunk(200)])
-    assert (staged.kind, staged.laziness) == (Kind.STAGE, scores)
+    assert (staged.kind, staged.laziness) == (Kind.STAGED, scores)
     request.req.prefix_len = 200
     assert prefills.chunk_limit(request.req) == 100
     (plan,) = prefills.begin([request.chunk(100)])
-    assert (plan.kind, plan.end, plan.laziness) == (Kind.DECIDE, 300, scores)
+    assert (plan.kind, plan.end, plan.laziness) == (Kind.SELECT, 300, scores)
     request.req.prefix_len = 300
     assert prefills.chunk_limit(request.req) is None
     (rest,) = prefills.begin([request.chunk(512)])
-    assert (rest.kind, rest.prefix, rest.extend, rest.laziness) == (Kind.DECIDED, 300, 40, None)
+    assert (rest.kind, rest.prefix, rest.extend, rest.laziness) == (Kind.KNOWN, 300, 40, None)
     assert prefills.sets.stats.decided == 1, "counted once"
     assert prefills.sets.check_integrity() == []
 

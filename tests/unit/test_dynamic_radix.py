@@ -35,7 +35,7 @@ def test_a_prefix_is_found_with_the_set_it_was_written_for() -> None:
     scheduler = Scheduler(SIZES)
     first, again = request("a", LONG), request("b", LONG + [1, 2])
     run(scheduler, first)
-    (entry,) = sets(scheduler).find(scheduler.caches.tree._beginnings(key(LONG)))
+    (entry,) = sets(scheduler).find(scheduler.caches.tree._prompt_start(key(LONG)))
     run(scheduler, again, until=lambda: again in scheduler.running)
     assert sets(scheduler).of(request_id(again)) is entry and again.cached_tokens == 0
     assert sets(scheduler).stats.inherited == 1 and sets(scheduler).stats.decided == 1
@@ -84,7 +84,7 @@ def test_what_was_evicted_is_looked_for_in_the_next_set() -> None:
     scheduler = Scheduler(AT_ONCE)
     one, two = request("a", LONG), request("b", LONG)
     run(scheduler, one, two)
-    found = [entry.uid for entry in sets(scheduler).find(scheduler.caches.tree._beginnings(key(LONG)))]
+    found = [entry.uid for entry in sets(scheduler).find(scheduler.caches.tree._prompt_start(key(LONG)))]
     assert len(found) == 2, "decided at the same time, each for itself"
     tree = scheduler.caches.tree
     given: Any = request("asking", LONG)

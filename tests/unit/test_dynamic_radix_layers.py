@@ -36,7 +36,7 @@ class DynamicRig(Rig):
     def forward(self, req: Req, scores: Sequence[float] = (1, 2, 3, 4, 5, 6)) -> Prefill:
         """The prefill of an admitted request's chunk, as LightTransferModelRunner plans and runs it."""
         (plan,) = self.tracker.begin([(request_id(req), req)])
-        if plan.kind == Kind.DECIDE:
+        if plan.kind == Kind.SELECT:
             values = torch.tensor(plan.laziness or tuple(map(float, scores)))
             self.sets.laziness[plan.layer_set] = values
             order = values.argsort().tolist()
@@ -70,7 +70,7 @@ def test_copies_of_a_prompt_are_computed_as_the_first_was() -> None:
         copy.sampling_params.n = 3
         rig.admit(copy)
         assert copy.prefix_len == 0
-        assert rig.forward(copy).kind == Kind.DECIDE
+        assert rig.forward(copy).kind == Kind.SELECT
         rig.finish(copy)
     repeat = rig.admit(rig.request("repeat", PROMPT))
     assert repeat.prefix_len == len(PROMPT) - 1, "n = 1 still reads what is cached, and says so"
@@ -105,7 +105,7 @@ def test_a_retracted_request_reads_its_own_set_or_none() -> None:
     rig.admit(req, chunk=rig.cache.chunk_limit(req))
     assert (req.prefix_len, req.extend_end) == (0, len(PROMPT)), "not the other's, though it begins alike"
     plan = rig.forward(req, scores=(6, 5, 4, 3, 2, 1))
-    assert (plan.kind, plan.laziness) == (Kind.DECIDE, (1, 2, 3, 4, 5, 6))
+    assert (plan.kind, plan.laziness) == (Kind.SELECT, (1, 2, 3, 4, 5, 6))
     assert rig.told(req)["lazy_layers"] == before["lazy_layers"]
     assert rig.sets.stats.decided == 3 and rig.sets.stats.inherited == 0, "coming back is not counted"
     rig.check()
@@ -118,7 +118,7 @@ def test_a_retracted_short_prompt_stays_short() -> None:
     rig.retract(req)
     rig.cache.reset()
     rig.admit(req)
-    assert rig.forward(req).kind == Kind.DECIDED
+    assert rig.forward(req).kind == Kind.KNOWN
     assert rig.told(req)["origin"] == "default"
     rig.check()
 

@@ -19,7 +19,7 @@ from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.flat_pool import FlatPool
 
 LAYERS, KEEP = 6, 3
-DECIDED = [Prefill(Kind.DECIDE, row=1, layer_set=2, prefix=0, extend=99, last_queries=32)]
+DECIDED = [Prefill(Kind.SELECT, row=1, layer_set=2, prefix=0, extend=99, last_queries=32)]
 
 
 def one_of_two_ranks(other: list[int], check: bool = True) -> DynamicState:
@@ -67,7 +67,7 @@ def test_nothing_is_compared_unless_asked_and_decided() -> None:
     state = one_of_two_ranks([5, 4, 3, 2, 1, 0], check=False)
     state.finish(DECIDED)
     asked = one_of_two_ranks([5, 4, 3, 2, 1, 0])
-    asked.finish([Prefill(Kind.DECIDED, 1, 2, 0, 99), Prefill(Kind.STAGE, 1, 2, 0, 99)])
+    asked.finish([Prefill(Kind.KNOWN, 1, 2, 0, 99), Prefill(Kind.STAGED, 1, 2, 0, 99)])
     assert state.table_checks == asked.table_checks == TableChecks()
 
 
@@ -79,35 +79,35 @@ def queries(value: float) -> LastQueries:
 @pytest.mark.parametrize(
     ("plans", "kept"),
     [
-        ([Prefill(Kind.STAGE, 1, 2, 0, 5)], True),
-        ([Prefill(Kind.DECIDED, 1, 2, 9, 5)], True),
+        ([Prefill(Kind.STAGED, 1, 2, 0, 5)], True),
+        ([Prefill(Kind.KNOWN, 1, 2, 9, 5)], True),
         # Another prompt that was decided whole, while this one waits between two chunks.
-        ([Prefill(Kind.DECIDE, 3, 1, 0, 9, 4)], True),
+        ([Prefill(Kind.SELECT, 3, 1, 0, 9, 4)], True),
         # The staged one is decided, and in the same batch the next one begins to wait.
-        ([Prefill(Kind.DECIDE, 1, 2, 5, 9, 4), Prefill(Kind.STAGE, 3, 1, 0, 5)], True),
-        ([Prefill(Kind.DECIDE, 1, 2, 5, 9, 4)], False),
-        ([Prefill(Kind.DECIDED, 4, 0, 0, 9), Prefill(Kind.DECIDE, 1, 2, 5, 9, 4)], False),
+        ([Prefill(Kind.SELECT, 1, 2, 5, 9, 4), Prefill(Kind.STAGED, 3, 1, 0, 5)], True),
+        ([Prefill(Kind.SELECT, 1, 2, 5, 9, 4)], False),
+        ([Prefill(Kind.KNOWN, 4, 0, 0, 9), Prefill(Kind.SELECT, 1, 2, 5, 9, 4)], False),
     ],
 )
 def test_last_queries_are_kept_as_long_as_somebody_is_staged(plans: list[Prefill], kept: bool) -> None:
     state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
-    state.tails.keep(0, queries(1.0), first=True)
+    state.observed.keep(0, queries(1.0), first=True)
     state.finish(plans)
     if kept:
-        assert torch.equal(state.tails.join(0, queries(2.0), 4).query[:2], queries(1.0).query)
+        assert torch.equal(state.observed.join(0, queries(2.0), 4).query[:2], queries(1.0).query)
     else:
         with pytest.raises(KeyError):
-            state.tails.join(0, queries(2.0), 4)
+            state.observed.join(0, queries(2.0), 4)
 
 
 def test_chunk_after_chunk_the_earlier_ones_are_remembered() -> None:
     """A last chunk of one token is scored by the last queries of all that came before."""
     state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
-    assert state.tails.count == LAST_QUERIES
+    assert state.observed.count == LAST_QUERIES
     for chunk in range(3):
-        state.tails.keep(0, queries(float(chunk)), first=chunk == 0)
-        state.finish([Prefill(Kind.STAGE, 1, 2, 2 * chunk, 2)])
-    found = state.tails.join(0, queries(3.0), LAST_QUERIES).query[:, 0, 0]
+        state.observed.keep(0, queries(float(chunk)), first=chunk == 0)
+        state.finish([Prefill(Kind.STAGED, 1, 2, 2 * chunk, 2)])
+    found = state.observed.join(0, queries(3.0), LAST_QUERIES).query[:, 0, 0]
     assert found.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -115,7 +115,7 @@ def test_the_first_chunk_is_scored_by_more_queries() -> None:
     state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
     config = replace(state.config, decide="first-chunk")
     other = DynamicState(config, state.pool, torch.float32, state.sets, None, state.ranks, {})
-    assert other.tails.count == LAST_QUERIES_FIRST_CHUNK
+    assert other.observed.count == LAST_QUERIES_FIRST_CHUNK
     assert (other.keep, other.layout) == (KEEP, state.pool.layout)
     assert [other.listed(layer) for layer in range(LAYERS)] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lt_sglang.attention.static_flashinfer import LightTransferFlashInferBackend
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.identify.decider import _Gathered
+from lt_sglang.identify.selector import _Gathered
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
@@ -92,7 +92,7 @@ def test_scores_read_staged_keys_with_their_scale(layer_id: int) -> None:
         part[layout.bank_start(0) + slots] = stored
         part[layout.staging_bank_start(2) : layout.staging_bank_start(2) + prefix] = stored[:prefix]
     state: Any = SimpleNamespace(config=config, layout=layout, pool=SimpleNamespace(kv=pool), kv_dtype=FP8)
-    plan = Prefill(Kind.DECIDE, 1, 1, prefix, extend, extend)
+    plan = Prefill(Kind.SELECT, 1, 1, prefix, extend, extend)
     gathered = _Gathered(state, plan, 0, slots.to(torch.int32), "cpu")
     layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=SCALE, v_scale_float=SCALE)
     new = true[prefix:].bfloat16()

@@ -172,7 +172,7 @@ def test_a_prefill_is_planned_once_and_its_plan_forgotten(monkeypatch: pytest.Mo
     given = extend(one, two)
     made.begin_batch(given)
     plans = made.prefill_plans.of(given)
-    assert [(plan.kind, plan.row, plan.end) for plan in plans] == [(Kind.DECIDE, 1, 20), (Kind.DECIDED, 2, 3)]
+    assert [(plan.kind, plan.row, plan.end) for plan in plans] == [(Kind.SELECT, 1, 20), (Kind.KNOWN, 2, 3)]
     assert made.prefills.sets.stats.short == 0, "a health check is no short prompt"
     short = admitted("s", 2, 3)
     made.begin_batch(extend(short))
@@ -205,8 +205,8 @@ def test_a_warm_up_run_uses_the_default_set(monkeypatch: pytest.MonkeyPatch) -> 
         extend_seq_lens_cpu=torch.tensor([3, 5]),
     )
     assert made.prefill_plans.of(given) == [
-        Prefill(Kind.DECIDED, 0, 0, 4, 3),
-        Prefill(Kind.DECIDED, 0, 0, 0, 5),
+        Prefill(Kind.KNOWN, 0, 0, 4, 3),
+        Prefill(Kind.KNOWN, 0, 0, 0, 5),
     ]
 
 

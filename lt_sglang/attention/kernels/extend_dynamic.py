@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.kernels.banks import LayerBanks, bank_row
-from lt_sglang.attention.kernels.requests import DECIDED, Requests
+from lt_sglang.attention.kernels.requests import KNOWN, Requests
 from lt_sglang.attention.kernels.tiles import Tiles, make_tiles
 
 LIST_BLOCK = 1024
@@ -38,7 +38,7 @@ def _extend_kv_indptr(  # type: ignore[no-untyped-def]
     for current in range(0, layer + 1):
         before += tl.where(current > 0, count, 0)
         bank = tl.load(banks.bank_of + table + current, mask=valid, other=0)
-        lazy = (kind == DECIDED) & (bank >= FULL_BANKS)
+        lazy = (kind == KNOWN) & (bank >= FULL_BANKS)
         count = tl.where(lazy == LAZY, length, 0)
     start = tl.sum(tl.where(valid, before, 0))
     ends = start + tl.cumsum(tl.where(valid, count, 0))
@@ -105,7 +105,7 @@ def _extend_kv_indices(  # type: ignore[no-untyped-def]
     item = tl.arange(0, BLOCK)
     valid = item < count
     position = position0 + item
-    decided = tl.load(given.kind + request) == DECIDED
+    known = tl.load(given.kind + request) == KNOWN
     of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
     offset = tl.load(given.offset + request)
     full = tl.load(given.full + offset + position, mask=valid, other=0)
@@ -113,11 +113,11 @@ def _extend_kv_indices(  # type: ignore[no-untyped-def]
     element = position - tl.load(first_ptr + request)
     for layer in range(0, LAYERS):
         bank = layer
-        if decided:
+        if known:
             bank = tl.load(of + layer)
-        if (decided & (bank >= FULL_BANKS)) == LAZY:
+        if (known & (bank >= FULL_BANKS)) == LAZY:
             row = bank_row(banks, bank, full, streaming, FULL_BANKS)
-            if not decided:
+            if not known:
                 row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)
             start = tl.load(kv_indptr_ptr + layer * requests + request).to(tl.int64)
             tl.store(out_ptr + start + element, row, mask=valid)
@@ -184,7 +184,7 @@ def _every_kv_indices(  # type: ignore[no-untyped-def]
     item = tl.arange(0, BLOCK)
     valid = item < count
     position = position0 + item
-    decided = tl.load(given.kind + request) == DECIDED
+    known = tl.load(given.kind + request) == KNOWN
     of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
     offset = tl.load(given.offset + request)
     full = tl.load(given.full + offset + position, mask=valid, other=0)
@@ -195,7 +195,7 @@ def _every_kv_indices(  # type: ignore[no-untyped-def]
     streaming = tl.where(stored, banks.sink_base + sink_set * SINK + position, streaming)
     out = out_ptr + tl.load(shift_ptr + request) + position
     for layer in range(0, LAYERS):
-        if decided:
+        if known:
             row = bank_row(banks, tl.load(of + layer), full, streaming, FULL_BANKS)
         else:
             row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)

@@ -1,4 +1,4 @@
-"""Where the new K and V of a dynamic prefill go, and what moves once a layer is decided."""
+"""Where the new K and V of a dynamic prefill go, and what moves once a layer has its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.kernels.banks import LayerBanks, bank_row, streaming_bank_start
-from lt_sglang.attention.kernels.requests import DECIDED, STAGE, Requests
+from lt_sglang.attention.kernels.requests import KNOWN, STAGED, Requests
 from lt_sglang.attention.kernels.tiles import Tiles
 from lt_sglang.memory.kv import KV
 
@@ -47,7 +47,7 @@ def _place(  # type: ignore[no-untyped-def]
     at = token[:, None].to(tl.int64)
     k = tl.load(new.k + at * k_stride + width[None, :], mask=fresh, other=0)
     v = tl.load(new.v + at * v_stride + width[None, :], mask=fresh, other=0)
-    if kind == DECIDED:
+    if kind == KNOWN:
         of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
         row = bank_row(banks, tl.load(of + layer), full, streaming, FULL_BANKS).to(tl.int64)
         tl.store(pool.k + row[:, None] * WIDTH + width[None, :], k, mask=mask)
@@ -60,14 +60,14 @@ def _place(  # type: ignore[no-untyped-def]
         if SETTLE:
             first_staged = banks.staging_start + (layer - FULL_BANKS) * banks.staging_rows
             at_staged = (first_staged + position).to(tl.int64)[:, None] * WIDTH + width[None, :]
-            if kind == STAGE:
+            if kind == STAGED:
                 tl.store(pool.k + at_staged, k, mask=mask)
                 tl.store(pool.v + at_staged, v, mask=mask)
             else:
                 old = mask & (position < prefix)[:, None]
                 whole_k = tl.where(is_new[:, None], k, tl.load(pool.k + at_staged, mask=old, other=0))
                 whole_v = tl.where(is_new[:, None], v, tl.load(pool.v + at_staged, mask=old, other=0))
-                popped = tl.load(popped_ptr + tl.load(given.deciding + request))
+                popped = tl.load(popped_ptr + tl.load(given.selecting + request))
                 of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
                 taken = tl.load(of + layer)
                 at_full = (taken * banks.full_rows + full).to(tl.int64)[:, None] * WIDTH + width[None, :]
@@ -102,7 +102,7 @@ def tile_positions(width: int) -> int:
 def store_new(pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, banks: LayerBanks) -> None:
     """Put new K and V of a prefill where ``layer`` reads them while it attends.
 
-    Those of decided requests go to their banks, of others to the full bank of a layer before P, else to the
+    Those of known requests go to their banks, of others to the full bank of a layer before P, else to the
     scratch rows; see attention/dynamic_torch.py.
 
     Args:
@@ -119,15 +119,15 @@ def store_new(pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, bank
 def settle(
     pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, banks: LayerBanks, popped: torch.Tensor
 ) -> None:
-    """Once a layer from P on is decided: stage, or cut the popped layer and fill the bank that is free.
+    """Once a layer from P on has its place: stage, or cut the popped layer and fill the bank that is free.
 
-    New K and V of decided requests, if there are tiles of theirs, go to their banks.
+    New K and V of known requests, if there are tiles of theirs, go to their banks.
 
     Args:
         pool: the flat pool.
         new: [tokens, KV heads, dim] of the batch, in the pool's dtype.
         layer: index of the layer.
-        tiles: of all positions of deciding requests, or of the new tokens of others.
+        tiles: of all positions of selecting requests, or of the new tokens of others.
         given: the requests of the batch.
         banks: where the layers of the requests are.
         popped: int32 [D], from ``queue_step``.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-DECIDED: tl.constexpr = tl.constexpr(0)
-DECIDE: tl.constexpr = tl.constexpr(1)
-STAGE: tl.constexpr = tl.constexpr(2)
+KNOWN: tl.constexpr = tl.constexpr(0)
+SELECT: tl.constexpr = tl.constexpr(1)
+STAGED: tl.constexpr = tl.constexpr(2)
 
 
 class Requests(NamedTuple):
@@ -17,7 +17,7 @@ class Requests(NamedTuple):
 
     kind: layers/prefill.py. layer_set: row of ``bank_of``. prefix: tokens before this chunk. token: first row
     of its new tokens in the batch. offset: of its positions in ``full`` and ``streaming``. sink_set: or -1.
-    deciding: number among those that decide, or -1.
+    selecting: number among those whose layers are selected, or -1.
     full, streaming: [sum of lengths], slot of every position; streaming 0 where there is none.
     """
 
@@ -27,6 +27,6 @@ class Requests(NamedTuple):
     token: torch.Tensor
     offset: torch.Tensor
     sink_set: torch.Tensor
-    deciding: torch.Tensor
+    selecting: torch.Tensor
     full: torch.Tensor
     streaming: torch.Tensor

@@ -1,4 +1,4 @@
-"""Streaming attention of the deciding queries, as a Triton kernel.
+"""Streaming attention of the last queries, as a Triton kernel.
 
 The queries of one kv head (GROUP heads x W queries) share a tile; the selected keys are split over programs,
 and whoever combines the splits adds them up in a fixed order. This and the other kernels of the scores run
@@ -124,7 +124,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def attend(evidence: Evidence, with_values: bool) -> Splits:
-    """Streaming attention of the deciding queries; the number of splits follows from the shapes."""
+    """Streaming attention of the last queries; the number of splits follows from the shapes."""
     requests, queries = evidence.query_rows.shape
     keys = evidence.key_rows.shape[1]
     _, heads, dim = evidence.query.shape

@@ -1,4 +1,4 @@
-"""What a score may look at: the attention of one layer over the deciding queries of one prefill."""
+"""What a score may look at: the attention of one layer over the last queries of one prefill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def identity(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one layer of one prefill offers a score: D deciding requests, W queries and S selected keys each.
+    """What one layer of one prefill offers a score: D requests, W queries and S selected keys each.
 
     The selected keys of a request are its first w_sink positions and the last w_recent ones seen so far;
     query i sees those at positions <= i. An absent query or key has -1 as its row and its position. A

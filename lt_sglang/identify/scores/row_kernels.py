@@ -65,7 +65,7 @@ def _output_rows(  # type: ignore[no-untyped-def]
 
 
 def output_rows(evidence: Evidence, splits: Splits | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full attention of the deciding queries, minus streaming attention if its splits are given.
+    """Full attention of the last queries, minus streaming attention if its splits are given.
 
     Returns:
         rows: [D * W, H * dim] in the model's dtype; zeros for absent queries and padded heads.

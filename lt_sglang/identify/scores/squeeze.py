@@ -1,4 +1,4 @@
-"""SqueezeAttention's layer importance (arXiv 2404.04793), over the deciding queries."""
+"""SqueezeAttention's layer importance (arXiv 2404.04793), over the observation window."""
 
 from __future__ import annotations
 

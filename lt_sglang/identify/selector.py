@@ -1,4 +1,4 @@
-"""Scores the layers of a prefill's deciding requests and lets them enter their queues, on the device.
+"""Scores the layers of a prefill's selecting requests and lets them enter their queues, on the device.
 
 Where every request gets the configured list, nothing is scored: its layers are the lazier ones.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
 
-class Decider:
-    """The decisions of one prefill at a time: ``begin`` it, then ``decide`` layer by layer, in order.
+class LayerSelector:
+    """Selects for one prefill at a time: ``begin`` it, then ``select`` layer by layer, in order.
 
     Requests prefilled in one chunk are scored together, straight from the batch. The one whose earlier chunks
     were staged is scored by itself, from gathered queries and keys.
@@ -35,7 +35,7 @@ class Decider:
         self._alone: list[tuple[int, Prefill, _Gathered]] = []
         self._known: tuple[torch.Tensor, torch.Tensor] | None = None
         self._staged: list[tuple[Prefill, int]] = []
-        self._deciding = 0
+        self._selecting = 0
         self._plans: list[Prefill] = []
         self._popped = torch.empty(0)
         self._sets = torch.empty(0)
@@ -45,7 +45,7 @@ class Decider:
 
         Args:
             plans: the requests of the batch, in its order.
-            popped: int32 [deciding requests or more]; ``decide`` writes the layer that each queue popped.
+            popped: int32 [selecting requests or more]; ``select`` writes the layer that each queue popped.
             full_slots: int32, the full slot of every position of the batch's requests, one after the other.
         """
         device = popped.device
@@ -56,9 +56,9 @@ class Decider:
         self._staged = []
         token = offset = 0
         for plan in plans:
-            if plan.kind == Kind.STAGE and self._state.score is not None and plan.laziness is None:
+            if plan.kind == Kind.STAGED and self._state.score is not None and plan.laziness is None:
                 self._staged.append((plan, token))
-            elif plan.kind == Kind.DECIDE:
+            elif plan.kind == Kind.SELECT:
                 order.append(plan)
                 if plan.laziness is None and plan.prefix:
                     alone.append((plan, token, offset))
@@ -66,7 +66,7 @@ class Decider:
                     direct.append((plan, token))
             token += plan.extend
             offset += plan.end
-        self._deciding = len(order)
+        self._selecting = len(order)
         if not order:
             return
         sets = [plan.layer_set for plan in order]
@@ -86,7 +86,7 @@ class Decider:
             for plan, token, offset in alone
         ]
 
-    def decide(
+    def select(
         self,
         layer: RadixAttention,
         query: torch.Tensor,
@@ -98,25 +98,25 @@ class Decider:
         """Score one layer and pop what its queues have no room for; writes ``popped``."""
         # Asked for always: a model that does not show it is found out by the warm-up request at start.
         hidden = self._state.hidden(forward_batch, len(query))
-        if not self._staged and not self._deciding:
+        if not self._staged and not self._selecting:
             return
         assert lse is not None
         batch = LastQueries(query, attention, lse, hidden)
         with self._state.stopwatch:
-            if self._deciding:
-                self._decide(layer, batch, new)
+            if self._selecting:
+                self._select(layer, batch, new)
             for plan, token in self._staged:  # after the one whose own earlier queries are kept there
                 chunk = batch.part(token, plan.extend)
-                self._state.tails.keep(layer.layer_id, chunk, first=plan.prefix == 0)
-        if self._deciding and layer.layer_id == self._state.layout.layers - 1:
+                self._state.observed.keep(layer.layer_id, chunk, first=plan.prefix == 0)
+        if self._selecting and layer.layer_id == self._state.layout.layers - 1:
             self._state.finish(self._plans)
             self._together, self._alone, self._known = None, [], None
 
-    def _decide(self, layer: RadixAttention, batch: LastQueries, new: KV) -> None:
+    def _select(self, layer: RadixAttention, batch: LastQueries, new: KV) -> None:
         state = self._state
         if state.score is None:
             listed = state.listed(layer.layer_id)
-            laziness = torch.full((self._deciding,), listed, dtype=torch.float32, device=new.k.device)
+            laziness = torch.full((self._selecting,), listed, dtype=torch.float32, device=new.k.device)
         else:
             laziness = self._laziness(state.score, layer, batch, new)
         queue_step(
@@ -132,7 +132,7 @@ class Decider:
     def _laziness(self, score: Score, layer: RadixAttention, batch: LastQueries, new: KV) -> torch.Tensor:
         """float32 [D], by the score."""
         state, number = self._state, layer.layer_id
-        laziness = torch.empty(self._deciding, dtype=torch.float32, device=new.k.device)
+        laziness = torch.empty(self._selecting, dtype=torch.float32, device=new.k.device)
         if self._together is not None:
             evidence = self._together.evidence(layer, batch, new)
             found = score.laziness(evidence)
@@ -141,7 +141,7 @@ class Decider:
             else:
                 laziness = found
         for index, plan, gathered in self._alone:
-            last = state.tails.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
+            last = state.observed.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
             evidence = single_evidence(
                 state, plan, layer, last, gathered.selected(layer, new), gathered.positions
             )

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from lt_sglang.identify.observation_window import LastQueries, Tails
+from lt_sglang.identify.observation_window import LastQueries, ObservationWindow
 
 
 def whole(tokens: int, seed: int, hidden: bool) -> LastQueries:
@@ -37,7 +37,7 @@ def test_chunks_of_any_size_give_the_prompts_last_queries(hidden: bool) -> None:
     rng = random.Random(3)
     for case in range(100):
         count = rng.choice([1, 4, 32])
-        tails = Tails(count)
+        tails = ObservationWindow(count)
         tokens = rng.randint(2, 150)
         cuts = sorted(rng.sample(range(1, tokens), min(rng.randint(1, 6), tokens - 1)))
         bounds = [0, *cuts, tokens]
@@ -51,7 +51,7 @@ def test_chunks_of_any_size_give_the_prompts_last_queries(hidden: bool) -> None:
 
 
 def test_a_new_request_does_not_see_the_one_before() -> None:
-    tails = Tails(8)
+    tails = ObservationWindow(8)
     old, new = whole(20, 1, True), whole(3, 2, True)
     tails.keep(0, old, first=True)
     tails.keep(0, new, first=True)
@@ -60,7 +60,7 @@ def test_a_new_request_does_not_see_the_one_before() -> None:
 
 def test_what_is_kept_is_a_copy() -> None:
     """The engine writes over its activations."""
-    tails = Tails(4)
+    tails = ObservationWindow(4)
     source = whole(10, 1, True)
     kept = part(source, 6, 10).copy()
     tails.keep(0, source, first=True)
@@ -71,7 +71,7 @@ def test_what_is_kept_is_a_copy() -> None:
 
 
 def test_a_long_last_chunk_needs_no_tail() -> None:
-    tails = Tails(4)
+    tails = ObservationWindow(4)
     source = whole(10, 1, False)
     for length in (4, 5, 10):
         assert_same(tails.join(7, part(source, 0, length), 4), part(source, length - 4, length))
@@ -82,7 +82,7 @@ def test_a_long_last_chunk_needs_no_tail() -> None:
 
 
 def test_a_chunk_as_long_as_what_is_kept_needs_no_earlier_one() -> None:
-    tails = Tails(4)
+    tails = ObservationWindow(4)
     source = whole(4, 1, False)
     tails.keep(0, source, first=False)
     assert_same(tails.join(0, part(source, 0, 0), 4), source)

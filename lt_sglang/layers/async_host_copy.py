@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class HostMirror:
+class AsyncHostCopy:
     """The values of a device tensor, one reading late on a GPU."""
 
     def __init__(self, tensor: torch.Tensor) -> None:

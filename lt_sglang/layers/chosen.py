@@ -1,6 +1,6 @@
-"""Decided layers on the host: for answers that ask, and for requests that are retracted and come back.
+"""Chosen layers on the host: for answers that ask, and for requests that are retracted and come back.
 
-What a forward decides is on the device. It is copied to pinned memory behind that forward and read once the
+What a forward chooses is on the device. It is copied to pinned memory behind that forward and read once the
 request's token, which the same forward made, has been read: by then the copy is done, so nobody waits for it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-class Decision:
+class ChosenLayers:
     """Layers of one set. ``banks`` (int) and ``laziness`` (float32 values), by layer."""
 
     def __init__(self, rows: torch.Tensor, event: torch.cuda.Event | None) -> None:
@@ -22,7 +22,7 @@ class Decision:
         self._event = event
 
     @classmethod
-    def known(cls, banks: Sequence[int], laziness: Sequence[float]) -> Decision:
+    def known(cls, banks: Sequence[int], laziness: Sequence[float]) -> ChosenLayers:
         """One that is on the host already."""
         return cls(torch.tensor([list(banks), list(laziness)], dtype=torch.float32), None)
 
@@ -43,17 +43,17 @@ class Decision:
         return self._rows
 
 
-def bring(bank_of: torch.Tensor, laziness: torch.Tensor, rows: Sequence[int]) -> list[Decision]:
-    """The decisions in ``rows`` of both tables ([capacity, L]), as work queued so far leaves them."""
+def bring(bank_of: torch.Tensor, laziness: torch.Tensor, rows: Sequence[int]) -> list[ChosenLayers]:
+    """What was chosen in ``rows`` of both tables ([capacity, L]), as work queued so far leaves them."""
     where = torch.tensor(rows, dtype=torch.int64).to(bank_of.device, non_blocking=True)
     found = torch.stack([bank_of[where].to(torch.float32), laziness[where]], dim=1)
     if not found.is_cuda:
-        return [Decision(row, None) for row in found]
+        return [ChosenLayers(row, None) for row in found]
     host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
     host.copy_(found, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return [Decision(row, event) for row in host]
+    return [ChosenLayers(row, event) for row in host]
 
 
 @dataclass(frozen=True)
