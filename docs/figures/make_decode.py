@@ -1,4 +1,6 @@
-"""Draw docs/figures/decode.svg from loadtest/results: python docs/figures/make_decode.py.
+"""Draw docs/figures/decode.svg from loadtest/results.
+
+    python docs/figures/make_decode.py
 
 The numbers are read from the result files; tests/unit/test_docs.py draws it again and compares.
 """
@@ -43,53 +45,57 @@ def bound(tokens: int) -> float:
     return tokens / ((1 - SHARE) * tokens + SHARE * min(tokens, WINDOW))
 
 
+def _text(x: float, y: float, text: str, style: str = 'fill="#222"') -> str:
+    return f'<text x="{x}" y="{y}" {style}>{text}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return f'<rect x="{x}" y="{y}" width="{width:.0f}" height="{height}" fill="{colour}"/>'
+
+
 def _bar(y: int, value: float, colour: str) -> str:
-    width = value * WIDE
-    return (
-        f'<rect x="{LEFT}" y="{y}" width="{width:.0f}" height="20" fill="{colour}"/>'
-        f'<text x="{LEFT + 8}" y="{y + 15}" fill="#ffffff">{value:.2f}x</text>'
-    )
+    return _rect(LEFT, y, value * WIDE, 20, colour) + _text(LEFT + 8, y + 15, f"{value:.2f}x", 'fill="#fff"')
 
 
 def svg() -> str:
     """The whole picture."""
-    height = TOP + HIGH * len(ROWS) + 64
+    bottom = TOP + HIGH * len(ROWS)
+    title = "Decode tokens a second, over stock SGLang (fa3), KV memory full"
+    view = f'viewBox="0 0 760 {bottom + 64}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-family="sans-serif" font-size="13">',
-        "<title>Decode tokens a second over stock SGLang, by prompt length</title>",
-        f'<rect width="760" height="{height}" fill="#ffffff"/>',
-        '<text x="20" y="26" font-size="15" font-weight="bold" fill="#222">Decode tokens a second, over stock '
-        "SGLang (fa3), KV memory full</text>",
-        f'<rect x="{LEFT}" y="40" width="14" height="14" fill="{STATIC}"/><text x="{LEFT + 20}" y="52">static mode</text>',
-        f'<rect x="{LEFT + 120}" y="40" width="14" height="14" fill="{DYNAMIC}"/>'
-        f'<text x="{LEFT + 140}" y="52">dynamic mode</text>',
-        f'<path d="M{LEFT + 262} 38v18" stroke="{BOUND}" stroke-width="3"/>'
-        f'<text x="{LEFT + 272}" y="52">bound of the KV bytes</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {view} font-family="sans-serif" font-size="13">',
+        f"<title>{title}</title>",
+        _rect(0, 0, 760, bottom + 64, "#ffffff"),
+        _text(20, 26, title, 'font-size="15" font-weight="bold" fill="#222"'),
+        _rect(LEFT, 40, 14, 14, STATIC) + _text(LEFT + 20, 52, "static mode"),
+        _rect(LEFT + 120, 40, 14, 14, DYNAMIC) + _text(LEFT + 140, 52, "dynamic mode"),
+        f'<path d="M{LEFT + 262} 38v18" stroke="{BOUND}" stroke-width="3"/>',
+        _text(LEFT + 272, 52, "bound of the KV bytes"),
     ]
     for row, (tokens, static, dynamic) in enumerate(ROWS):
         y = TOP + row * HIGH
         end = LEFT + bound(tokens) * WIDE
-        parts.append(f'<text x="20" y="{y + 26}" fill="#222">{tokens // 1024}K prompt tokens</text>')
+        parts.append(_text(20, y + 26, f"{tokens // 1024}K prompt tokens"))
         parts.append(_bar(y, ratio(static), STATIC))
-        if dynamic is not None:
-            parts.append(_bar(y + 22, ratio(dynamic), DYNAMIC))
+        if dynamic is None:
+            parts.append(_text(LEFT + 6, y + 37, "dynamic: not measured", 'fill="#888"'))
         else:
-            parts.append(f'<text x="{LEFT + 6}" y="{y + 37}" fill="#888">dynamic: not measured</text>')
+            parts.append(_bar(y + 22, ratio(dynamic), DYNAMIC))
         parts.append(f'<path d="M{end:.0f} {y - 3}v48" stroke="{BOUND}" stroke-width="3"/>')
-    bottom = TOP + HIGH * len(ROWS)
-    parts.append(f'<path d="M{LEFT + WIDE} {TOP - 6}V{bottom - 8}" stroke="#bbbbbb" stroke-dasharray="4 4"/>')
-    parts.append(
-        f'<text x="{LEFT + WIDE}" y="{bottom + 8}" text-anchor="middle" fill="#555">stock: 1.00x</text>'
-    )
-    parts.append(
-        f'<text x="20" y="{bottom + 32}" fill="#555">One H100, Mistral-7B shape with dummy weights, 16 of 32 layers '
-        "lazy, 4 + 1020.</text>"
-    )
-    parts.append(
-        f'<text x="20" y="{bottom + 50}" fill="#555">At 8K stock SGLang is 4 % faster with flashinfer than with '
-        "fa3.</text>"
-    )
-    return "\n".join([*parts, "</svg>", ""])
+    small = 'fill="#555"'
+    parts += [
+        f'<path d="M{LEFT + WIDE} {TOP - 6}V{bottom - 8}" stroke="#bbb" stroke-dasharray="4 4"/>',
+        _text(LEFT + WIDE, bottom + 8, "stock: 1.00x", f'{small} text-anchor="middle"'),
+        _text(
+            20,
+            bottom + 32,
+            "One H100, Mistral-7B shape, dummy weights, 16 of 32 layers lazy, 4 + 1020.",
+            small,
+        ),
+        _text(20, bottom + 50, "At 8K stock SGLang is 4 % faster with flashinfer than with fa3.", small),
+        "</svg>",
+    ]
+    return "\n".join([*parts, ""])
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Ticker:
         self._was_idle = False
 
     def tick(self, is_idle: bool) -> None:
-        """To be called often; cheap when there is nothing to do."""
+        """Take a reading if one is due. Called in every round of the scheduler; cheap where none is."""
         if self._publish is None:
             return
         now = self._clock()

@@ -29,7 +29,10 @@ RECOMPILES = 64
 
 @dataclass(frozen=True)
 class Masks:
-    """Of one batch. full, lazy: a BlockMask each, or dense [B, 1, T, T]. lazy_layers: who takes which."""
+    """The masks of one batch.
+
+    full, lazy: a BlockMask each, or dense bool [B, 1, T, T]. lazy_layers: the layers that take ``lazy``.
+    """
 
     full: Any
     lazy: Any
@@ -105,7 +108,7 @@ def _register() -> None:
 
 
 def _masks(*_args: Any, **kwargs: Any) -> Masks:
-    """What transformers asks for by NAME: the masks of the batch at hand, whatever it thinks of the layer."""
+    """What transformers asks for by NAME: the current batch's masks, whatever kind of layer it asks for."""
     masks = _current.get()
     if masks is None:
         raise LightTransferError("attention: the model was not prepared by lt_sglang.train.attention.attach")

@@ -63,7 +63,7 @@ class Report:
         }
 
     def lines(self, window: int, max_length: int) -> list[str]:
-        """For people."""
+        """The report as sentences, for the terminal."""
         told = self.as_dict()
         sizes = told["lengths"]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.formats.items())

@@ -1,6 +1,6 @@
-"""Who sees whom in training: one mask function, read as FlexAttention's BlockMask or as a dense mask.
+"""Which token attends to which in training: one mask function, as a BlockMask or as a dense mask.
 
-Dimensions: B rows of a batch, S tokens of a row. A row may hold several documents (packed samples) and
+Dimensions: B rows of a batch, T tokens of a row. A row may hold several documents (packed samples) and
 padding. A token sees a token of its own document only, never a later one; in a lazy layer only the first
 ``sink_tokens`` of its document and the last ``recent_tokens`` up to itself.
 """
@@ -75,7 +75,7 @@ def tokens_of(
 
 
 def full_mask(tokens: Tokens) -> MaskMod:
-    """Of a layer with full attention: all earlier tokens of the same document."""
+    """The mask of a full layer: a query attends to all earlier tokens of its document, and to itself."""
     if tokens.single:
         return _causal
     document = tokens.document
@@ -87,7 +87,7 @@ def full_mask(tokens: Tokens) -> MaskMod:
 
 
 def lazy_mask(tokens: Tokens, sink_tokens: int, recent_tokens: int) -> MaskMod:
-    """Of a lazy layer: of those, the document's first ``sink_tokens`` and the last ``recent_tokens``."""
+    """The mask of a lazy layer: of those only the first ``sink_tokens`` and the last ``recent_tokens``."""
     document, position = tokens.document, tokens.position
 
     def alone(b: Any, h: Any, q: Any, k: Any) -> Any:

@@ -71,7 +71,7 @@ class TrainPlan:
 
     @property
     def tokens_a_second(self) -> float:
-        """Of all GPUs."""
+        """Tokens a second, of all GPUs together."""
         return self.tokens_a_step / self.step_seconds
 
 

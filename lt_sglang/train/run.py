@@ -195,7 +195,7 @@ def save(trainer: Any, options: TrainOptions) -> None:
 
 
 def how_to_go_on(options: TrainOptions) -> str:
-    """What to do with the folder, for people."""
+    """What can be done with the folder now, for the terminal."""
     return "\n".join(
         [
             f"{options.out}: the model; its list of lazy layers is in its config.json",

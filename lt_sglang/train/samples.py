@@ -80,7 +80,7 @@ def parse_line(line: str, where: str) -> Record:
 
 
 def sha256_of(paths: Sequence[Path]) -> str:
-    """Of the files' bytes, one after the other."""
+    """SHA-256 of all files' bytes, one file after the other."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

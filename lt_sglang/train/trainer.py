@@ -64,7 +64,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def kept(folder: Path) -> str:
-    """What is left of the run, for messages."""
+    """Where the run can go on from, as a phrase for messages."""
     last = last_checkpoint(folder)
     return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
 

@@ -1,14 +1,15 @@
 """The documents name files, functions, flags, commands and results that exist.
 
-A pointer in the text is written ``file.py:function`` or ``file.py:Class.method``, the file from the repository's
-root or from ``lt_sglang``. Links, paths, modules, make targets and ``--lt-`` flags are checked wherever
-they stand, code blocks included.
+A pointer in the text is written ``file.py:function`` or ``file.py:Class.method``, the file from the
+repository's root or from ``lt_sglang``. Links, paths, modules, make targets and
+``--lt-`` flags are checked wherever they stand, code blocks included.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -20,13 +21,7 @@ from lt_sglang.launch.options import LtOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "lt_sglang"
-DOCUMENTS = sorted(
-    [
-        *REPOSITORY.glob("*.md"),
-        *(REPOSITORY / "docs").rglob("*.md"),
-        REPOSITORY / "loadtest/results/README.md",
-    ]
-)
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 FOLDERS = "|".join(
     sorted(
         path.name
@@ -119,3 +114,77 @@ def test_commands_modules_targets_and_flags_exist(document: Path) -> None:
     assert set(COMMAND.findall(text)) <= set(COMMANDS)
     unknown = set(FLAG.findall(text)) - flags - LOCUST - {"--lt-admin-routes"}
     assert unknown == set()
+
+
+# ---- single documents
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    section = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(REPOSITORY / "README.md").splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    "row",
+    table_rows(text_of(REPOSITORY / "README.md"), "What it gains"),
+    ids=lambda row: row[0],
+)
+def test_the_readme_shows_what_its_result_files_say(row: list[str]) -> None:
+    _, stock, ours, ratio, link = row
+    (name,) = LINK.findall(link)
+    result = json.loads((REPOSITORY / name).read_text(encoding="utf-8"))
+    kind = "decode_tokens_per_second" if "decode" in stock else "output_throughput"
+    for shown, side in ((stock, "baseline"), (ours, "lighttransfer")):
+        running, speed = (float(number) for number in re.findall(r"[\d.]+", shown))
+        assert running == result[side]["requests_running"]
+        assert speed == round(result[side][kind])
+    assert ratio == f"{result['ratio'][kind]:.2f}x"
+
+
+def test_the_plot_is_of_the_result_files() -> None:
+    script = REPOSITORY / "docs/figures/make_decode.py"
+    spec = importlib.util.spec_from_file_location("make_decode", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text(encoding="utf-8") == module.svg(), "run python docs/figures/make_decode.py"
+
+
+def test_every_option_is_explained() -> None:
+    text = text_of(REPOSITORY / "docs/serving.md")
+    rows = [
+        cells[0] for cells in (line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|")
+    ]
+    explained = {flag for cell in rows for flag in FLAG.findall(cell)}
+    assert explained >= {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+
+
+def test_the_package_map_is_whole() -> None:
+    shown = set()
+    for first, _ in table_rows(text_of(REPOSITORY / "docs/architecture.md"), "Packages"):
+        shown |= set(re.findall(r"`([\w.]+)`", first))
+    found = {
+        path.name
+        for path in PACKAGE.iterdir()
+        if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("_")
+    }
+    assert shown == found
+
+
+def test_every_decision_is_listed() -> None:
+    folder = REPOSITORY / "docs/decisions"
+    listed = set(LINK.findall(text_of(folder / "README.md")))
+    assert listed == {path.name for path in folder.glob("*.md")} - {"README.md"}
+
+
+def test_the_glossary_has_terms_and_says_what_a_sink_is_not() -> None:
+    text = text_of(REPOSITORY / "docs/glossary.md")
+    terms = [row for heading in ("Layers", "Memory", "A request's way") for row in table_rows(text, heading)]
+    assert len(terms) >= 30 and all(len(row) == 4 and all(row) for row in terms)
+    assert "not FlashInfer's sink" in text
