@@ -157,9 +157,7 @@ def test_a_killed_start_leaves_nothing(
     wait_for(lambda: gone(child), 5, folder)
 
 
-def test_ctrl_c_ends_a_start_without_tracebacks(
-    folder: Path, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_ctrl_c_ends_a_start_without_tracebacks(folder: Path, started: list[subprocess.Popen[bytes]]) -> None:
     """A terminal sends it to all processes at once; the first says so and ends the others."""
     process = start(folder, "lt_sglang.cli.server")
     started.append(process)
