@@ -35,7 +35,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from deploy.tools.fetch import FetchFailed, folder  # noqa: E402 - a script, not a package
-from lt_sglang.config import format_layers  # noqa: E402
 from lt_sglang.errors import LightTransferError  # noqa: E402
 from lt_sglang.launch.model_config import names_folder, read_model_config, unsupported_features  # noqa: E402
 from lt_sglang.launch.options import resolve_config, take_options  # noqa: E402
@@ -163,7 +162,7 @@ def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     if config is not None:
         values["lightTransfer"] = {
             "mode": config.mode,
-            "lazyLayers": format_layers(config.lazy_layers),
+            "lazyLayers": config.to_dict()["lazy_layers"],
             "keep": config.keep if config.dynamic else None,
             "sinkTokens": config.sink_tokens,
             "recentTokens": config.recent_tokens,

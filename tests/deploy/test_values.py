@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from k8s.render import render
-from lt_sglang.config import DECIDE, LIST, MODES, SCORES
+from lt_sglang.config import DECIDE, LIST, MODES, SCORES, parse_lazy_layers
 from lt_sglang.errors import LightTransferError
 
 from .chart import CHART, MINIMAL
@@ -189,3 +190,20 @@ def test_schema_knows_the_choices_that_exist() -> None:
     assert set(known["mode"]["enum"]) == set(MODES)
     assert set(known["score"]["enum"]) - {None} == {*SCORES, LIST}
     assert set(known["decide"]["enum"]) - {None} == set(DECIDE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "none", "5-24,26", "half", "all", "ends:0.5", "random:12", "pyramid:0.25"),
+        *("ends", "half:0.5", "middle:0.5", "5-", "5..24", "none,5"),
+    ],
+)
+def test_lazy_layers_are_spelled_as_on_the_command_line(text: str) -> None:
+    pattern = SCHEMA["properties"]["lightTransfer"]["properties"]["lazyLayers"]["pattern"]
+    try:
+        parse_lazy_layers(text)
+        known = True
+    except LightTransferError:
+        known = False
+    assert bool(re.search(pattern, text)) == known
