@@ -17,46 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lt_sglang.eval.tasks.haystack import SENTENCES as TEST_SENTENCES
 from lt_sglang.eval.tasks.haystack import documentation
 
 DIGITS = 5
 WINDOW_MARGIN = 100
 FRAME_MARGIN = 40  # the digits, and what sentences take more together than apart
+_TEXT = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # Adjectives and nouns of places.
-TRAIN_WORDS = (
-    (
-        *("amber", "broad", "coastal", "dusty", "eastern", "former", "grand", "hidden", "inner", "lower"),
-        "marble",
-    ),
-    (
-        *("abbey", "bridge", "cinema", "depot", "embassy", "factory", "gallery", "harbour", "inn", "jetty"),
-        "kiosk",
-    ),
-)
-TEST_WORDS = (
-    (
-        *("old", "new", "red", "green", "upper", "quiet", "little", "northern", "stone", "outer", "second"),
-        "royal",
-    ),
-    ("garden", "library", "station", "castle", "bakery", "hospital", "museum", "theatre", "market", "school"),
-)
-WORDS = {"train": TRAIN_WORDS, "test": TEST_WORDS}
-TRAIN_SENTENCES = (
-    "The lorry stopped twice on its way up the pass.",
-    "Two swans had built their nest beside the weir.",
-    "Someone left an umbrella in the waiting room again.",
-    "The orchestra tuned for longer than anyone expected.",
-    "A thin layer of ice covered the puddles that morning.",
-    "My aunt keeps her recipes in a tin with a lion on it.",
-    "The committee met on Thursday and agreed on very little.",
-    "Smoke rose from the chimney of the last house in the lane.",
-    "He learned to whistle before he learned to read.",
-    "The ferry was late, so they shared a pot of tea.",
-    "Under the bench a dog slept through the whole speech.",
-    "New tiles were ordered for the roof of the chapel.",
-)
-SENTENCES = {"train": TRAIN_SENTENCES, "test": TEST_SENTENCES}
+WORDS: dict[str, list[list[str]]] = _TEXT["words"]
+SENTENCES = {"train": tuple(_TEXT["sentences"]), "test": TEST_SENTENCES}
 SEEDS = {"train": 1, "pilot": 2, "test": 3}
 # Of these the docstrings are read; what is not installed is left out.
 TEXT_PACKAGES = ("numpy", "pandas", "datasets", "accelerate", "trl", "peft", "torch", "transformers")

@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     args, shared = _parser().parse_known_args(argv)
     if args.plots:
         require_matplotlib()  # before hours of measuring
-    check(args)
+    check(args, shared)
     specs = engine_specs(args, shared)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
     questions = build_questions(args, tokenizer)
@@ -71,8 +71,8 @@ def finish(args: argparse.Namespace, questions: Questions, outcomes: list[Outcom
     print(table(rows))
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise LightTransferError if the engines cannot be told apart, or there is no model to ask."""
+def check(args: argparse.Namespace, shared: list[str]) -> None:
+    """Raise LightTransferError if engines cannot be told apart or compared, or there is no model to ask."""
     flag, texts = ("--endpoint", args.endpoint) if args.endpoint else ("--engine", args.engine)
     names = [_pair(text)[0] if args.endpoint else text.partition("=")[0] for text in texts]
     for name in names:
@@ -80,6 +80,13 @@ def check(args: argparse.Namespace) -> None:
             raise LightTransferError(f"{flag} {name!r}: a name has letters, digits, '.', '_' and '-' only")
         if names.count(name) > 1:
             raise LightTransferError(f"{flag} {name}: named twice")
+    ours = [word for word in shared if word.startswith("--lt-")]
+    if ours:
+        raise LightTransferError(f"{ours[0]}: is of one engine; write --engine 'NAME={ours[0]} ...'")
+    if shared and args.endpoint:
+        raise LightTransferError(
+            f"{shared[0]}: unknown option, and --endpoint starts no engine to give it to"
+        )
     if len(names) < 2:
         raise LightTransferError(f"{flag} {names[0]}: nothing to compare it with; give {flag} twice or more")
     if args.engine and args.tokenizer and not args.model_path:
@@ -92,13 +99,6 @@ def check(args: argparse.Namespace) -> None:
 
 def engine_specs(args: argparse.Namespace, shared: list[str]) -> list[EngineSpec]:
     """The engines to start, each of which can; raises LightTransferError that names the one that cannot."""
-    ours = [word for word in shared if word.startswith("--lt-")]
-    if ours:
-        raise LightTransferError(f"{ours[0]}: is of one engine; write --engine 'NAME={ours[0]} ...'")
-    if shared and args.endpoint:
-        raise LightTransferError(
-            f"{shared[0]}: unknown option, and --endpoint starts no engine to give it to"
-        )
     specs = []
     for number, text in enumerate(args.engine or ()):
         name, _, options = text.partition("=")

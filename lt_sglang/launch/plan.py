@@ -93,8 +93,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     tp = args.get_int(flags.TP_SIZE, 1)
     port = args.get_int(flags.PORT, DEFAULT_PORT, most=LAST_PORT)
     url = base_url(args.argv, args.get(flags.HOST), port)
-    device = args.get(flags.DEVICE)
-    on_cpu = device == "cpu" or (device is None and not machine.has_gpu())
+    on_cpu = _on_cpu(args, machine.has_gpu)
 
     model_path = args.get(flags.MODEL_PATH)
     demo = model_path is None
@@ -135,15 +134,17 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     )
 
 
-def stock_command(argv: list[str], env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+def stock_command(
+    argv: list[str], env: Mapping[str, str], machine: Machine | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of SGLang with full attention; raises LightTransferError.
 
     argv: SGLang's arguments; without an attention backend among them, a CPU has torch_native.
     """
-    machine, args = Machine(), SglangArgs(argv)
+    machine, args = machine or Machine(has_gpu=has_gpu), SglangArgs(argv)
     # The plug-in does nothing unless its backend is asked for; stock is to be stock all the same.
     changes, missing = {"SGLANG_PLUGINS": "none"}, []
-    if args.get(flags.DEVICE) in ("cpu", None if has_gpu() else "cpu"):
+    if _on_cpu(args, machine.has_gpu):
         missing = [*_missing_limits(args), *_missing_cpu_args(args)]
         if args.get(flags.ATTENTION_BACKEND) is None:
             missing += [flags.ATTENTION_BACKEND[0], "torch_native"]
@@ -194,6 +195,11 @@ def _demo_model(machine: Machine) -> str:
         return str(machine.demo_model())
     except DemoModelMissing as error:
         raise LightTransferError(str(error)) from None
+
+
+def _on_cpu(args: SglangArgs, has_gpu: Callable[[], bool]) -> bool:
+    device = args.get(flags.DEVICE)
+    return device == "cpu" or (device is None and not has_gpu())
 
 
 def _cpu_environment(machine: Machine, tp: int, env: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from lt_sglang.demo.smollm2 import DemoModelMissing
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import ready
 from lt_sglang.launch.cpu import CPU_LIMITS, CompilerMissing, cpu_server_args
-from lt_sglang.launch.plan import Launch, Machine, plan_launch
+from lt_sglang.launch.plan import Launch, Machine, plan_launch, stock_command
 from lt_sglang.names import BACKEND
 
 from ..http_server import serving
@@ -292,3 +292,21 @@ def test_another_process_s_server_is_not_announced(
         server.announce(url, "curl this", poll_seconds=0.01)
         started.kill()
     assert "ready" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_stock_sglang_is_started_as_ours_without_the_plugin(gpu: bool) -> None:
+    fake = Fake(gpu=gpu)
+    machine = Machine(has_gpu=lambda: gpu, cpu_environment=fake.environment)
+
+    def started(*flags: str) -> tuple[list[str], dict[str, str]]:
+        return stock_command(["--model-path", "m", "--tp-size", "2", *flags], {"HOME": "/root"}, machine)
+
+    command, env = started()
+    assert command[1:4] == ["-m", "lt_sglang.launch.tied", "sglang.launch_server"]
+    assert env["SGLANG_PLUGINS"] == "none" and env["HOME"] == "/root"
+    assert ("--device" in command) == ("torch_native" in command) == (not gpu)
+    assert fake.asked_tp == ([] if gpu else [2])
+    command, _ = started("--device", "cpu", "--attention-backend", "triton")
+    assert command.count("--device") == 1 and "torch_native" not in command
+    assert fake.asked_tp[-1:] == [2]
