@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from lt_sglang.guard import ambiguity
+from lt_sglang.guard.rules import Ambiguous, unescaped
 
 # In characters of the request.
 MOST_TEXT = 65_536
@@ -53,10 +54,10 @@ def _refusal(name: str, text: str) -> str | None:
             return f"makes {rules.count('::=')} rules; at most {MOST_RULES} are allowed"
         ambiguity.check(rules)
         for pattern in _PATTERN.findall(rules):
-            ambiguity.check(str(_parsed("regex", ambiguity.unescaped(pattern))), expanded=True)
+            ambiguity.check(str(_parsed("regex", unescaped(pattern))), expanded=True)
     except RecursionError:
         return f"is nested too deep; at most {MOST_DEPTH} levels are allowed"
-    except ambiguity.Ambiguous as error:
+    except Ambiguous as error:
         return f"can take too long: {error}"
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         return f"is not one: {_readable(error)}"
