@@ -44,7 +44,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = FLASHINFER | {
         "api_key",
         "admin_api_key",
         "ssl_keyfile_password",
-        "tokenizer_worker_num",
         "is_embedding",
         "launch_command",
     ),
@@ -59,7 +58,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = FLASHINFER | {
         "rid_to_state",
         "model_config",
         "enable_metrics",
-        "is_pause",
         "server_status",
     ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": (
