@@ -26,7 +26,7 @@ BIN = $(ENV_PATH)/bin
 PY = $(BIN)/python
 RUN = $(PY) scripts/run.py $(PY)
 
-.PHONY: help env packages model serve run test test-unit test-property fuzz-long mutation touch-prefix test-contract test-engine test-slow test-gpu manifest manifests ruff lint typecheck lock hooks wheel clean
+.PHONY: help env packages model serve run test test-unit test-property fuzz-long mutation touch-prefix test-contract test-engine test-slow test-gpu manifest manifests charts sbom ruff lint typecheck lock hooks wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -95,6 +95,12 @@ manifest: ## print a Kubernetes manifest: make manifest MODEL=me/my-model TP=4 A
 manifests: env ## write k8s/manifests, the charts' schemas and READMEs again, after a change of a chart
 	@$(PY) k8s/chart_docs.py
 	@$(PY) k8s/render.py --all
+
+charts: ## package the charts to dist/
+	@$(PYTHON) k8s/render.py --package dist
+
+sbom: ## write what the images install, as CycloneDX, to dist/
+	@$(PYTHON) deploy/tools/sbom.py dist
 
 ruff: env ## ruff's rules and format; changes nothing
 	@$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 Usage:
     python k8s/render.py MODEL --tp 4 --lt-mode dynamic --gpu NVIDIA-H100-80GB-HBM3 > my-model.yaml
     python k8s/render.py MODEL --tp 4 --lt-lazy-layers 8-23 --name chat --namespace llm > my-model.yaml
+    python k8s/render.py MODEL --tp 4 --lt-mode dynamic --values-only > my-values.yaml
     python k8s/render.py --all      write k8s/manifests, k8s/ray and deploy/ray/serve again, from the charts
 
 The flags --lt-* are those of lt-sglang serve. Any other that this does not know is SGLang's: engines get it.
@@ -118,6 +119,15 @@ def made() -> dict[Path, str]:
             head = f"# serve deploy deploy/ray/serve/{values.name}     on a cluster that runs\n"
             files[SERVE_CONFIGS / values.name] = head + textwrap.dedent(block[1])
     return files
+
+
+def package(chart: Path, folder: Path, program: Path | None = None) -> None:
+    """Write a chart's archive, for a registry or `helm install FILE`; raises LightTransferError."""
+    command = [str(program or helm()), "package", str(chart), "--destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LightTransferError(done.stderr.strip())
+    print(done.stdout, end="")
 
 
 def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
@@ -244,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--all", action="store_true", help="write k8s/manifests/ again")
+    parser.add_argument("--package", type=Path, metavar="FOLDER", help="put the charts there, packaged")
     parser.add_argument("--name", default=RELEASE, help="of the release; two models need two")
     parser.add_argument("--namespace", default=NAMESPACE)
     parser.add_argument("--tp", type=int, default=1, help="GPUs of one engine")
@@ -257,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", help="a folder with the model's config.json, if MODEL cannot be reached here"
     )
     parser.add_argument("--claim", help="a PersistentVolumeClaim of yours, instead of a new one")
+    parser.add_argument("--values-only", action="store_true", help="print the values, once they render")
     parser.add_argument(
         "--values", type=Path, action="append", default=[], help="further values, in Helm's form"
     )
@@ -268,19 +280,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print or write manifests; 2 and one line on stderr if they cannot be made."""
     parser = _parser()
     args, flags = parser.parse_known_args(argv)
-    if args.all == (args.model is not None):
-        parser.error("either MODEL or --all")
+    if [args.all, args.model is not None, args.package is not None].count(True) != 1:
+        parser.error("one of MODEL, --all and --package")
     try:
+        if args.package is not None:
+            for chart in (CHART, MONITORING, RAY):
+                package(chart, args.package)
+            return 0
         if args.all:
             for file, text in made().items():
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(text, encoding="utf-8")
             return 0
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as values:
-            json.dump(model_values(args, flags), values)
-            values.flush()
-            files = [Path(values.name), *args.values]
-            print(render(files, args.set, release=args.name, namespace=args.namespace), end="")
+        values = model_values(args, flags)
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as written:
+            json.dump(values, written)
+            written.flush()
+            files = [Path(written.name), *args.values]
+            text = render(files, args.set, release=args.name, namespace=args.namespace)
+        # JSON is YAML.
+        print(json.dumps(values, indent=2) if args.values_only else text.rstrip("\n"))
     except (LightTransferError, FetchFailed) as error:
         print(f"render: {error}", file=sys.stderr)
         return 2

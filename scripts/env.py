@@ -34,6 +34,9 @@ UV = "uv==0.13.9"
 LOCK = ROOT / "requirements.lock"
 NODEPS_LOCK = ROOT / "requirements-nodeps.lock"
 EXTRAS = ("dev", "loadtest", "ray", "train")
+IMAGE_LOCK = ROOT / "deploy" / "docker" / "engine.lock"
+IMAGE_EXTRAS = ("loadtest", "quality", "ray", "train")
+IMAGE_PYTHON = "3.12"
 NODEPS_EXTRA = "cpu-demo"
 READY = ".ready"
 SUPPORTED = ("3.11", "3.12")
@@ -57,6 +60,9 @@ UV_NAMES = {
 HEADER = """\
 # Every package of the environment, exactly. Made by `make lock` from pyproject.toml; do not edit.
 # One file for Python 3.11 and 3.12 on Linux x86-64: both resolve to the same versions.
+"""
+IMAGE_HEADER = """\
+# What the engine's image installs: requirements.lock without what tests need. Made by `make lock`.
 """
 NODEPS_HEADER = """\
 # Made by `make lock` from pyproject.toml; do not edit. To be installed with `pip install --no-deps`: the demo
@@ -148,6 +154,18 @@ def lock(upgrade: bool) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         nodeps = tomllib.load(file)["project"]["optional-dependencies"][NODEPS_EXTRA]
     NODEPS_LOCK.write_text(NODEPS_HEADER + "\n".join(nodeps) + "\n", encoding="utf-8")
+    lock_image()
+
+
+def lock_image() -> None:
+    """Write the lock of the engine's image: what it runs, at the versions of the other lock; no test tools."""
+    command = ["pip", "compile", "--quiet", "--only-binary", ":all:", str(ROOT / "pyproject.toml")]
+    command += ["--no-annotate", "--no-header", *(f"--extra={name}" for name in IMAGE_EXTRAS)]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch) / "lock"
+        uv(*command, "--python-version", IMAGE_PYTHON, "--constraint", LOCK, "--output-file", found)
+        pins = re.sub(r"\+\S+", "", found.read_text(encoding="utf-8"))
+    IMAGE_LOCK.write_text(IMAGE_HEADER + pins, encoding="utf-8")
 
 
 def uv(*arguments: str | Path, keep_open: int | None = None) -> None:

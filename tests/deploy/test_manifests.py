@@ -234,7 +234,7 @@ def test_known_models_need_no_list(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--lt-sink-tokens=129" in text and "--model-path=/models/main/cxdu/QwQ-32B-LightTransfer" in text
     assert main(["cxdu/QwQ-32B-LightTransfer", "--config", str(tmp_path), "--tp", "16"]) == 2
     assert main(["cxdu/Another-32B", "--config", str(tmp_path)]) == 2
-    assert "lazy_layers: none given" in capsys.readouterr().err
+    assert "lazy layers: none are known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chart", [CHART, MONITORING, RAY], ids=lambda chart: chart.name)

@@ -37,7 +37,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 3, "object_store_memory": STORE}
+        head = {"num_cpus": 3, "object_store_memory": STORE, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.workers: list[Any] = []
 
@@ -59,7 +59,6 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     before = dict(os.environ)
     os.environ.update(server_environment())
-    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112 - Ray calls it so
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     found = Nodes()
     try:
