@@ -158,7 +158,7 @@ def lock(upgrade: bool) -> None:
 
 
 def lock_image() -> None:
-    """Write the lock of the engine's image: what it runs, at the versions of the other lock; no test tools."""
+    """Write the lock of the engine's image: what runs there, at the other lock's versions."""
     command = ["pip", "compile", "--quiet", "--only-binary", ":all:", str(ROOT / "pyproject.toml")]
     command += ["--no-annotate", "--no-header", *(f"--extra={name}" for name in IMAGE_EXTRAS)]
     with tempfile.TemporaryDirectory() as scratch:
