@@ -169,10 +169,10 @@ def test_the_staged_one_is_planned_before_the_one_to_be_staged() -> None:
         assert prefills.staged == "new"
 
 
-def test_two_undecided_between_chunks_is_an_error() -> None:
+def test_two_staged_between_chunks_is_an_error() -> None:
     prefills = tracker()
     prefills.begin([Request("a", tokens(900), 1).chunk(256)])
-    with pytest.raises(RuntimeError, match="both undecided"):
+    with pytest.raises(RuntimeError, match="both staged"):
         prefills.begin([Request("b", tokens(900, 1), 2).chunk(256)])
 
 

@@ -184,9 +184,8 @@ def test_in_front_of_sglang_itself() -> None:
 
     try:
         http_server.set_global_state(http_server._GlobalState(manager, None, {}))
-        done = run_http_server(
-            original, served, manager, "templates", "ports", ["info"], None, execute_warmup_func=warm_up
-        )
+        given = (served, manager, "templates", "ports", ["info"], None)
+        done = run_http_server(original, *given, execute_warmup_func=warm_up, launch_callback=None)
         assert done == "served"
         client = TestClient(http_server.app, raise_server_exceptions=False)  # without its lifespan
         assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 503
