@@ -61,7 +61,6 @@ SIGNATURES: dict[str, str] = {
         "use_ragged, encoder_lens, spec_info, fixed_split_size=, multi_item_params=, "
         "cross_attention_custom_mask=, extend_prefix_lens_cpu=, custom_kv_indices=, *, plan"
     ),
-    "sglang.srt.layers.attention.flashinfer_backend._safe_merge_state": "v_a, s_a, v_b, s_b",
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__": "self, model_runner",
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": (
         "self, q, k, v, layer, forward_batch, save_kv_cache="
@@ -147,7 +146,6 @@ SIGNATURES: dict[str, str] = {
     f"{_UPDATER}.update_weights_from_tensor": "self, named_tensors, load_format=",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
-    "sglang.srt.runtime_context.get_disagg": "",
     "sglang.srt.runtime_context.get_exec": "",
     "sglang.srt.runtime_context.get_memory": "",
     "sglang.srt.runtime_context.get_observability": "",
