@@ -54,8 +54,8 @@ def finish(session: Session, out: Path) -> list[Verdict]:
     (out / REPORT).write_text(report.html(data, verdicts, pictures), encoding="utf-8")
     for name in SHOWN:
         value = summary[name]
-        unit = unit_of(name)
-        print(f"{name:24s} {'unknown' if value is None else format(value, '.4g')} {unit}".rstrip())
+        shown = "unknown" if value is None else f"{value:.4g} {unit_of(name)}"
+        print(f"{name:24s} {shown}".rstrip())
     for verdict in verdicts:
         print(verdict)
     print(f"report: {out / REPORT}", flush=True)
