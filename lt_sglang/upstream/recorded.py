@@ -147,7 +147,6 @@ SIGNATURES: dict[str, str] = {
     f"{_UPDATER}.update_weights_from_tensor": "self, named_tensors, load_format=",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
-    "sglang.srt.runtime_context.get_disagg": "",
     "sglang.srt.runtime_context.get_exec": "",
     "sglang.srt.runtime_context.get_memory": "",
     "sglang.srt.runtime_context.get_observability": "",
