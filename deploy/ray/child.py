@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.launch.engine import generates
 from lt_sglang.launch.ports import check_port
 from lt_sglang.launch.processes import free_port
 from lt_sglang.launch.server_process import ServerProcess
@@ -17,7 +17,10 @@ from lt_sglang.launch.server_process import ServerProcess
 POLL_SECONDS = 0.5
 PORT_SECONDS = 20.0
 STOP_SECONDS = 60.0  # SGLang looks for a signal every 5 s, and gives its schedulers time to end
+READY_SECONDS = 5.0
 GENERATE_SECONDS = 25.0
+# A proxy of the environment is not for this machine.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class EngineGone(RuntimeError):
@@ -56,12 +59,23 @@ class Child(ServerProcess):
         return f"status {self.exit_code}; its log is above"
 
     def ready(self) -> bool:
-        """Whether it takes requests. False from the moment it is told to end."""
+        """Whether it has started: it takes requests, and it is this process that listens."""
         return super().ready() if self._serves else self.alive
+
+    def takes_requests(self) -> bool:
+        """Whether it takes requests now; asked before each. False from the moment it is told to end."""
+        return self._answers("/ready", READY_SECONDS) if self._serves else self.alive
 
     def generates(self) -> bool:
         """Whether tokens come out: SGLang's own check, which waits up to 20 s for one."""
-        return generates(self.url, GENERATE_SECONDS)
+        return self._answers("/health_generate", GENERATE_SECONDS)
+
+    def _answers(self, path: str, seconds: float) -> bool:
+        try:
+            with DIRECT.open(self.url + path, timeout=seconds) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Let what runs finish for so long, then end it and everything it started."""

@@ -69,7 +69,7 @@ class Engine:
         Raises:
             EngineGone: before the first piece, if this engine is ending or has ended.
         """
-        if not await asyncio.to_thread(self._child.ready):
+        if not await asyncio.to_thread(self._child.takes_requests):
             # Serve prefers the replica with the fewest requests: one that refuses at once would get them all.
             await asyncio.sleep(REFUSAL_SECONDS)
             raise EngineGone("it takes no new requests")
@@ -113,7 +113,7 @@ class Engine:
             raise RuntimeError("the engine has ended")
         if self._others:
             await asyncio.gather(*(node.check.remote() for node in self._others))
-        if await asyncio.to_thread(self._child.ready):
+        if await asyncio.to_thread(self._child.takes_requests):
             if not await asyncio.to_thread(self._child.generates):
                 raise RuntimeError("the engine generates nothing")
         elif not self._requests:

@@ -26,6 +26,14 @@ BESIDE: dict[str, Any] = {
     "engine": {"apiKeySecret": {"name": "keys"}, "gpu": {"memoryGiB": 80}},
     "adminKeySecret": {"name": "operators"},
     "autoscaling": {"enabled": True},
+    "compileCache": {"size": "1Gi"},
+    "httpRoute": {
+        "enabled": True,
+        "parentRefs": [{"name": "public"}],
+        "canary": {"release": "b", "weight": 1},
+    },
+    "inferencePool": {"enabled": True},
+    "job": {"command": "eval"},
 }
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 # Harmless words; a quantity or an address takes none of the first kind.
@@ -120,9 +128,11 @@ def test_the_schema_has_places() -> None:
         ("engine", "maxSurge"),
         ("engine", "maxUnavailable"),
         ("gateway", "image", "digest"),
+        ("httpRoute", "pathPrefix"),
         ("image", "digest"),
         ("model", "path"),
         ("monitoring", "interval"),
+        ("tracing", "endpoint"),
     }, "what takes a closed form, which no hostile value has"
     assert ("model", "servedName") in PLACES and ("engine", "podLabels", "key") in PLACES
 

@@ -59,6 +59,8 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     before = dict(os.environ)
     os.environ.update(server_environment())
+    # A machine that runs other tests too is slow.
+    os.environ |= {f"RAY_SERVE_PROXY_{what}_CHECK_TIMEOUT_S": "120" for what in ("READY", "HEALTH")}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     found = Nodes()
     try:
