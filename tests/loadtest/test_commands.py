@@ -13,6 +13,7 @@ import requests
 
 import lt_sglang.bench
 import lt_sglang.cli.bench
+from lt_sglang.bench import compare
 from lt_sglang.bench.outcome import read_summary
 from lt_sglang.bench.scenario_file import load_scenarios
 from lt_sglang.cli import main
@@ -144,3 +145,19 @@ def test_without_the_extra_it_says_what_to_install(
     for argv in (["loadtest", file, "--url", "http://x"], ["bench", file], ["soak", file]):
         assert main(argv) == 2
         assert "no_such_package: not installed; load tests need pip install" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_where_results_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lt_sglang.cli.bench, "check_engines", lambda _: None)
+    monkeypatch.setattr(compare.Bench, "run", stopped)
+    file = write(tmp_path, scenario(engine={"shape": "tiny", "lighttransfer": {"lazy_layers": "1-3"}}))
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert main(["bench", str(file), *places]) == 130
+    error = capsys.readouterr().err
+    assert f"measured so far is in {tmp_path / 'out'} and {tmp_path / 'work'}" in error
+    assert "Traceback" not in error
