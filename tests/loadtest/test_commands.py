@@ -90,7 +90,7 @@ def test_a_server_that_hangs_up(tmp_path: Path) -> None:
             ["loadtest", "FILE", "--url", "http://x", "--web-port", "70000"],
             "is not an integer from 1 to 65535",
         ),
-        (["bench", "TINY", "--lt-lazy-layers", "5-99"], "lazy_layers: layer 99 does not exist"),
+        (["bench", "TINY", "--lt-lazy-layers", "5-99"], "--lt-lazy-layers: layer 99 does not exist"),
         (["bench", "TINY", "--date", "../x"], "is not a day such as"),
         (["bench", "TINY", "--model-path", "/none/such"], "--model-path /none/such: no such folder"),
         (["soak", "TINY"], "load.seconds: missing; give --seconds"),
