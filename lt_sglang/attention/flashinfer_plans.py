@@ -42,8 +42,8 @@ def copied(wrapper: Any) -> Iterator[None]:
     there when it gets to it. Stock SGLang plans prefills from device tensors, which waits for everything
     before; here nothing else does. The scheduler is one batch ahead at most, so the copy is nearly always
     done, but it need not be where processes take turns on a GPU. Decode with the next step's plan, where
-    another request has a row, never ends: a chunk that begins behind its list has 2^32 tokens (decode.cuh,
-    BatchDecodeWithPagedKVCacheDevice).
+    another request has a row, never ends: a chunk that begins after its list's end has 2^32 tokens, an
+    unsigned difference (decode.cuh, BatchDecodeWithPagedKVCacheDevice).
     """
     event = getattr(wrapper, "_lt_plan_copied", None)
     if event is not None:

@@ -45,7 +45,7 @@ class PrefixAttention:
 
     @property
     def wrapper(self) -> Any:
-        """What was planned last."""
+        """The wrapper that was planned last."""
         return self._dense if self._gather else self._paged
 
     def plan(self, updater: Any, extends: list[int], prefixes: list[int]) -> None:

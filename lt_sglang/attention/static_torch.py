@@ -117,7 +117,7 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
 def decode_row_lists(
     requests: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
 ) -> list[torch.Tensor]:
-    """By request of a decode, the rows a lazy layer reads; int64."""
+    """The rows a lazy layer reads in a decode step, one int64 tensor a request."""
     packed = decode_kv_indices_reference(requests, seq_lens, tables, windows)
     return list(packed.to(torch.int64).split(lazy_lengths(seq_lens, windows).tolist()))
 

@@ -31,7 +31,7 @@ class Request:
 
     @property
     def turn(self) -> Turn:
-        """What it adds and asks for."""
+        """The tokens that this turn adds, and how many it asks for."""
         return self.conversation.turns[self.number]
 
 

@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def work(self) -> str:
-        """What is sent and judged; equal for scenarios that differ in their engines alone."""
+        """The traffic and its limits; equal for scenarios that differ only in their engines."""
         data = as_mapping(self.scenario)
         return json.dumps([data[name] for name in WORK], sort_keys=True)
 

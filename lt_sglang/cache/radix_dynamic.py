@@ -120,7 +120,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         return self.prefills.chunk_limit(req)
 
     def _comes_back(self, req: Req, had: Remembered) -> tuple[PromptStart | None, Iterator[LayerSet]]:
-        """Its prompt, and the only set whose K and V a retracted request may read: the one it had."""
+        """Of a retracted request, its prompt, and the one set whose K and V it may read: the one it had."""
         if had.default:
             return None, iter((self.prefills.sets.default,))
         prompt = self.prefills.prompt_start(req.origin_input_ids, req.extra_key, req.cache_salt)
@@ -146,7 +146,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
     def _prompt_start(self, key: RadixKey) -> PromptStart | None:
-        """None of a prompt that has no layers of its own."""
+        """How the key's prompt begins; None if it is too short to have layers of its own."""
         if len(key.token_ids) <= self.prefills.block_tokens:
             return None
         return self.prefills.prompt_start(key.token_ids, key.extra_key, key.cache_salt)

@@ -97,7 +97,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         """Let go of what the prefill chunk that ends at ``req.extend_end`` left behind.
 
         Called after every chunk, published or not (hooks/wrappers.py); does nothing where checkpoint did it.
-        A request that kept its slots would fill the streaming pool with its prompt, and wait in it for ever.
+        A request that kept its slots would fill the streaming pool with its prompt and never go on.
         """
         self.evict_sliding_windows(req, req.extend_end - 1)
 
@@ -108,7 +108,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         without it a request holds two windows to its end, and long outputs do not fit the streaming pool.
         """
         if pre_len > self._kept_tokens and not self._keep_sinks(req):
-            # No set is free. Its own slots hold the sinks on, and the window behind them slides.
+            # No set is free. Its own slots keep the sinks; the window slides over the tokens after them.
             req.kv.swa_evict_floor = self.sinks.sink_tokens
         super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
         if req.decode_batch_idx >= self._kept_tokens:

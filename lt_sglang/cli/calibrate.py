@@ -46,7 +46,7 @@ and "answer"; it must be longer than sink + recent tokens to count. A run that w
 stopped. Flags not named here go to SGLang.
 
 With --greedy, layers are made lazy one by one, each time the one that then costs least on the samples' last
-tokens; in transformers, on one device, no engine. Costs are those of a list that is cut behind the prompt
+tokens; in transformers, on one device, no engine. A layer's cost is that of a list cut after the prompt
 (--lt-mode dynamic --lt-score list); with --windows prefill, of a static list."""
 DEFAULT_COMPARED = 32
 WINDOWS = ("decode", "prefill")
@@ -268,7 +268,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--windows",
         choices=WINDOWS,
-        help="of --greedy, where lazy layers have them: behind the prompt (default), or in it too",
+        help="with --greedy: windows in lazy layers after the prompt only (decode, default) or in prefill",
     )
     parser.add_argument(
         "--candidates",

@@ -113,7 +113,7 @@ def read_samples(path: Path, tokenizer: Tokenizer, count: int, max_tokens: int, 
 
 
 def sha256_of(path: Path) -> str:
-    """Of the file's bytes."""
+    """SHA-256 of the file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -161,7 +161,7 @@ class Journal:
 
 
 def _object(line: str) -> dict[str, Any] | None:
-    """Of a line of JSON; None if it holds none."""
+    """The sample in a line of JSON; None if the line holds none."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError:

@@ -1,8 +1,8 @@
 """A static list by what lazy layers cost together: greedy, in transformers, on samples of one's traffic.
 
 Layers are made lazy one by one, each time the one that then raises the divergence from full attention least.
-For a list that is cut behind the prompt a sample is prefilled once with full attention, and only its last
-tokens are computed again for every choice; for a static list, whose layers have their windows in prefill
+For a list whose layers are cut after the prompt, a sample is prefilled once with full attention, and only its
+last tokens are computed again for every choice; for a static list, whose layers have their windows in prefill
 too, all of it is. The model runs in transformers, on one device: an engine cannot change a request's layers
 that often.
 """
@@ -53,7 +53,7 @@ def greedy_order(
         cost: of several sets of lazy layers.
         progress: wraps the steps.
         candidates: after the first step, try only as many layers, those that added least when last tried. A
-            dear layer seldom becomes a cheap one, so that most of a step is wasted on them.
+            a layer that costs much seldom costs little later, so that most of a step is wasted on them.
     """
     order: list[int] = []
     divergence = [0.0]
@@ -126,7 +126,9 @@ class Windowed:
         choices: Sequence[Collection[int]],
         last: int,
     ) -> torch.Tensor:
-        """Of what follows each of the last ``last`` of ``ids``: [choices, last, vocabulary], float32.
+        """Log-probabilities of the token after each of the last ``last`` tokens of ``ids``.
+
+        float32 [choices, last, vocabulary].
 
         cached: keys and values of what comes before ``ids``, by layer; empty if nothing does.
         """
@@ -151,7 +153,7 @@ class Costs:
     """What choices cost on samples: the mean KL divergence of their last tokens' predictions.
 
     samples: token ids. compared: how many tokens of a sample's end are compared; those before are prefilled.
-    in_prefill: lazy layers have their windows there too, as in static mode; else only behind it. counted:
+    in_prefill: lazy layers have their windows there too, as in static mode; else only after it. counted:
     samples long enough for a window to hide anything from their last tokens. Raises LightTransferError if
     none is.
     """

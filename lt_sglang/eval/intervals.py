@@ -20,7 +20,7 @@ class Interval:
 
 
 def wilson(successes: float, trials: int) -> Interval:
-    """Of a rate (Wilson 1927); the whole of [0, 1] without trials. Raises ValueError if they disagree."""
+    """The 95 % interval of a rate (Wilson 1927); [0, 1] without trials; ValueError if they disagree."""
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
     if trials == 0:
@@ -33,7 +33,7 @@ def wilson(successes: float, trials: int) -> Interval:
 
 
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """Of rate(second) - rate(first), the same trials in both (Newcombe 1998, method 10).
+    """The 95 % interval of rate(second) - rate(first), the same trials in both (Newcombe 1998, method 10).
 
     Raises:
         ValueError: they differ in length or are empty.
@@ -55,7 +55,7 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
 
 
 def paired_means(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
-    """Of mean(second) - mean(first), the same items in both: a seeded percentile bootstrap over items.
+    """The 95 % interval of mean(second) - mean(first) over the same items, by a seeded percentile bootstrap.
 
     Raises:
         ValueError: they differ in length or are empty.

@@ -86,7 +86,7 @@ class Grammar:
         return found
 
     def _overlaps(self, parts: Sequence[Part]) -> list[int]:
-        """Behind each part: the characters that may belong to it, or to those before it, or to the next."""
+        """After each part: the characters that may belong to it, or to those before it, or to the next."""
         following = [first for first, _ in self._rests(parts)[1:]]
         before = 0
         for index, part in enumerate(parts):
@@ -284,7 +284,7 @@ class Grammar:
         return found
 
     def _rests(self, parts: Sequence[Part]) -> list[tuple[int, bool]]:
-        """From each part on, and behind the last: what may begin the rest, and whether it may be empty."""
+        """For each part and the end: the characters that may begin the rest, and whether it may be empty."""
         found = [(0, True)]
         for part in reversed(parts):
             first, nullable = found[-1]

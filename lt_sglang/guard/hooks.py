@@ -58,7 +58,7 @@ def _bound_stops(params: Any, vocab_size: int) -> None:
 
 
 def limits_of(manager: Any) -> tokenized.Limits:
-    """What this server's requests are held against."""
+    """The limits that this server's requests are checked with."""
     from sglang.srt.runtime_context import get_memory, get_observability, get_schedule
 
     model = manager.model_config
@@ -101,7 +101,7 @@ def _bad_request(sentence: str) -> Exception:
 
 
 def set_grammar(original: Callable[..., None], backend: Any, key: tuple[str, str], value: Any) -> None:
-    """Keep so many compiled grammars, all of the same ones in every rank; SGLang keeps each for ever."""
+    """Keep at most that many compiled grammars, the same ones on every rank; SGLang never drops one."""
     if len(backend.cache) >= MOST_GRAMMARS and key not in backend.cache:
         backend.reset()
     original(backend, key, value)

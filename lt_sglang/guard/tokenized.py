@@ -21,7 +21,7 @@ LARGEST_EMBEDDING = 1e6
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request is held against.
+    """The limits that a request is checked with.
 
     vocab_size, hidden_size: of the model, in tokens and floats. takes_embeds: whether its weights are
     bfloat16, the only type SGLang turns input_embeds into. pooling: whether positions may be read out of a

@@ -33,7 +33,7 @@ class QueueWatch:
         self._rounds = 0
 
     def look(self, scheduler: Any) -> list[AbortReq]:
-        """What to abort now: nothing, nearly always."""
+        """The requests to abort now; nearly always none."""
         if not _stands_still(scheduler):
             self._since = None
             return []

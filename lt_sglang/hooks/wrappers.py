@@ -106,7 +106,7 @@ def slide_after_chunk(original: Callable[[Any, Any], None], req: Any, tree_cache
 
 
 def abort_stuck(original: Callable[[Any], list[Any]], scheduler: Any) -> list[Any]:
-    """End the request that keeps the queue from moving for ever; SGLang tells it to all ranks."""
+    """End the request without which the queue could move; SGLang tells it to all ranks."""
     aborts = original(scheduler)
     if getattr(scheduler.tree_cache, "sinks", None) is None:
         return aborts

@@ -47,7 +47,7 @@ class LastQueries:
         return self.part(start, len(self.query) - start)
 
     def copy(self) -> LastQueries:
-        """With memory of its own."""
+        """A copy, which does not change when the batch's tensors are reused."""
         hidden = None if self.hidden is None else self.hidden.clone()
         return LastQueries(self.query.clone(), self.attention.clone(), self.lse.clone(), hidden)
 

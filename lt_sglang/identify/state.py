@@ -106,7 +106,7 @@ class DynamicState:
         return residual[:tokens]
 
     def listed(self, layer: int) -> float:
-        """In place of a score: 1 for a layer of the configured list, which queues then pop, else 0."""
+        """What stands for a score where a list is given: 1 for its layers, which queues then pop, else 0."""
         return float(layer in self.config.lazy_layers)
 
     def finish(self, plans: Sequence[Prefill]) -> None:

@@ -53,7 +53,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the first process; the others are its descendants."""
+        """Process id of the first process; the others are its descendants."""
         return self.process.pid
 
     @property
@@ -63,7 +63,7 @@ class ServerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
+        """Exit code; None while it runs, negative if a signal ended it."""
         return None if self._process is None else self._process.poll()
 
     def processes(self) -> list[psutil.Process]:

@@ -178,7 +178,7 @@ def _without(argv: list[str], flags: tuple[str, ...]) -> list[str]:
 
 def _refuse_abbreviations(argv: list[str]) -> None:
     # argparse accepts --attention-b for --attention-backend; read as another flag here, it would
-    # reach SGLang and be lost behind the value we append.
+    # reach SGLang and be overridden by the value we append.
     for arg in argv:
         flag = arg.partition("=")[0]
         if not flag.startswith("--") or len(flag) < 5 or flag in KNOWN_FLAGS:

@@ -33,7 +33,7 @@ class ChosenLayers:
 
     @property
     def laziness(self) -> tuple[float, ...]:
-        """By layer, higher is lazier."""
+        """The score of each layer; higher is lazier."""
         return tuple(self._read()[1].tolist())
 
     def _read(self) -> torch.Tensor:
@@ -44,7 +44,7 @@ class ChosenLayers:
 
 
 def bring(bank_of: torch.Tensor, laziness: torch.Tensor, rows: Sequence[int]) -> list[ChosenLayers]:
-    """What was chosen in ``rows`` of both tables ([capacity, L]), as work queued so far leaves them."""
+    """What ``rows`` of both tables ([capacity, L]) will say after the work queued so far."""
     where = torch.tensor(rows, dtype=torch.int64).to(bank_of.device, non_blocking=True)
     found = torch.stack([bank_of[where].to(torch.float32), laziness[where]], dim=1)
     if not found.is_cuda:

@@ -59,7 +59,7 @@ class LayerSet:
 class LayerSetStats:
     """Counters since the start, for metrics and tests; in requests.
 
-    resumed: retracted ones that computed their prompts again; counted nowhere else.
+    resumed: retracted requests that computed their prompts again; no other counter counts them.
     """
 
     decided: int = 0

@@ -124,7 +124,7 @@ class PrefillTracker:
         self._full_rows[request] = prefix if had is None else had.full_rows
 
     def memory_of(self, request: str) -> Remembered | None:
-        """What ``request``, which is about to give its K and V back, must come back with; None: anything."""
+        """What ``request`` must have again after a retraction; None if nothing was chosen yet."""
         entry = self.sets.of(request)
         if entry is None or entry.chosen is None:
             return None

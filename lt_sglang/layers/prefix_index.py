@@ -39,7 +39,7 @@ Root = tuple[Hashable, bytes, int]
 
 
 def prompt_start(tokens: Any, block: int, owner: Hashable) -> PromptStart:
-    """Of a prompt of more than ``block`` tokens (an array); ``owner``: what else prompts must share."""
+    """How a prompt begins, an array of more than ``block`` tokens; ``owner``: what else must be equal."""
     data, width = bytes(tokens.tobytes()), int(tokens.itemsize)
     return PromptStart(owner, data[: block * width], data[block * width :], width)
 
@@ -159,7 +159,7 @@ class PrefixIndex:
 
     @property
     def keys(self) -> set[int]:
-        """All that can be found."""
+        """All keys that can be found."""
         return set(self._prompts)
 
     def _node(self, prompt: PromptStart) -> _Node:

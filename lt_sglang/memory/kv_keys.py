@@ -1,4 +1,4 @@
-"""What K and V of a request's first tokens depend on: its token ids and two names, or more.
+"""What K and V of a request's first tokens depend on: its token ids, extra_key, cache_salt, or more.
 
 Sink sets are shared by what ``shared_key`` contains. A request whose K and V depend on anything else has a
 set of its own (``private_key``), which nobody can find and which is dropped as the request ends. This is the

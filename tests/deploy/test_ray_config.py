@@ -93,7 +93,7 @@ def test_manifests_are_valid(name: str) -> None:
     assert faults({**cluster, "spec": {**cluster["spec"], "rayClusterConfg": {}}}, "1.37")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_service_runs_the_config_file(name: str) -> None:
     assert yaml.safe_load(service(name)["serveConfigV2"]) == SERVE_CONFIGS[name]
     cluster = one(MANIFESTS["cluster"], "RayCluster")["spec"]
@@ -101,7 +101,7 @@ def test_service_runs_the_config_file(name: str) -> None:
         assert service(name)["rayClusterConfig"] == cluster
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_config_files_are_rays(name: str) -> None:
     pytest.importorskip("ray")
     from ray.serve.schema import ServeDeploySchema
@@ -119,7 +119,7 @@ def test_cluster_launcher_file_is_rays() -> None:
     jsonschema.validate(cluster, schema)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_cluster_has_room_and_time(name: str) -> None:
     settings = Settings.from_dict(SERVE_CONFIGS[name]["applications"][0]["args"])
     (group,) = service(name)["rayClusterConfig"]["workerGroupSpecs"]

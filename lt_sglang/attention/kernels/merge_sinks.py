@@ -56,7 +56,7 @@ class Scales(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> Scales:
-        """Those of SGLang's RadixAttention."""
+        """The scales of SGLang's RadixAttention."""
         return cls(layer.scaling, layer.k_scale_float or 1.0, layer.v_scale_float or 1.0)
 
 

@@ -39,7 +39,7 @@ class PasskeyTask:
 
     @property
     def name(self) -> str:
-        """Of its row in a report."""
+        """The task's name in a report, such as passkey or 3-key."""
         return "passkey" if self.keys == 1 else f"{self.keys}-key"
 
     def items(self, tokenizer: Tokenizer) -> list[Item]:
