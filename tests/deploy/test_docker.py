@@ -94,17 +94,7 @@ def test_the_image_has_no_tools_of_tests() -> None:
     engine, tested = ({line for line in lock if not line.startswith("#")} for lock in locks)
     assert engine < tested, sorted(engine - tested)
     names = {line.partition("==")[0] for line in engine}
-    assert not names & {
-        "pytest",
-        "hypothesis",
-        "mypy",
-        "ruff",
-        "schemathesis",
-        "mutmut",
-        "pre-commit",
-        "pip",
-        "locust",
-    }
+    assert not names & TEST_TOOLS
     assert names >= {"sglang", "torch", "flashinfer-python", "ray", "matplotlib", "trl"}
 
 
