@@ -20,6 +20,7 @@ DOCKER = ROOT / "deploy" / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
 
+TEST_TOOLS = {"pytest", "hypothesis", "mypy", "ruff", "schemathesis", "mutmut", "pre-commit", "pip", "locust"}
 ARGS = dict(re.findall(r"^ARG (\w+)=(\S+)$", DOCKERFILE.split("\nFROM")[0], re.MULTILINE))
 STAGES = dict(re.findall(r"(?ms)^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE))
 
