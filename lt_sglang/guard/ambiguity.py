@@ -29,6 +29,7 @@ def check(text: str, expanded: bool = False) -> None:
     expanded: whether it is the pattern of a JSON string, whose counted repeats XGrammar writes out.
     """
     grammar = Grammar(parse(text))
+    grammar.check_ends()
     grammar.check_counts()
     if expanded:
         grammar.check_expansion()
@@ -97,6 +98,18 @@ class Grammar:
     def _reach_on(self, before: int, part: Part) -> int:
         """The reach of a sequence that goes on with ``part``, ``before`` being its reach so far."""
         return self.reach(part) | (before | self.first(part) if self.nullable(part) else 0)
+
+    def check_ends(self) -> None:
+        """Raise Ambiguous where a text may come to a place at which no character is allowed.
+
+        SGLang samples from nothing there, and the scheduler ends.
+        """
+        for rule in self.rules.values():
+            for part in (part for parts in rule.alternatives for part in parts):
+                if not self.nullable(part) and not self.first(part):
+                    raise Ambiguous(
+                        "a part of it matches no text at all, such as a rule that only names itself"
+                    )
 
     def check_counts(self) -> None:
         """Raise Ambiguous where counted repeats of many characters would take minutes to compile."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from lt_sglang.guard import ambiguity
@@ -19,6 +20,9 @@ MOST_TEXT = 65_536
 MOST_DEPTH = 64
 # Of the rules and parts that XGrammar makes of it.
 MOST_RULES = 4096
+# Characters of a schema's patterns with their repeats written out, as XGrammar does in a time that grows with
+# the square: 0.5 s for so many.
+MOST_EXPANDED = 1400
 FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 # json_schema: any JSON at all.
 ANY_JSON = "$$ANY$$"
@@ -44,17 +48,21 @@ def _refusal(name: str, text: str) -> str | None:
 
     kind = name.removesuffix("_schema")
     try:
-        depth = max(_parentheses(text), _levels(json.loads(text)) if kind in _JSON else 0)
+        value = json.loads(text) if kind in _JSON else None
+        patterns = [text] if value is None else list(_patterns(value))
+        depth = max([_levels(value), *map(_parentheses, patterns)])
         if depth > MOST_DEPTH:
             return f"is nested {depth} levels deep; at most {MOST_DEPTH} are allowed"
         if _grammar_key_contains_nul(kind, text):
             return "NUL characters are not allowed"
+        if value is not None and sum(_expanded(pattern) ** 2 for pattern in patterns) > MOST_EXPANDED**2:
+            return f"its patterns' repeats make up more than {MOST_EXPANDED} characters"
         rules = str(_parsed(kind, text))
         if rules.count("::=") > MOST_RULES:
             return f"makes {rules.count('::=')} rules; at most {MOST_RULES} are allowed"
         ambiguity.check(rules)
         for pattern in _PATTERN.findall(rules):
-            ambiguity.check(str(_parsed("regex", unescaped(pattern))), expanded=True)
+            ambiguity.check(str(_parsed("regex", _as_read(unescaped(pattern)))), expanded=True)
     except RecursionError:
         return f"is nested too deep; at most {MOST_DEPTH} levels are allowed"
     except Ambiguous as error:
@@ -66,11 +74,12 @@ def _refusal(name: str, text: str) -> str | None:
 
 _JSON = ("json", "structural_tag")
 # The pattern of a string in a JSON schema, as XGrammar writes it.
-_PATTERN = re.compile(r'^\w+ ::= Regex\("((?:[^"\\]|\\.)*)"', re.MULTILINE | re.DOTALL)
+_PATTERN = re.compile(r'^[\w.-]+ ::= Regex\("((?:[^"\\]|\\.)*)"', re.MULTILINE | re.DOTALL)
 
 
 def _parsed(kind: str, text: str) -> Any:
     """XGrammar's reading of a grammar, as SGLang asks for it; quick, because no token is looked at."""
+    from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
     from xgrammar import Grammar, StructuralTag, StructuralTagItem
 
     if kind == "json":
@@ -81,12 +90,67 @@ def _parsed(kind: str, text: str) -> Any:
         return Grammar.from_ebnf(text)
     tag = json.loads(text)
     if tag.get("structures") is None:
-        return Grammar.from_structural_tag(text)
+        XGrammarGrammarBackend._sanitize_structural_format(tag.get("format"))
+        return Grammar.from_structural_tag(json.dumps(tag))
     items = [
         StructuralTagItem(begin=one["begin"], schema=json.dumps(one.get("schema") or {}), end=one["end"])
         for one in tag["structures"]
     ]
     return Grammar.from_structural_tag(StructuralTag.from_legacy_structural_tag(items, tag["triggers"]))
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """The patterns in a schema, wherever they stand."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += one.values()
+            yield from (text for name in ("pattern", "regex") if isinstance(text := one.get(name), str))
+            if isinstance(keys := one.get("patternProperties"), dict):
+                yield from keys
+        elif isinstance(one, list):
+            waiting += one
+
+
+def _expanded(pattern: str) -> int:
+    """How many characters a pattern has with its counted repeats written out."""
+    lengths, last = [0], 0
+    for found in _PIECE.finditer(pattern):
+        if found["least"] is not None:
+            times = max(int(found["least"]), int(found["most"] or 0)) - 1
+            lengths[-1] += last * max(times, 0)
+            last *= max(times, 0) + 1
+        elif found[0] == ")" and len(lengths) > 1:
+            last = lengths.pop()
+            lengths[-1] += last
+        elif found[0][0] == "(":
+            lengths.append(0)
+        else:
+            last = 1
+            lengths[-1] += 1
+    return sum(lengths)
+
+
+_PIECE = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\\\]])*\]|\((?:\?(?:[:=!]|<[=!]|P?<\w+>))?|\{(?P<least>\d{1,6})(?:,(?P<most>\d{0,6}))?\}|.",
+    re.DOTALL,
+)
+
+
+def _as_read(pattern: str) -> str:
+    """A schema's pattern as XGrammar reads it there: without lookaheads, names of groups and flags."""
+    kept, skipped, depth = "", 0, 0
+    for found in _PIECE.finditer(re.sub(r"\(\?[a-zA-Z]+\)", "", pattern)):
+        piece = found[0]
+        depth += (piece[0] == "(") - (piece == ")")
+        if not skipped and piece in ("(?=", "(?!", "(?<=", "(?<!"):
+            skipped = depth
+        if not skipped:
+            kept += "(?:" if piece.startswith(("(?P<", "(?<")) else piece
+        elif piece == ")" and depth < skipped:
+            skipped = 0
+    return kept
 
 
 def _levels(value: Any) -> int:

@@ -104,6 +104,9 @@ def set_grammar(original: Callable[..., None], backend: Any, key: tuple[str, str
     """Keep at most that many compiled grammars, the same ones on every rank; SGLang never drops one."""
     if len(backend.cache) >= MOST_GRAMMARS and key not in backend.cache:
         backend.reset()
+        inner = getattr(backend, "grammar_backend", None)  # of one that waits for the end of reasoning
+        if inner is not None:
+            inner.reset()
     original(backend, key, value)
 
 

@@ -53,10 +53,10 @@ class Rule:
 
 _TOKEN = re.compile(
     r"""\s+ | (?P<string>"(?:[^"\\]|\\.)*") | (?P<set>\[(?:[^\]\\]|\\.)*\])(?P<star>\*?)
-    | (?P<name>\w+)(?:\{(?P<least>\d+),\ (?P<most>-?\d+)\})? | (?P<mark>[()|=])""",
+    | (?P<name>[\w.-]+)(?:\{(?P<least>\d+),\ (?P<most>-?\d+)\})? | (?P<mark>[()|=])""",
     re.VERBOSE | re.DOTALL,
 )
-_RULE = re.compile(r"^(\w+) ::= ", re.MULTILINE)
+_RULE = re.compile(r"^([\w.-]+) ::= ", re.MULTILINE)
 _CHARACTER = re.compile(r"\\x..|\\u....|\\U........|\\.|.", re.DOTALL)
 _ESCAPES = {
     "n": "\n",

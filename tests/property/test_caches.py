@@ -187,7 +187,7 @@ def test_any_order_of_events(
         number += 1
     expected = {"finished", "decode", "retracted", "aborted", "miss"}
     expected |= set() if name == "no tree" else {"hit", "long hit"}
-    expected |= {"STAGE", "DECIDE"} if name == "dynamic" else set()
+    expected |= {"STAGED", "SELECT"} if name == "dynamic" else set()
     assert not [event for event in expected if not events[event]], "steps that show nothing"
     with capsys.disabled():
         took = time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,6 +297,7 @@ def test_stop_tokens_that_cannot_come_are_left_out(given: list[int] | None, left
 
 def test_compiled_grammars_are_kept_up_to_a_number() -> None:
     from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarBackend
 
     stock = BaseGrammarBackend.set_cache
     stock = getattr(stock, "__wrapped__", stock)
@@ -306,3 +308,12 @@ def test_compiled_grammars_are_kept_up_to_a_number() -> None:
     assert len(backend.cache) == hooks.MOST_GRAMMARS and backend.cache["regex", "0"] == "again"
     hooks.set_grammar(stock, backend, ("regex", "new"), "new")
     assert backend.cache == {("regex", "new"): "new"}
+
+    # SGLang's, where a model reasons first, resets its own cache alone.
+    reasoning: Any = object.__new__(ReasonerGrammarBackend)
+    BaseGrammarBackend.__init__(reasoning)
+    reasoning.grammar_backend, reasoning._budget_variant_keys = backend, OrderedDict()
+    backend.cache.update({("regex", str(number)): number for number in range(3)})
+    reasoning.cache.update({("regex", str(number)): number for number in range(hooks.MOST_GRAMMARS)})
+    hooks.set_grammar(stock, reasoning, ("regex", "new"), "new")
+    assert reasoning.cache == {("regex", "new"): "new"} and not backend.cache

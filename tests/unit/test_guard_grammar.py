@@ -45,6 +45,13 @@ array ::= "[" ws (value ("," ws value)*)? "]" ws
 string ::= "\"" ([^"\\] | "\\" [^\n])* "\"" ws
 number ::= "-"? [0-9]+ ("." [0-9]+)? ws
 ws ::= [ \t\n]*"""
+# A tool without parameters, as clients write it.
+NO_PARAMETERS = {
+    "type": "tag",
+    "begin": "<a>",
+    "end": "</a>",
+    "content": {"type": "json_schema", "json_schema": None},
+}
 FINE: list[dict[str, Any]] = [
     {},
     {"regex": None},
@@ -88,9 +95,33 @@ FINE: list[dict[str, Any]] = [
             "^abc$",
         )
     ),
+    {"ebnf": "root ::= jp-char+ a.b\njp-char ::= [a-z]\na.b ::= [0-9]"},
+    *(
+        schema({"$defs": {name: {"type": "object", "properties": {"a": {}}}}, "$ref": f"#/$defs/{name}"})
+        for name in ("Item-Input", "app.models.User")
+    ),
+    *(
+        schema({"type": "string", "pattern": pattern})
+        for pattern in (
+            r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",
+            r"^(?=.*[A-Z])[A-Za-z]{8,16}$",
+            r"^(?P<year>\d{4})-\d{2}$",
+            r"^[a-z]{1,63}(\.[a-z]{1,63}){0,4}$",
+        )
+    ),
+    schema({"type": "object", "properties": {f"p{i}": {"description": "sad :("} for i in range(80)}}),
+    {"structural_tag": json.dumps({"type": "structural_tag", "format": NO_PARAMETERS})},
 ]
 MANY = [f"[^{chr(97 + i)}]" for i in range(20)]
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
+    ("ebnf", "can take too long: a part of it matches no text", {"ebnf": "root ::= root"}),
+    ("ebnf", "can take too long: a part of it matches no text", {"ebnf": 'root ::= "a" b\nb ::= b'}),
+    ("json_schema", "its patterns' repeats", schema({"type": "string", "pattern": r"^[\s\S]{10,60000}$"})),
+    (
+        "json_schema",
+        "its patterns' repeats",
+        schema({"items": {"type": "string", "pattern": "((a{99}){99}){9}"}}),
+    ),
     *(
         ("regex", "can take too long: one round", {"regex": pattern})
         for pattern in (
@@ -124,7 +155,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     (
         "json_schema",
         "can take too long: the repeats",
-        schema({"type": "string", "pattern": "^(.{1,50}a){50}$"}),
+        schema({"type": "string", "pattern": "^(.{1,50}a){20}$"}),
     ),
     (
         "json_schema",

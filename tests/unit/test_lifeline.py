@@ -114,7 +114,15 @@ def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": path}
     env.pop(PARENT_VARIABLE, None)
     env.pop("LT_SGLANG_URL", None)
-    return spawn([sys.executable, "-m", *command], env, folder / "log")
+    # Whoever runs the tests in the background may ignore them, which a child would inherit.
+    ignored = [one for one in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(one) == signal.SIG_IGN]
+    for one in ignored:
+        signal.signal(one, signal.SIG_DFL)
+    try:
+        return spawn([sys.executable, "-m", *command], env, folder / "log")
+    finally:
+        for one in ignored:
+            signal.signal(one, signal.SIG_IGN)
 
 
 def wait_for(what: object, seconds: float, folder: Path) -> None:

@@ -164,7 +164,7 @@ def extend_kv_indices(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_stride"])
 def _every_kv_indices(  # type: ignore[no-untyped-def]
     out_ptr,
     layer_stride,
