@@ -32,6 +32,11 @@ def check_grammars(params: dict[str, Any]) -> None:
     """Raise ValueError, naming the field, if a grammar of these parameters is none or costs too much."""
     for name in FIELDS:
         text = params.get(name)
+        if text and params.get("min_new_tokens"):
+            # Once a grammar allows the end alone and these forbid it, SGLang samples from nothing and ends.
+            raise ValueError(
+                f"min_new_tokens: is not allowed beside {name}; let the grammar say how long it is"
+            )
         if not text or (name == "json_schema" and text == ANY_JSON):
             continue
         if len(text) > MOST_TEXT:

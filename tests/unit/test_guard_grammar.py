@@ -210,6 +210,13 @@ def test_what_may_take_for_ever_is_refused_by_name(name: str, sentence: str, par
     assert "/project/" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_grammar_and_tokens_it_must_not_end_before_are_refused_together() -> None:
+    check_grammars({"regex": "a", "min_new_tokens": 0})
+    check_grammars({"min_new_tokens": 4})
+    with pytest.raises(ValueError, match=r"^min_new_tokens: is not allowed beside regex"):
+        check_grammars({"regex": "a", "min_new_tokens": 4})
+
+
 def test_the_guard_asks_of_every_request() -> None:
     from lt_sglang.guard.requests import check_sampling_params
 
