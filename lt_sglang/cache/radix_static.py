@@ -144,7 +144,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
             req.customized_info = {**known, CONFIG_KEY: [found]}
 
     def describe(self, req: Req) -> dict[str, object] | None:
-        """What a request is told of its layers (README.md); None while it is not known."""
+        """What a request is told of its layers (docs/serving.md); None while it is not known."""
         return {"lazy_layers": list(self.lazy_layers), "laziness": None, "origin": "static"}
 
     def chunk_limit(self, req: Req) -> int | None:

@@ -73,5 +73,5 @@ class ObservationWindow:
         return self._of_layer[layer].then(chunk).last(count)
 
     def clear(self) -> None:
-        """Free the memory; the request was decided or is gone."""
+        """Free the memory: the request's layers are selected. After an abort the next one overwrites it."""
         self._of_layer.clear()

@@ -10,6 +10,7 @@ import pytest
 
 from lt_sglang.config import (
     CONFIG_KEY,
+    DYNAMIC_FIELDS,
     MAX_TOKENS,
     LightTransferConfig,
     format_layers,
@@ -206,3 +207,9 @@ def test_numbers_are_read(text: str, number: float) -> None:
 @pytest.mark.parametrize("text", ["", ".", "e3", "0,5", "０.5", "1_0", "nan", "inf", "1e999", " 1", "0x1p3"])
 def test_other_numbers_are_not(text: str) -> None:
     assert read_float(text) is None
+
+
+def test_every_field_travels_to_other_processes() -> None:
+    fields = set(LightTransferConfig.__dataclass_fields__) - {"choice"}  # a pattern travels as lazy_layers
+    assert set(LightTransferConfig((1,), mode="dynamic").to_dict()) == fields
+    assert set(LightTransferConfig((1,)).to_dict()) == fields - set(DYNAMIC_FIELDS)
