@@ -172,7 +172,9 @@ def test_an_abort_ends_one_name(server: Server, keys: dict[str, str]) -> None:
             "many": pool.submit(ask, "many", 1, 3),
         }
         time.sleep(1.0)
-        waiting = {name: pool.submit(ask, name, 1, 1, 20) for name in ("w1", "w10", "w1_0", "w1_retry")}
+        # The one that is aborted asks for more, so that it has not ended by then even if it runs already.
+        asked = {"w1": 700, "w10": 20, "w1_0": 20, "w1_retry": 20}
+        waiting = {name: pool.submit(ask, name, 1, 1, tokens) for name, tokens in asked.items()}
         time.sleep(0.5)
         for rid in ("w1", "r1", "batch", "many"):
             body = {"rid": rid}
