@@ -20,9 +20,9 @@ MOST_TEXT = 65_536
 MOST_DEPTH = 64
 # Of the rules and parts that XGrammar makes of it.
 MOST_RULES = 4096
-# Characters of a schema's patterns with their repeats written out, as XGrammar does in a time that grows with
-# the square: 0.5 s for so many.
-MOST_EXPANDED = 1400
+# XGrammar writes the repeats of a schema's patterns out, in a time that grows with the square of the length.
+# So the squares of the patterns' lengths are added up, and may be that of one pattern of 1,400 characters.
+MOST_WRITTEN = 1400**2
 FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 # json_schema: any JSON at all.
 ANY_JSON = "$$ANY$$"
@@ -33,9 +33,10 @@ def check_grammars(params: dict[str, Any]) -> None:
     for name in FIELDS:
         text = params.get(name)
         if text and params.get("min_new_tokens"):
-            # Once a grammar allows the end alone and these forbid it, SGLang samples from nothing and ends.
+            # Where the grammar allows only the end and this forbids it, no token is left, and sampling ends
+            # the scheduler.
             raise ValueError(
-                f"min_new_tokens: is not allowed beside {name}; let the grammar say how long it is"
+                f"min_new_tokens: is not allowed beside {name}; say the least length in the grammar"
             )
         if not text or (name == "json_schema" and text == ANY_JSON):
             continue
@@ -60,9 +61,13 @@ def _refusal(name: str, text: str) -> str | None:
             return f"is nested {depth} levels deep; at most {MOST_DEPTH} are allowed"
         if _grammar_key_contains_nul(kind, text):
             return "NUL characters are not allowed"
-        if value is not None and sum(_expanded(pattern) ** 2 for pattern in patterns) > MOST_EXPANDED**2:
-            return f"its patterns' repeats make up more than {MOST_EXPANDED} characters"
-        rules = str(_parsed(kind, text))
+        written = 0 if value is None else sum(_written_out(pattern) ** 2 for pattern in patterns)
+        if written > MOST_WRITTEN:
+            return (
+                "its patterns' repeats are too many: with them written out, the squares of the patterns' "
+                f"lengths add up to {written}; at most {MOST_WRITTEN} (1,400 characters once) is allowed"
+            )
+        rules = str(_parsed(kind, text, value))
         if rules.count("::=") > MOST_RULES:
             return f"makes {rules.count('::=')} rules; at most {MOST_RULES} are allowed"
         ambiguity.check(rules)
@@ -82,8 +87,11 @@ _JSON = ("json", "structural_tag")
 _PATTERN = re.compile(r'^[\w.-]+ ::= Regex\("((?:[^"\\]|\\.)*)"', re.MULTILINE | re.DOTALL)
 
 
-def _parsed(kind: str, text: str) -> Any:
-    """XGrammar's reading of a grammar, as SGLang asks for it; quick, because no token is looked at."""
+def _parsed(kind: str, text: str, value: Any = None) -> Any:
+    """XGrammar's reading of a grammar, as SGLang asks for it; quick, because no token is looked at.
+
+    value: the JSON in ``text`` of a structural tag; SGLang's defaults are written into it.
+    """
     from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
     from xgrammar import Grammar, StructuralTag, StructuralTagItem
 
@@ -93,15 +101,14 @@ def _parsed(kind: str, text: str) -> Any:
         return Grammar.from_regex(text)
     if kind == "ebnf":
         return Grammar.from_ebnf(text)
-    tag = json.loads(text)
-    if tag.get("structures") is None:
-        XGrammarGrammarBackend._sanitize_structural_format(tag.get("format"))
-        return Grammar.from_structural_tag(json.dumps(tag))
+    if value.get("structures") is None:
+        XGrammarGrammarBackend._sanitize_structural_format(value.get("format"))
+        return Grammar.from_structural_tag(json.dumps(value))
     items = [
         StructuralTagItem(begin=one["begin"], schema=json.dumps(one.get("schema") or {}), end=one["end"])
-        for one in tag["structures"]
+        for one in value["structures"]
     ]
-    return Grammar.from_structural_tag(StructuralTag.from_legacy_structural_tag(items, tag["triggers"]))
+    return Grammar.from_structural_tag(StructuralTag.from_legacy_structural_tag(items, value["triggers"]))
 
 
 def _patterns(value: Any) -> Iterator[str]:
@@ -118,14 +125,14 @@ def _patterns(value: Any) -> Iterator[str]:
             waiting += one
 
 
-def _expanded(pattern: str) -> int:
+def _written_out(pattern: str) -> int:
     """How many characters a pattern has with its counted repeats written out."""
     lengths, last = [0], 0
     for found in _PIECE.finditer(pattern):
         if found["least"] is not None:
-            times = max(int(found["least"]), int(found["most"] or 0)) - 1
-            lengths[-1] += last * max(times, 0)
-            last *= max(times, 0) + 1
+            times = max(int(found["least"]), int(found["most"] or 0), 1)
+            lengths[-1] += last * (times - 1)
+            last *= times
         elif found[0] == ")" and len(lengths) > 1:
             last = lengths.pop()
             lengths[-1] += last
@@ -137,9 +144,11 @@ def _expanded(pattern: str) -> int:
     return sum(lengths)
 
 
+# An escape, a set, the beginning of a group, a count (XGrammar allows spaces in it), any other character.
 _PIECE = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\\\]])*\]|\((?:\?(?:[:=!]|<[=!]|P?<\w+>))?|\{(?P<least>\d{1,6})(?:,(?P<most>\d{0,6}))?\}|.",
-    re.DOTALL,
+    r"""\\. | \[\^?\]?(?:\\.|[^\\\]])*\] | \((?:\?(?:[:=!]|<[=!]|P?<\w+>))?
+    | \{\s*(?P<least>\d+)\s*(?:,\s*(?P<most>\d*)\s*)?\} | .""",
+    re.DOTALL | re.VERBOSE,
 )
 
 

@@ -48,6 +48,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = FLASHINFER | {
         "launch_command",
     ),
     "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend": ("cache", "reset"),
+    "sglang.srt.constrained.reasoner_grammar_backend.ReasonerGrammarBackend": ("grammar_backend",),
     "sglang.srt.managers.io_struct.AbortReq": ("rid", "abort_message", "finished_reason"),
     "sglang.srt.managers.io_struct.GenerateReqInput": ("input_ids", "sampling_params"),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": ("reqs", "forward_mode"),

@@ -17,6 +17,10 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.configs.model_config.ModelConfig.get_num_kv_heads": "self, tensor_parallel_size, dcp_size=",
     "sglang.srt.configs.model_config.is_generation_model": "model_architectures, is_embedding=",
     "sglang.srt.configs.model_config.get_hybrid_layer_ids": "model_architectures, hf_text_config",
+    "sglang.srt.constrained.base_grammar_backend._grammar_key_contains_nul": "key_type, key_string",
+    "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend._sanitize_structural_format": (
+        "structural_format"
+    ),
     "sglang.srt.entrypoints.http_server.launch_server": (
         "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, "
         "run_detokenizer_process_func=, execute_warmup_func=, launch_callback="

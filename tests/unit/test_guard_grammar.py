@@ -117,6 +117,8 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ebnf", "can take too long: a part of it matches no text", {"ebnf": "root ::= root"}),
     ("ebnf", "can take too long: a part of it matches no text", {"ebnf": 'root ::= "a" b\nb ::= b'}),
     ("json_schema", "its patterns' repeats", schema({"type": "string", "pattern": r"^[\s\S]{10,60000}$"})),
+    ("json_schema", "its patterns' repeats", schema({"type": "string", "pattern": r"[\s\S]{ 10 , 4000 }"})),
+    ("json_schema", "its patterns' repeats", schema({"type": "string", "pattern": "a{1,20000000}"})),
     (
         "json_schema",
         "its patterns' repeats",
@@ -235,6 +237,7 @@ def test_the_guard_asks_of_every_request() -> None:
             + '\nr0 ::= "a"\nroot ::= r1999'
         },
         schema({"enum": ["x" * 29_000 + "a", "x" * 29_000 + "b"]}),
+        schema({"type": "string", "pattern": r"[\s\S]{10,1400}"}),
         schema({"type": "object", "properties": {f"key{i}": {"type": "string"} for i in range(1000)}}),
     ],
     ids=lambda params: str(params)[:30],
