@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import psutil
 
@@ -15,10 +14,10 @@ from lt_sglang.config import DEFAULT_EXPECTED_TOKENS
 from lt_sglang.doctor import Check, DoctorError, check_arguments, check_machine, run_check
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import gpu_memory, has_gpu
-from lt_sglang.launch.model_config import check_tp, read_model_config, unsupported_features
+from lt_sglang.launch.model_config import check_tp, unsupported_features
 from lt_sglang.launch.options import OPTIONS_HELP, describe
 from lt_sglang.launch.plan import Launch, check_ports, plan_launch
-from lt_sglang.launch.sglang_args import MAX_TOTAL_TOKENS, NNODES, REVISION, TP_SIZE
+from lt_sglang.launch.sglang_args import MAX_TOTAL_TOKENS, NNODES, TP_SIZE
 from lt_sglang.launch.weights import check_weights
 from lt_sglang.planner.capacity import plan_length
 from lt_sglang.planner.shapes import GIB, GPUS, shape_from_config
@@ -78,7 +77,7 @@ def check_memory(launch: Launch, gpus: list[int]) -> str:
 
     gpus: bytes of each.
     """
-    args, model = launch.args, _model_config(launch)
+    args, model = launch.args, launch.model_config
     if model is None or launch.config is None:
         return "not looked at: the model cannot be looked up here"
     shape = shape_from_config(model, launch.model_path)
@@ -121,7 +120,7 @@ def _check_ports(launch: Launch) -> str:
 
 
 def _check_features(launch: Launch) -> str:
-    config = _model_config(launch)
+    config = launch.model_config
     if config is None:
         return f"{launch.model_path} cannot be looked up here"
     wrong = unsupported_features(config)
@@ -135,7 +134,3 @@ def _check_features(launch: Launch) -> str:
         except LightTransferError as error:
             padded = f"; SGLang pads heads on a CPU, but GPUs would refuse this: {error}"
     return f"{names[0]} has no feature that lazy layers do not support{padded}"
-
-
-def _model_config(launch: Launch) -> dict[str, Any] | None:
-    return read_model_config(launch.model_path, launch.args.get(REVISION))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
@@ -42,6 +43,7 @@ class Launch:
     """What to start: SGLang's arguments, the whole environment, and what to tell the user.
 
     config is None if only SGLang's process can find it (a model this machine cannot look up by itself).
+    model_config: the model's config.json; None if it was not found.
     limits: of SGLang's arguments, those added so that a small machine's memory is not filled.
     admin: the key of SGLang's admin routes; it travels in env.
     """
@@ -50,6 +52,7 @@ class Launch:
     env: dict[str, str]
     model_path: str
     config: LightTransferConfig | None
+    model_config: Mapping[str, Any] | None
     url: str
     try_line: str
     on_cpu: bool
@@ -126,6 +129,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
         env={**env, **changes, **news},
         model_path=model_path,
         config=config,
+        model_config=model_config,
         url=url,
         try_line=try_line,
         on_cpu=on_cpu,
