@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtest import readme_figure
 from lt_sglang.cli import COMMANDS
 from lt_sglang.launch.options import LtOptions
 
@@ -148,12 +149,8 @@ def test_the_readme_shows_what_its_result_files_say(row: list[str]) -> None:
 
 
 def test_the_plot_is_of_the_result_files() -> None:
-    script = REPOSITORY / "docs/figures/make_decode.py"
-    spec = importlib.util.spec_from_file_location("make_decode", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.FILE.read_text(encoding="utf-8") == module.svg(), "run python docs/figures/make_decode.py"
+    drawn = readme_figure.svg()
+    assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python loadtest/readme_figure.py"
 
 
 def test_every_option_is_explained() -> None:

@@ -1,6 +1,6 @@
-"""Draw docs/figures/decode.svg from loadtest/results.
+"""README's plot, docs/figures/decode.svg, from loadtest/results.
 
-    python docs/figures/make_decode.py
+    python loadtest/readme_figure.py
 
 The numbers are read from the result files; tests/unit/test_docs.py draws it again and compares.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lt_sglang.planner.roofline import decode_bound
+
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parents[1] / "loadtest" / "results"
-FILE = HERE / "decode.svg"
+RESULTS = HERE / "results"
+FILE = HERE.parent / "docs" / "figures" / "decode.svg"
 # Prompt tokens; result files of static and dynamic mode, and the bound of the KV bytes alone.
 ROWS = (
     (4096, "2026-11-22-h100-lt-half-4k-decode-4096-vs-fa3", None),
@@ -38,11 +40,6 @@ def ratio(name: str) -> float:
     """Ours over stock SGLang's decode tokens a second."""
     found: float = json.loads((RESULTS / f"{name}.json").read_text())["ratio"]["decode_tokens_per_second"]
     return found
-
-
-def bound(tokens: int) -> float:
-    """What half of the KV bytes of ``tokens`` leaves, at most."""
-    return tokens / ((1 - SHARE) * tokens + SHARE * min(tokens, WINDOW))
 
 
 def _text(x: float, y: float, text: str, style: str = 'fill="#222"') -> str:
@@ -74,7 +71,7 @@ def svg() -> str:
     ]
     for row, (tokens, static, dynamic) in enumerate(ROWS):
         y = TOP + row * HIGH
-        end = LEFT + bound(tokens) * WIDE
+        end = LEFT + decode_bound(tokens, SHARE, WINDOW) * WIDE
         parts.append(_text(20, y + 26, f"{tokens // 1024}K prompt tokens"))
         parts.append(_bar(y, ratio(static), STATIC))
         if dynamic is None:
