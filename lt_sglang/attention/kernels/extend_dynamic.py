@@ -74,6 +74,28 @@ def extend_kv_indptr(
 
 
 @triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    tile_ptr, given, banks, LAYERS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A tile: its request, positions, and which of them exist; whether the layers of the request are known.
+
+    Then where its row of the layer table begins, and its full and streaming slots.
+    """
+    request = tl.load(tile_ptr + tl.program_id(0) * 3)
+    position0 = tl.load(tile_ptr + tl.program_id(0) * 3 + 1)
+    count = tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
+    item = tl.arange(0, BLOCK)
+    valid = item < count
+    position = position0 + item
+    known = tl.load(given.kind + request) == KNOWN
+    of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
+    offset = tl.load(given.offset + request)
+    full = tl.load(given.full + offset + position, mask=valid, other=0)
+    streaming = tl.load(given.streaming + offset + position, mask=valid, other=0)
+    return request, position, valid, known, of, full, streaming
+
+
+@triton.jit
 def _undecided_row(  # type: ignore[no-untyped-def]
     given, banks, request, position, layer, full, FULL_BANKS: tl.constexpr
 ):
@@ -99,17 +121,7 @@ def _extend_kv_indices(  # type: ignore[no-untyped-def]
     LAZY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    request = tl.load(tile_ptr + tl.program_id(0) * 3)
-    position0 = tl.load(tile_ptr + tl.program_id(0) * 3 + 1)
-    count = tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
-    item = tl.arange(0, BLOCK)
-    valid = item < count
-    position = position0 + item
-    known = tl.load(given.kind + request) == KNOWN
-    of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
-    offset = tl.load(given.offset + request)
-    full = tl.load(given.full + offset + position, mask=valid, other=0)
-    streaming = tl.load(given.streaming + offset + position, mask=valid, other=0)
+    request, position, valid, known, of, full, streaming = _tile(tile_ptr, given, banks, LAYERS, BLOCK)
     element = position - tl.load(first_ptr + request)
     for layer in range(0, LAYERS):
         bank = layer
@@ -178,17 +190,7 @@ def _every_kv_indices(  # type: ignore[no-untyped-def]
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    request = tl.load(tile_ptr + tl.program_id(0) * 3)
-    position0 = tl.load(tile_ptr + tl.program_id(0) * 3 + 1)
-    count = tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
-    item = tl.arange(0, BLOCK)
-    valid = item < count
-    position = position0 + item
-    known = tl.load(given.kind + request) == KNOWN
-    of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
-    offset = tl.load(given.offset + request)
-    full = tl.load(given.full + offset + position, mask=valid, other=0)
-    streaming = tl.load(given.streaming + offset + position, mask=valid, other=0)
+    request, position, valid, known, of, full, streaming = _tile(tile_ptr, given, banks, LAYERS, BLOCK)
     # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
     sink_set = tl.load(given.sink_set + request)
     stored = (position < SINK) & (position < tl.load(given.prefix + request) - RECENT) & (sink_set >= 0)
