@@ -12,15 +12,15 @@ from lt_sglang.layers.async_host_copy import AsyncHostCopy
 from lt_sglang.memory.row_table import set_rows
 
 
-def test_a_mirror_has_the_values_and_the_dtype_of_what_it_shows() -> None:
+def test_a_host_copy_has_the_values_and_the_dtype_of_what_it_shows() -> None:
     table = torch.tensor([(1 << 53) + 1, 2])
-    mirror = AsyncHostCopy(table)
-    assert mirror.read() == [(1 << 53) + 1, 2] and mirror._host.dtype == table.dtype
+    copied = AsyncHostCopy(table)
+    assert copied.read() == [(1 << 53) + 1, 2] and copied._host.dtype == table.dtype
     table += 1
-    assert mirror.read() == [(1 << 53) + 2, 3]
+    assert copied.read() == [(1 << 53) + 2, 3]
 
 
-def test_a_mirror_of_a_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_copy_of_a_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows what the last copy brought, and begins the next one only once that is there."""
     events: list[Any] = []
 
@@ -44,16 +44,16 @@ def test_a_mirror_of_a_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) ->
             return self.values
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    mirror = AsyncHostCopy(torch.zeros(1, dtype=torch.int64))
+    copied = AsyncHostCopy(torch.zeros(1, dtype=torch.int64))
     tensor = SimpleNamespace(is_cuda=True, value=5)
-    mirror._tensor, mirror._host = tensor, Host()  # type: ignore[assignment]
-    assert mirror.read() == [0] and events[0] == 5 and len(events) == 2
+    copied._tensor, copied._host = tensor, Host()  # type: ignore[assignment]
+    assert copied.read() == [0] and events[0] == 5 and len(events) == 2
     first = events[1]
-    assert mirror.read() == [0] and len(events) == 2, "still on its way"
+    assert copied.read() == [0] and len(events) == 2, "still on its way"
     first.done, Host.values, tensor.value = True, [5], 6
-    assert mirror.read() == [5] and events[2] == 6 and events[3] is not first
+    assert copied.read() == [5] and events[2] == 6 and events[3] is not first
     Host.values = [6]
-    assert mirror.read() == [5] and len(events) == 4
+    assert copied.read() == [5] and len(events) == 4
 
 
 def test_rows_are_written_where_the_table_is() -> None:
