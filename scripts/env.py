@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,19 +139,13 @@ def lock(upgrade: bool) -> None:
     Raises:
         BuildFailed: no versions fit together, or not the same ones in each supported Python.
     """
-    command = ["pip", "compile", "--quiet", "--only-binary", ":all:", str(ROOT / "pyproject.toml")]
-    command += ["--no-annotate", "--no-header", *(f"--extra={name}" for name in EXTRAS)]
-    command += ["--upgrade"] if upgrade else []
     with tempfile.TemporaryDirectory() as scratch:
         first, second = (Path(scratch) / version for version in SUPPORTED)
         shutil.copy(LOCK, first)  # uv keeps the pins that it finds in its output
-        uv(*command, "--python-version", SUPPORTED[0], "--output-file", first)
-        uv(*command, "--python-version", SUPPORTED[1], "--output-file", second, "--constraint", first)
-        pins = first.read_text(encoding="utf-8")
-        if second.read_text(encoding="utf-8") != pins:
+        pins = resolve(EXTRAS, SUPPORTED[0], first, *(["--upgrade"] if upgrade else []))
+        if resolve(EXTRAS, SUPPORTED[1], second, "--constraint", first) != pins:
             raise BuildFailed(f"Python {' and '.join(SUPPORTED)} need different packages; there is one lock")
-    # "+cu130" and the like name a build, not a release; indexes may carry the release alone.
-    LOCK.write_text(HEADER + re.sub(r"\+\S+", "", pins), encoding="utf-8")
+    LOCK.write_text(HEADER + pins, encoding="utf-8")
     with (ROOT / "pyproject.toml").open("rb") as file:
         nodeps = tomllib.load(file)["project"]["optional-dependencies"][NODEPS_EXTRA]
     NODEPS_LOCK.write_text(NODEPS_HEADER + "\n".join(nodeps) + "\n", encoding="utf-8")
@@ -159,13 +154,26 @@ def lock(upgrade: bool) -> None:
 
 def lock_image() -> None:
     """Write the lock of the engine's image: what runs there, at the other lock's versions."""
-    command = ["pip", "compile", "--quiet", "--only-binary", ":all:", str(ROOT / "pyproject.toml")]
-    command += ["--no-annotate", "--no-header", *(f"--extra={name}" for name in IMAGE_EXTRAS)]
     with tempfile.TemporaryDirectory() as scratch:
-        found = Path(scratch) / "lock"
-        uv(*command, "--python-version", IMAGE_PYTHON, "--constraint", LOCK, "--output-file", found)
-        pins = re.sub(r"\+\S+", "", found.read_text(encoding="utf-8"))
+        pins = resolve(IMAGE_EXTRAS, IMAGE_PYTHON, Path(scratch) / "lock", "--constraint", LOCK)
     IMAGE_LOCK.write_text(IMAGE_HEADER + pins, encoding="utf-8")
+
+
+def resolve(extras: Sequence[str], python: str, output: Path, *options: str | Path) -> str:
+    """Lines of exact versions for pyproject.toml with ``extras``; raises BuildFailed.
+
+    Args:
+        extras: of pyproject.toml.
+        python: version of Python.
+        output: the file that uv writes; pins in it are kept where they fit.
+        options: further ones of ``uv pip compile``.
+    """
+    command: list[str | Path] = ["pip", "compile", "--quiet", "--only-binary", ":all:"]
+    command += [ROOT / "pyproject.toml", "--no-annotate", "--no-header"]
+    command += [f"--extra={name}" for name in extras]
+    uv(*command, *options, "--python-version", python, "--output-file", output)
+    # "+cu130" and the like name a build, not a release; indexes may carry the release alone.
+    return re.sub(r"\+\S+", "", output.read_text(encoding="utf-8"))
 
 
 def uv(*arguments: str | Path, keep_open: int | None = None) -> None:

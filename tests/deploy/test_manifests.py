@@ -12,6 +12,7 @@ import yaml
 
 from k8s.chart_docs import CHARTS, documents
 from k8s.render import CHART, MANIFESTS, MONITORING, RAY, made, main, render
+from lt_sglang.planner.shapes import CONFIGS
 
 from .chart import KUBERNETES, VALUES, Object, builtin, custom, faults, objects, template
 
@@ -60,19 +61,7 @@ SWITCHES = (
 )
 
 
-QWEN2 = json.dumps(
-    {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "max_position_embeddings": 40960,
-    }
-)
+QWEN2 = json.dumps(CONFIGS["qwq-32b"])
 
 
 def test_manifests_are_those_of_the_values_files() -> None:

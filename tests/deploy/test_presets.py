@@ -9,35 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from lt_sglang.planner.shapes import CONFIGS
+
 from .chart import VALUES, container, template
 from .test_ray_config import SERVE_CONFIGS
 
 pytestmark = pytest.mark.slow
 
 # What the hub has; the doctor reads it for the layers, heads and features.
-CONFIGS = {
-    "Llama-3.3-70B-Instruct": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-    },
-    "QwQ-32B-LightTransfer": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "max_position_embeddings": 40960,
-    },
+HUB = {
+    "Llama-3.3-70B-Instruct": {**CONFIGS["llama-3-70b"], "max_position_embeddings": 131072},
+    "QwQ-32B-LightTransfer": CONFIGS["qwq-32b"],
 }
 # Filled in by Kubernetes for one node of a group.
 GROUP = {"$(LWS_GROUP_SIZE)": "2", "$(LWS_WORKER_INDEX)": "0", "$(LWS_LEADER_ADDRESS)": "127.0.0.1"}
@@ -79,7 +61,7 @@ def test_the_doctor_accepts_a_preset(preset: str, tmp_path: Path) -> None:
     (model,) = [arg for arg in arguments if arg.startswith("--model-path=")]
     folder = tmp_path / Path(model.partition("=")[2]).name
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS[folder.name]))
+    (folder / "config.json").write_text(json.dumps(HUB[folder.name]))
     given = [f"--model-path={folder}" if arg == model else arg for arg in arguments]
     command = [sys.executable, "-m", "lt_sglang", "doctor", "--json", *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
