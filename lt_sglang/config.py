@@ -23,14 +23,14 @@ DECIDE = ("prompt", "first-chunk")
 CONFIG_KEY = "lighttransfer"
 DEFAULT_SINK_TOKENS = 4  # arXiv 2410.13846, appendix A
 DEFAULT_RECENT_TOKENS = 1020
-DEFAULT_EXPECTED_TOKENS = 8192
 DEFAULT_KEEP = 0.5
 DEFAULT_SCORE = "residual-error"
 DEFAULT_DECIDE = "prompt"
 LAST_QUERIES = 32  # w_last, appendix A
 LAST_QUERIES_FIRST_CHUNK = 128
-DYNAMIC_FIELDS = ("keep", "score", "decide", "staging_tokens", "check_tables")
+DYNAMIC_FIELDS = ("keep", "score", "decide", "check_tables")
 MAX_TOKENS = 1 << 24
+MAX_BYTES = 1 << 48
 
 
 def parse_lazy_layers(text: str, label: str = "lazy_layers") -> tuple[tuple[int, ...], str | None]:
@@ -98,9 +98,7 @@ class LightTransferConfig:
     mode: "static": the same layers for every request. "dynamic": found for each request in its prefill.
     sink_tokens: w_sink >= 0, the first tokens of a request every query of a lazy layer sees.
     recent_tokens: w_recent >= 1, the most recent tokens it sees, its own included.
-    expected_tokens: prompt + output tokens of a typical request; splits the KV memory between the
-        full and the streaming pool. None means min(context length, 8192).
-    expected_output_tokens: how many of them are output; None means not known.
+    kv_bytes: most bytes of KV memory on one rank; None leaves it to --mem-fraction-static.
     source: where the configuration came from, for logs and /server_info.
     choice: in place of lazy_layers until ``settle`` knows the model: a pattern such as "ends:0.5".
 
@@ -110,8 +108,6 @@ class LightTransferConfig:
     score: how a layer's laziness is measured, one of SCORES; "list" takes lazy_layers for every request.
     decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
         chunk that is longer than sink + recent; later chunks already use streaming attention.
-    staging_tokens: longest prompt prefix that may wait undecided between chunks (decide: "prompt"); a longer
-        prompt is decided when its chunk would pass it. None means expected_tokens.
     check_tables: compare the layer tables of all tensor-parallel ranks after every prefill (debugging).
     """
 
@@ -119,13 +115,11 @@ class LightTransferConfig:
     mode: str = "static"
     sink_tokens: int = DEFAULT_SINK_TOKENS
     recent_tokens: int = DEFAULT_RECENT_TOKENS
-    expected_tokens: int | None = None
-    expected_output_tokens: int | None = None
+    kv_bytes: int | None = None
     source: str = "flags"
     keep: int | float | None = None
     score: str = DEFAULT_SCORE
     decide: str = DEFAULT_DECIDE
-    staging_tokens: int | None = None
     check_tables: bool = False
     choice: str | None = None
 
@@ -133,12 +127,6 @@ class LightTransferConfig:
         for name in _OPTIONAL | _REQUIRED:
             if name in _REQUIRED or getattr(self, name) is not None:
                 check_value(name, getattr(self, name))
-        output, tokens = self.expected_output_tokens, self.expected_tokens
-        if output is not None and tokens is not None and output > tokens:
-            raise LightTransferError(
-                f"expected_output_tokens: {output} is more than expected_tokens ({tokens}), which counts "
-                "prompt and output"
-            )
         if any(type(layer) is not int or layer < 0 for layer in self.lazy_layers):
             raise LightTransferError("lazy_layers: layers are integers from 0")
         if list(self.lazy_layers) != sorted(set(self.lazy_layers)):
@@ -166,23 +154,6 @@ class LightTransferConfig:
     def decide_tokens(self) -> int:
         """Tokens a first chunk must end at or behind to be decided on (``decide``: "first-chunk")."""
         return self.lazy_tokens + LAST_QUERIES_FIRST_CHUNK
-
-    def stage_limit(self, context_tokens: int) -> int:
-        """Longest prefix that stays undecided between two prefill chunks, in tokens."""
-        if self.decide == "first-chunk":
-            return self.decide_tokens - 1
-        staging = self.staging_tokens or self.expected_tokens or DEFAULT_EXPECTED_TOKENS
-        # A prompt whose keys are all sink or recent tells no layers apart.
-        return min(max(staging, self.lazy_tokens + LAST_QUERIES), context_tokens)
-
-    def undecided_rows(self, context_tokens: int, batch_tokens: int) -> int:
-        """Rows, of one layer's K and V, set aside for prompts that are not decided yet; 0 in static mode.
-
-        The staged prefix in every layer that may become lazy, and one layer's ``batch_tokens`` new ones.
-        """
-        if not self.dynamic:
-            return 0
-        return len(self.lazy_layers) * self.stage_limit(context_tokens) + batch_tokens
 
     def settle(self, num_layers: int) -> LightTransferConfig:
         """The configuration for a model of ``num_layers``: ``keep`` a number, the lazy layers a list.
@@ -240,8 +211,7 @@ class LightTransferConfig:
             "lazy_layers": self.choice or format_layers(self.lazy_layers),
             "sink_tokens": self.sink_tokens,
             "recent_tokens": self.recent_tokens,
-            "expected_tokens": self.expected_tokens,
-            "expected_output_tokens": self.expected_output_tokens,
+            "kv_bytes": self.kv_bytes,
             "source": self.source,
         }
         if self.dynamic:
@@ -305,15 +275,9 @@ class LightTransferConfig:
 
 
 _ALLOWED = {"mode": MODES, "score": (*SCORES, LIST), "decide": DECIDE}
-_LOWEST = {
-    "sink_tokens": 0,
-    "recent_tokens": 1,
-    "expected_tokens": 1,
-    "expected_output_tokens": 0,
-    "staging_tokens": 1,
-}
+_RANGES = {"sink_tokens": (0, MAX_TOKENS), "recent_tokens": (1, MAX_TOKENS), "kv_bytes": (1, MAX_BYTES)}
 _REQUIRED = {*_ALLOWED, "sink_tokens", "recent_tokens", "check_tables"}
-_OPTIONAL = {*_LOWEST, "keep"}
+_OPTIONAL = {"keep", "kv_bytes"}
 
 
 def check_value(name: str, value: object, label: str | None = None) -> None:
@@ -327,8 +291,9 @@ def check_value(name: str, value: object, label: str | None = None) -> None:
             )
         raise LightTransferError(f"{label}: {value!r} is not one of {', '.join(_ALLOWED[name])}")
     number = value if isinstance(value, int) and not isinstance(value, bool) else -1
-    if name in _LOWEST and not _LOWEST[name] <= number <= MAX_TOKENS:
-        raise LightTransferError(f"{label}: {value!r} is not an integer from {_LOWEST[name]} to {MAX_TOKENS}")
+    low, high = _RANGES.get(name, (number, number))
+    if not low <= number <= high:
+        raise LightTransferError(f"{label}: {value!r} is not an integer from {low} to {high}")
     if name == "check_tables" and type(value) is not bool:
         raise LightTransferError(f"{label}: {value!r} is not true or false")
     if name == "keep":

@@ -20,13 +20,17 @@ from lt_sglang.identify.state import STORED_SETS, DynamicState, projections_of, 
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.layers.prefill_plans import PrefillPlans
+from lt_sglang.memory.flat_pool import FlatPool
 from lt_sglang.memory.kv_keys import request_id
-from lt_sglang.memory.pools import LightTransferKVCacheConfigurator, copy_rows
+from lt_sglang.memory.pools import LightTransferKVCacheConfigurator
 from lt_sglang.memory.sinks import SinkStore
 from lt_sglang.memory.weights import announcing
 from lt_sglang.names import BACKEND
 
 logger = logging.getLogger(__name__)
+
+# Sink sets that may be stored for each request that may run; they take memory only while it is free.
+STORED_SINKS = 4
 
 
 class LightTransferModelRunner(ModelRunner):
@@ -76,7 +80,7 @@ class LightTransferModelRunner(ModelRunner):
         return {m.layer_id: m for m in self.model.modules() if isinstance(m, RadixAttention)}
 
     def init_kv_cache_configurator(self, draft_parallel_layout: Any = None) -> None:
-        """Build the configurator that splits the KV memory for the requests served."""
+        """Build the configurator of KV memory that full and lazy layers share."""
         super().init_kv_cache_configurator(draft_parallel_layout)
         if self.lt_config.lazy_layers:
             stock: Any = self.kv_cache_configurator
@@ -93,12 +97,18 @@ class LightTransferModelRunner(ModelRunner):
                 f"KV pools: SGLang made layers {list(lazy)} streaming, "
                 f"asked for {list(self.lt_config.lazy_layers)}"
             )
+        pool = self.kv_cache_configurator.flat_pool
+        if pool is None or not pool.complete:
+            raise LightTransferError("KV pools: SGLang did not build its pools in the memory of lazy layers")
+        rows = self.req_to_token_pool.req_to_token.shape[0]
         self.sink_store = SinkStore(
-            capacity=self.kv_cache_configurator.split.sink_sets,
+            capacity=STORED_SINKS * rows,
             sink_tokens=self.lt_config.sink_tokens,
-            request_rows=self.req_to_token_pool.req_to_token.shape[0],
+            request_rows=rows,
             device=self.device,
+            source=self.token_to_kv_pool_allocator.sinks,
         )
+        self.token_to_kv_pool_allocator.sink_store = self.sink_store
         if self.lt_config.dynamic:
             self._init_dynamic()
 
@@ -141,11 +151,8 @@ class LightTransferModelRunner(ModelRunner):
             raise LightTransferError(
                 "mode: dynamic needs a model that generates; embedding and reward models run with static"
             )
-        pool = self.kv_cache_configurator.flat_pool
-        if pool is None or not pool.complete:
-            raise LightTransferError(
-                "KV pools: SGLang did not build its pools from the banks of dynamic mode"
-            )
+        pool = self.flat_pool
+        assert pool is not None
         layers = self._attention_layers()
         shapes = {(m.tp_q_head_num, m.tp_k_head_num, m.qk_head_dim) for m in layers.values()}
         if len(shapes) != 1:
@@ -171,7 +178,7 @@ class LightTransferModelRunner(ModelRunner):
             tp_ranks(next(iter(shapes))[0], total_heads),
             projections,
         )
-        self.prefills = PrefillTracker(config, model.context_len, sets)
+        self.prefills = PrefillTracker(config, sets, self.kv_cache_configurator.sizes.demand.undecided)
 
     def begin_batch(self, batch: Any) -> None:
         """Plan the layers of a prefill batch (a ScheduleBatch); called right before its forward."""
@@ -181,29 +188,30 @@ class LightTransferModelRunner(ModelRunner):
             self.prefill_plans.put(plans)
 
     def windows(self) -> Windows:
-        """w_sink, w_recent and where the sink rows begin."""
-        return Windows(
-            sink_tokens=self.lt_config.sink_tokens,
-            recent_tokens=self.lt_config.recent_tokens,
-            sink_base=self.token_to_kv_pool.size_swa + self.page_size,
-        )
+        """w_sink and w_recent."""
+        return Windows(self.lt_config.sink_tokens, self.lt_config.recent_tokens)
+
+    @property
+    def flat_pool(self) -> FlatPool | None:
+        """K and V of all layers; None when no layer is lazy, and before they are allocated."""
+        pool: FlatPool | None = getattr(self.kv_cache_configurator, "flat_pool", None)
+        return pool
 
     def streaming_tables(self) -> StreamingTables:
-        """The device tables that turn positions into rows of the streaming buffers."""
+        """The device tables that turn positions into slots."""
         assert self.sink_store is not None
         return StreamingTables(
             req_to_token=self.req_to_token_pool.req_to_token,
             full_to_streaming=self.token_to_kv_pool_allocator.full_to_swa_index_mapping,
             sink_set_of=self.sink_store.set_of,
+            sink_slots_of=self.sink_store.slots_of,
         )
 
     def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """As ModelRunner, after the sink rows this forward reads have been filled."""
         if self.sink_store is not None:
-            pool = self.token_to_kv_pool.swa_kv_pool
-            self.sink_store.flush(
-                self.windows().sink_base, lambda target, source: copy_rows(pool, target, source)
-            )
+            assert self.flat_pool is not None
+            self.sink_store.flush(self.flat_pool.copy_streaming)
         if self.dynamic is None:
             return super().forward(forward_batch, *args, **kwargs)
         self.dynamic.sets.flush()
@@ -233,21 +241,23 @@ class LightTransferModelRunner(ModelRunner):
         report["num_lazy_layers"] = len(self.lt_config.lazy_layers)
         report["attention_backend"] = type(self.attn_backend).__name__
         if self.sink_store is not None:
-            split = self.kv_cache_configurator.split
-            report["pools"] = {
-                "full_tokens": self.full_max_total_num_tokens,
-                "streaming_tokens": self.swa_max_total_num_tokens,
+            allocator, sizes = self.token_to_kv_pool_allocator, self.kv_cache_configurator.sizes
+            report["memory"] = {
+                "units": sizes.units,
+                "units_free": len(allocator.units),
+                "unit_bytes": sizes.unit_bytes,
+                "demand": sizes.demand.to_dict(),
+                "full_slots_used": allocator.full_used,
+                "streaming_slots_used": allocator.swa_attn_allocator.used,
+                "longest_request": sizes.longest,
+                "full_limit": sizes.full_limit,
                 "sink_sets": self.sink_store.capacity,
                 "sink_sets_used": self.sink_store.used,
                 "sink_sets_in_use": self.sink_store.in_use,
                 "sink_requests": self.sink_store.requests,
-                "expected_tokens": split.expected_tokens,
-                "expected_requests": round(split.requests, 2),
             }
             report["sinks"] = vars(self.sink_store.stats).copy()
         if self.dynamic is not None:
-            layout = self.dynamic.layout
-            report["pools"]["staging_tokens"] = layout.staging_rows
             report["layer_sets"] = {
                 "stored": self.dynamic.sets.stored,
                 "requests": self.dynamic.sets.requests,

@@ -52,7 +52,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--attn-dp-size", "attn_dp_size", _above_one, "DP attention was not tested with hybrid caches"),
     Refusal("--enable-mixed-chunk", "enable_mixed_chunk", _set, "lazy layers plan prefill and decode apart"),
     Refusal(
-        "--enable-unified-memory", "enable_unified_memory", _set, "the pools are split by request length"
+        "--enable-unified-memory",
+        "enable_unified_memory",
+        _set,
+        "full and lazy layers share memory as it is",
     ),
     Refusal(
         "--enable-two-batch-overlap", "enable_two_batch_overlap", _set, "sink rows are filled once a forward"
@@ -116,13 +119,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "--swa-full-tokens-ratio",
         "swa_full_tokens_ratio",
         _given,
-        "the pools are split by request length; use --lt-expected-tokens",
+        "full and lazy layers share one memory; nothing is split",
     ),
     Refusal(
         "--swa-prefix-tails",
         "swa_prefix_tails",
         _given,
-        "the pools are split by request length; use --lt-expected-tokens",
+        "full and lazy layers share one memory; nothing is split",
     ),
     Refusal(
         "--enable-unified-cache-external-linker",

@@ -76,7 +76,7 @@ class DecodeSteps:
     def init_graphs(self, backend: Any, max_bs: int, max_context: int) -> None:
         """Allocate the buffers of CUDA graphs; ``backend``: SGLang's, for its workspace and heads."""
         layout, lazy_tokens = self._banks.layout, self._banks.windows.lazy_tokens
-        full = min(max_bs * max_context, 2 * layout.full_rows)
+        full = min(max_bs * max_context, 2 * (layout.rows // layout.shape.full_units))
         padding = layout.layers * max_bs
         size = layout.full_banks * full + layout.streaming_banks * max_bs * lazy_tokens
 

@@ -28,7 +28,7 @@ from lt_sglang.attention.gathered import GatheredAttention
 from lt_sglang.attention.kernels.banks import LayerBanks
 from lt_sglang.attention.kernels.decode_dynamic import decode_out_cache_loc
 from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, merge_sinks
-from lt_sglang.attention.kernels.place import settle, store_new
+from lt_sglang.attention.kernels.place import exchange, store_new
 from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.errors import LightTransferError
@@ -76,7 +76,9 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         state = runner.dynamic
         assert state is not None
         self.runner, self.state = runner, state
-        self.banks = LayerBanks(state.sets.bank_of, state.sets.set_of, state.layout, runner.windows())
+        self.banks = LayerBanks(
+            state.sets.bank_of, state.sets.set_of, state.layout, state.pool.units.rest, runner.windows()
+        )
         self.steps = DecodeSteps(self.banks, self.workspace_buffer.device)
         self.prefill_planner = PrefillPlanner(state, self.banks, self.calls)
         self.prefill: PrefillMetadata | None = None
@@ -110,7 +112,8 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         self.prefill = self.prefill_planner.plan(
             plans, forward_batch.req_pool_indices, self.runner.streaming_tables()
         )
-        self.selector.begin(plans, self.prefill.popped, self.prefill.requests.full)
+        given = self.prefill.requests
+        self.selector.begin(plans, self.prefill.popped, given.full, given.streaming)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """As FlashInferAttnBackend; where K and V go follows once the streaming slots are known."""
@@ -203,15 +206,20 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 prefill.sinks,
                 Scales.of(layer),
                 window=window,
-                banks=(column, self.state.keep),
+                banks=(column, self.state.layout.shape),
             )
         self.selector.select(layer, query, out, lse, new, forward_batch)
-        if layer.layer_id >= self.state.keep:
-            # One after the other: what is cut may be read from the rows that the next request is staged in.
-            for tiles in (prefill.cut_tiles, prefill.stage_tiles):
-                settle(self.pool, stored, layer.layer_id, tiles, prefill.requests, self.banks, prefill.popped)
-        elif not prefill.windowed:
+        if not prefill.windowed:
             self._store_new(stored, layer, prefill)
+        if layer.layer_id >= self.state.keep:
+            exchange(
+                self.pool,
+                layer.layer_id,
+                prefill.select_tiles,
+                prefill.requests,
+                self.banks,
+                prefill.popped,
+            )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def _store_new(self, stored: KV, layer: RadixAttention, prefill: PrefillMetadata) -> None:

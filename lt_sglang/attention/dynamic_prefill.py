@@ -11,7 +11,7 @@ import torch
 from lt_sglang.attention.fa3_lengths import LayerLengths
 from lt_sglang.attention.flashinfer_plans import LayerIndices, paged, plan_prefill, plan_ragged
 from lt_sglang.attention.gathered import GatheredAttention, fits
-from lt_sglang.attention.indices import StreamingTables, sink_rows, span_slots
+from lt_sglang.attention.indices import StreamingTables, sink_slots, span_slots
 from lt_sglang.attention.kernels.banks import LayerBanks
 from lt_sglang.attention.kernels.extend_dynamic import every_kv_indices, extend_kv_indices, extend_kv_indptr
 from lt_sglang.attention.kernels.merge_sinks import Sinks, make_sink_tiles
@@ -19,7 +19,6 @@ from lt_sglang.attention.kernels.place import tile_positions
 from lt_sglang.attention.kernels.requests import Requests
 from lt_sglang.attention.kernels.tiles import Tiles, make_tiles
 from lt_sglang.attention.prefix import PrefixAttention
-from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.state import DynamicState
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.kv import KV
@@ -93,17 +92,15 @@ class PrefillMetadata:
     Full attention is ragged over the new tokens and over cached ones at ``prefix_kv_indices``, int32 [L,
     cached tokens], None if there are none. A windowed batch has one call for it instead, ``full``, and one
     for the windows, ``lazy``; if FA3 would gather too much, ``lengths`` empties what is lazy of the former.
-    new_tiles: the new tokens of all requests. cut_tiles: what moves once a layer from P on is decided.
-    stage_tiles: of the staged request, whose rows another one may still be read from until then.
-    banks: int32 [bs, L], of the known requests. sinks: within a streaming bank.
+    new_tiles: the new tokens of all requests. select_tiles: all tokens of those whose layers are selected.
+    banks: int32 [bs, L], of the known requests. sinks: streaming slots.
     """
 
     requests: Requests
     windowed: bool
     undecided: bool
     new_tiles: Tiles
-    cut_tiles: Tiles
-    stage_tiles: Tiles
+    select_tiles: Tiles
     popped: torch.Tensor
     banks: torch.Tensor
     sinks: Sinks
@@ -163,19 +160,9 @@ class PrefillPlanner:
             not late and plan.end > windows.lazy_tokens
             for late, plan in zip(batch.undecided, plans, strict=True)
         )
-        if windowed and undecided and sum(batch.extends) > state.layout.scratch_rows:
-            raise LightTransferError(
-                f"prefill: a batch of {sum(batch.extends)} tokens does not fit the "
-                f"{state.layout.scratch_rows} scratch rows; lower --chunked-prefill-size"
-            )
         block = tile_positions(state.pool.kv.k[0].numel())
         new = [(index, plan.prefix, plan.end) for index, plan in enumerate(plans)]
-        cut = [
-            (index, 0 if plan.kind == Kind.SELECT else plan.prefix, plan.end)
-            for index, plan in enumerate(plans)
-            if plan.kind == Kind.SELECT or (not windowed and plan.kind == Kind.KNOWN)
-        ]
-        stage = [run for run, plan in zip(new, plans, strict=True) if plan.kind == Kind.STAGED]
+        select = [(index, 0, plan.end) for index, plan in enumerate(plans) if plan.kind == Kind.SELECT]
         banks = state.sets.bank_of[batch.given.layer_set.to(torch.int64)]
         full = ((banks < state.keep) | (batch.given.kind != Kind.KNOWN).unsqueeze(1)).t()
         lazy_here = [windowed and not late for late in batch.undecided]
@@ -185,11 +172,10 @@ class PrefillPlanner:
             windowed=windowed,
             undecided=undecided,
             new_tiles=make_tiles(new, block, device),
-            cut_tiles=make_tiles(cut, block, device),
-            stage_tiles=make_tiles(stage, block, device),
+            select_tiles=make_tiles(select, block, device),
             popped=torch.empty(max(len(plans), 1), dtype=torch.int32, device=device),
             banks=banks,
-            sinks=Sinks(sink_rows(req_pool_indices, tables, windows), tiles, windows),
+            sinks=Sinks(sink_slots(req_pool_indices, tables, windows), tiles, windows),
             **(self._windowed(batch, full) if windowed else self._ragged(batch, None)),
         )
 
@@ -274,13 +260,15 @@ def _requests(plans: list[Prefill], req_pool_indices: torch.Tensor, tables: Stre
     rows = req_pool_indices.to(torch.int64)
     # Copies: the scheduler may write the next batch's slots while this one runs.
     full, streaming = span_slots(rows, torch.zeros_like(ends), ends, offset, tables)
+    sets = tables.sink_set_of[rows].to(torch.int64)
+    sinks = torch.where(sets[:, None] >= 0, tables.sink_slots_of[sets.clamp(min=0)], -1)
     return Requests(
         kind=table[0],
         layer_set=table[1],
         prefix=table[2],
         token=table[3],
         offset=table[4],
-        sink_set=tables.sink_set_of[rows],
+        sinks=sinks.to(torch.int32),
         selecting=table[5],
         full=full,
         streaming=streaming,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from lt_sglang.attention.indices import sink_rows
-from lt_sglang.attention.static_torch import QUERY_BLOCK, attend, attend_streaming, decode_row_lists
+from lt_sglang.attention.indices import sink_slots
+from lt_sglang.attention.static_torch import QUERY_BLOCK, attend, attend_streaming, decode_slot_lists
 from lt_sglang.identify.collect import selected_positions, single_evidence
 from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.queue import NOBODY, queue_step
@@ -59,9 +59,9 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         sets = self._state.sets
         self._banks = sets.bank_of[sets.set_of[rows].to(torch.int64)].tolist()
         if forward_batch.forward_mode.is_decode():
-            self._lazy = decode_row_lists(rows, forward_batch.seq_lens, tables, windows)
+            self._lazy = decode_slot_lists(rows, forward_batch.seq_lens, tables, windows)
             return
-        self._sinks = sink_rows(rows, tables, windows)
+        self._sinks = sink_slots(rows, tables, windows)
         self._prefills = self._runner.prefill_plans.of(forward_batch)
 
     def forward_decode(
@@ -80,14 +80,13 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         layout = self._state.layout
         for index in range(len(query)):
             bank = self._banks[index][layer.layer_id]
-            start = layout.bank_start(bank)
             if bank < layout.full_banks:
-                rows, new = self._full[index], self._full[index][-1:]
+                slots, new = self._full[index], self._full[index][-1:]
             else:
-                rows, new = self._lazy[index], self._streaming[index][-1:]
+                slots, new = self._lazy[index], self._streaming[index][-1:]
             one = slice(index, index + 1)
-            self._store(start + new, KV(k[one], v[one]))
-            out[one] = attend(query[one], self._load(start + rows, query.dtype), None, layer)
+            self._store(bank, new, KV(k[one], v[one]))
+            out[one] = attend(query[one], self._load(bank, slots, query.dtype), None, layer)
         return out.view(query.shape[0], -1)
 
     def forward_extend(
@@ -105,7 +104,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         out = torch.empty_like(query)
         hidden = self._state.hidden(forward_batch, len(query))
         ends = [0, *itertools.accumulate(prefill.extend for prefill in self._prefills)]
-        # A request that will be staged comes after the one that was.
+        # A request that will be staged comes after the one that was: its last queries are kept in one place.
         for index in sorted(range(len(self._prefills)), key=lambda i: self._prefills[i].kind == Kind.STAGED):
             prefill = self._prefills[index]
             new = slice(ends[index], ends[index + 1])
@@ -121,16 +120,14 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
     def _known(
         self, index: int, prefill: Prefill, query: torch.Tensor, new: KV, layer: RadixAttention
     ) -> torch.Tensor:
-        layout = self._state.layout
         bank = self._banks[index][layer.layer_id]
-        start = layout.bank_start(bank)
-        if bank < layout.full_banks:
-            self._store(start + self._full[index][prefill.prefix :], new)
-            return _causal(query, self._load(start + self._full[index], query.dtype), prefill.prefix, layer)
-        self._store(start + self._streaming[index][prefill.prefix :], new)
+        if bank < self._state.layout.full_banks:
+            self._store(bank, self._full[index][prefill.prefix :], new)
+            return _causal(query, self._load(bank, self._full[index], query.dtype), prefill.prefix, layer)
+        self._store(bank, self._streaming[index][prefill.prefix :], new)
 
-        def load(rows: torch.Tensor) -> KV:
-            return self._load(start + rows, query.dtype)
+        def load(slots: torch.Tensor) -> KV:
+            return self._load(bank, slots, query.dtype)
 
         slots, sinks, windows = self._streaming[index], self._sinks[index], self._runner.windows()
         return attend_streaming(query, prefill.prefix, slots, sinks, windows, load, layer)
@@ -144,11 +141,10 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         layer: RadixAttention,
         hidden: torch.Tensor | None,
     ) -> torch.Tensor:
-        state, layout, number = self._state, self._state.layout, layer.layer_id
-        rows = layout.bank_start(number) + self._full[index]
-        if number >= layout.full_banks:
-            rows = layout.staging_bank_start(number) + torch.arange(prefill.end)
-        before = self._load(rows[: prefill.prefix], query.dtype)
+        state, number = self._state, layer.layer_id
+        # Until its layers are known, a request has layer l in bank l, and a streaming slot for every token.
+        slots = self._full[index] if number < state.keep else self._streaming[index]
+        before = self._load(number, slots[: prefill.prefix], query.dtype)
         # Through the KV cache's dtype, as if they had been read back.
         rounded = (part.to(state.kv_dtype).to(query.dtype) for part in new)
         whole = KV(*(torch.cat(parts) for parts in zip(before, rounded, strict=True)))
@@ -160,8 +156,8 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             with state.stopwatch:
                 chunk = chunk.last(count)
                 chunk = replace(chunk, lse=_log2_sum(chunk.query, whole.k, layer))
+        self._store(number, slots[prefill.prefix :], new)
         if prefill.kind == Kind.STAGED:
-            self._store(rows[prefill.prefix :], new)
             if chunk is not None:
                 state.observed.keep(number, chunk, first=prefill.prefix == 0)
             return out
@@ -172,7 +168,8 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             else:
                 state.sets.laziness[sets, number] = self._laziness(prefill, chunk, whole, layer)
             popped = int(queue_step(state.sets.bank_of, state.sets.laziness, sets, number, state.keep))
-        self._move(index, prefill, number, popped, whole)
+        if popped not in (NOBODY, number):
+            self._exchange(index, prefill, number)
         return out
 
     def _laziness(
@@ -185,32 +182,24 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         chosen = torch.tensor(positions, dtype=torch.int32)
         return state.score.laziness(single_evidence(state, prefill, layer, last, whole.at(chosen), chosen))
 
-    def _move(self, index: int, prefill: Prefill, number: int, popped: int, whole: KV) -> None:
-        """Cut the popped layer to its streaming bank, then put the new layer into the bank that is free."""
-        layout = self._state.layout
-        full, streaming = self._full[index], self._streaming[index]
-        new = slice(prefill.prefix, None)
-        if popped == NOBODY:
-            self._store(layout.bank_start(number) + full[new], whole.where(new))
-            return
-        cut = whole
-        if popped != number:
-            bank = int(self._state.sets.bank_of[prefill.layer_set, number])
-            cut = self._load(layout.bank_start(bank) + full, whole.k.dtype)
-        start = layout.bank_start(number)  # of the streaming bank the popped layer takes
-        held = streaming != 0
-        self._store(start + streaming[held], cut.where(held))
-        sinks = slice(min(len(self._sinks[index]), prefill.end))
-        self._store(start + self._sinks[index][sinks], cut.where(sinks))
-        if popped != number:
-            self._store(layout.bank_start(bank) + full, whole)
+    def _exchange(self, index: int, prefill: Prefill, number: int) -> None:
+        """The popped layer and layer ``number``, which takes its full bank, change places."""
+        taken = int(self._state.sets.bank_of[prefill.layer_set, number])
+        full, streaming = self._rows(taken, self._full[index]), self._rows(number, self._streaming[index])
+        for pool in self._state.pool.kv:
+            pool[full], pool[streaming] = pool[streaming], pool[full]
 
-    def _store(self, rows: torch.Tensor, new: KV) -> None:
+    def _rows(self, bank: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._state.layout.bank_rows(bank, slots, self._state.pool.units.rest)
+
+    def _store(self, bank: int, slots: torch.Tensor, new: KV) -> None:
+        rows = self._rows(bank, slots)
         for pool, part in zip(self._state.pool.kv, new, strict=True):
             pool[rows] = part.to(self._state.kv_dtype).view(pool.dtype)
 
-    def _load(self, rows: torch.Tensor, dtype: torch.dtype) -> KV:
-        return KV(*(part.view(self._state.kv_dtype).to(dtype) for part in self._state.pool.kv.at(rows)))
+    def _load(self, bank: int, slots: torch.Tensor, dtype: torch.dtype) -> KV:
+        read = self._state.pool.kv.at(self._rows(bank, slots))
+        return KV(*(part.view(self._state.kv_dtype).to(dtype) for part in read))
 
 
 def _causal(query: torch.Tensor, read: KV, prefix: int, layer: RadixAttention) -> torch.Tensor:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lt_sglang.config import LightTransferConfig
     from lt_sglang.identify.state import DynamicState
     from lt_sglang.layers.prefill_plans import PrefillPlans
+    from lt_sglang.memory.flat_pool import FlatPool
 
 
 @runtime_checkable
@@ -22,6 +23,7 @@ class HybridRunner(Protocol):
         init_new_workspace: SGLang's; whether a backend allocates a FlashInfer workspace of its own.
         kv_index_translator: SGLang's.
         prefill_plans: in dynamic mode, the plan of the prefill that is running.
+        flat_pool: K and V of all layers.
     """
 
     lt_config: LightTransferConfig
@@ -30,11 +32,12 @@ class HybridRunner(Protocol):
     init_new_workspace: bool
     kv_index_translator: Any
     prefill_plans: PrefillPlans
+    flat_pool: FlatPool
 
     def windows(self) -> Windows:
-        """w_sink, w_recent and where the sink rows begin."""
+        """w_sink and w_recent."""
         ...
 
     def streaming_tables(self) -> StreamingTables:
-        """The device tables that turn positions into rows of the streaming buffers."""
+        """The device tables that turn positions into slots."""
         ...

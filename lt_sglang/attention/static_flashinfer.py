@@ -21,9 +21,10 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from lt_sglang.attention.decode_plan import DecodePlan, GraphPlans
 from lt_sglang.attention.flashinfer_plans import by_head
-from lt_sglang.attention.flashinfer_private import planned
+from lt_sglang.attention.flashinfer_private import planned, use_kv_indices
 from lt_sglang.attention.gathered import GatheredAttention
 from lt_sglang.attention.kernels.merge_sinks import Scales, merge_sinks
+from lt_sglang.attention.parts import DecodeLists, LayerParts
 from lt_sglang.attention.prefix import PrefixAttention
 from lt_sglang.attention.static_plans import FULL, LAZY, LazyDecodeUpdater, LazyPrefillUpdater, PrefillIndices
 from lt_sglang.errors import LightTransferError
@@ -56,6 +57,9 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         self.whole = GatheredAttention(self.workspace_buffer)
         recent_tokens = model_runner.lt_config.recent_tokens
         self.window = GatheredAttention(self.workspace_buffer, window_left=recent_tokens - 1)
+        self.parts = LayerParts(model_runner.flat_pool, model_runner.lt_config.lazy_layers)
+        self.full_lists = DecodeLists(self.parts, self.parts.full_units)
+        self.lazy_lists = DecodeLists(self.parts, self.parts.streaming_units)
         self.graph_plans: GraphPlans | None = None
         self.full_plan: DecodePlan | None = None
         self.indices_updater_decode = LazyDecodeUpdater(model_runner, self)
@@ -69,6 +73,8 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if self.lazy_layers:
             size = max_num_tokens * self.lazy_tokens
             self.cuda_graph_kv_indices[LAZY] = torch.zeros(size, dtype=torch.int32, device="cuda")
+            self.full_lists.init_graphs(self.cuda_graph_kv_indices[FULL])
+            self.lazy_lists.init_graphs(self.cuda_graph_kv_indices[LAZY])
             # The CUDA-core kernel, for few query heads a KV head, has plans of another form.
             if self.decode_use_tensor_cores:
                 self.graph_plans = GraphPlans(self, self.indices_updater_decode, 1, max_bs)
@@ -89,10 +95,14 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
     ) -> torch.Tensor:
         """[requests, heads * dim]."""
         how: AbstractContextManager[None] = nullcontext()
-        if self.lazy_layers and layer.layer_id not in self.lazy_layers and self.full_plan is not None:
-            assert self.graph_plans is not None and isinstance(self.forward_metadata, stock.DecodeMetadata)
-            wrapper = self.forward_metadata.decode_wrappers[FULL]
-            how = planned(wrapper, self.full_plan.info, self.graph_plans.buffer[0])
+        if self.lazy_layers:
+            assert isinstance(self.forward_metadata, stock.DecodeMetadata)
+            lazy = layer.layer_id in self.lazy_layers
+            wrapper = self.forward_metadata.decode_wrappers[LAZY if lazy else FULL]
+            (self.lazy_lists if lazy else self.full_lists).use(wrapper, layer.layer_id)
+            if not lazy and self.full_plan is not None:
+                assert self.graph_plans is not None
+                how = planned(wrapper, self.full_plan.info, self.graph_plans.buffer[0])
         with how:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 
@@ -109,27 +119,33 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         if layer.layer_id not in self.lazy_layers:
             if self.lazy_layers and self.forward_metadata.use_ragged and k is not None:
                 return self._full(q, k, v, layer, forward_batch, save_kv_cache)
+            if self.lazy_layers and self.prefill is not None and self.prefill.whole is not None:
+                wrapper = self.forward_metadata.prefill_wrappers[FULL]
+                use_kv_indices(wrapper, self.prefill.whole[self.parts.of(layer.layer_id)])
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        given = self.prefill
+        given, part = self.prefill, self.parts.of(layer.layer_id)
         assert given is not None
         if save_kv_cache and k is not None:
             self._store(k, v, layer, forward_batch)
         cache = KV(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
         query = by_head(q, layer)
-        if given.window_kv_indices is not None:
+        sinks = given.sinks[part]
+        if not given.window_paged:
             new = None if k is None else self._new(k, v, layer)
-            out, lse = self.window.run(query, new, cache, given.window_kv_indices, layer)
+            out, lse = self.window.run(query, new, cache, given.window[part], layer)
         else:
-            out, lse = self.forward_metadata.prefill_wrappers[LAZY].forward_return_lse(
+            wrapper = self.forward_metadata.prefill_wrappers[LAZY]
+            use_kv_indices(wrapper, given.window[part])
+            out, lse = wrapper.forward_return_lse(
                 query,
                 cache,
                 causal=True,
                 sm_scale=layer.scaling,
-                window_left=given.sinks.windows.recent_tokens - 1,
+                window_left=sinks.windows.recent_tokens - 1,
                 k_scale=layer.k_scale_float,
                 v_scale=layer.v_scale_float,
             )
-        merge_sinks(out, lse, query, cache, given.sinks, Scales.of(layer))
+        merge_sinks(out, lse, query, cache, sinks, Scales.of(layer))
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def _full(
@@ -142,24 +158,24 @@ class LightTransferFlashInferBackend(FlashInferAttnBackend):
         save_kv_cache: bool,
     ) -> torch.Tensor:
         """A full layer: all tokens at once, or new ones among themselves, then over the cached ones."""
-        given = self.prefill
+        given, part = self.prefill, self.parts.of(layer.layer_id)
         assert given is not None
         # What is gathered has to be written before. Else K and V are read first: an fp8 pool divides them by
         # its scales in place.
-        gathered = given.whole_kv_indices is not None
+        gathered = given.whole is not None
         if save_kv_cache and gathered:
             self._store(k, v, layer, forward_batch)
         query, new = by_head(q, layer), self._new(k, v, layer)
         cache = KV(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
         scales = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
         wrapper = self.prefill_wrapper_ragged
-        if given.whole_kv_indices is not None:
-            out, _ = self.whole.run(query, new, cache, given.whole_kv_indices, layer)
-        elif given.prefix_kv_indices is None:
+        if given.whole is not None:
+            out, _ = self.whole.run(query, new, cache, given.whole[part], layer)
+        elif given.prefix is None:
             out = wrapper.forward(query, *new, causal=True, **scales)
         else:
             among = wrapper.forward_return_lse(query, *new, causal=True, **scales)
-            cached = self.prefix.run(query, cache, given.prefix_kv_indices, layer)
+            cached = self.prefix.run(query, cache, given.prefix[part], layer)
             out, _ = stock._safe_merge_state(*among, *cached)
         if save_kv_cache and not gathered:
             self._store(k, v, layer, forward_batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.flashinfer_backend import (
 from lt_sglang.attention.flashinfer_plans import copied, host_indptr, plan_decode, plan_prefill, plan_ragged
 from lt_sglang.attention.flashinfer_private import kv_indices_buffer
 from lt_sglang.attention.gathered import fits
-from lt_sglang.attention.indices import lazy_lengths, sink_rows, span_slots
+from lt_sglang.attention.indices import lazy_lengths, sink_slots, span_slots
 from lt_sglang.attention.kernels.decode_static import decode_kv_indices
 from lt_sglang.attention.kernels.merge_sinks import Sinks, make_sink_tiles
 
@@ -24,20 +24,24 @@ if TYPE_CHECKING:
 # SGLang's wrappers, of the sliding window and of full attention.
 LAZY, FULL = 0, 1
 
+Lists = tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True)
 class PrefillIndices:
     """What the layers of one prefill batch read; lists are packed, request after request.
 
-    window_kv_indices: lazy layers run the backend's ``window`` over them; None: the paged wrapper.
-    whole_kv_indices: full layers run the backend's ``whole`` over them. None: ragged over the new tokens,
-    then ``prefix`` over the cached ones at ``prefix_kv_indices``, None if there are none.
+    Of each, one a unit (attention/parts.py). window: lazy layers run the backend's ``window`` over them, or
+    the paged wrapper if ``window_paged``. whole: full layers run the backend's ``whole`` over them, or the
+    paged wrapper where nothing is ragged. None: ragged over the new tokens, then ``prefix`` over the cached
+    ones at these lists, None if there are none.
     """
 
-    sinks: Sinks
-    window_kv_indices: torch.Tensor | None
-    whole_kv_indices: torch.Tensor | None
-    prefix_kv_indices: torch.Tensor | None
+    sinks: tuple[Sinks, ...]
+    window: Lists
+    window_paged: bool
+    whole: Lists | None
+    prefix: Lists | None
 
 
 class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
@@ -77,6 +81,10 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
                 plan=plan,
                 req_pool_indices=req_pool_indices,
             )
+        batch = len(seq_lens)
+        lengths = seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:batch]
+        graph = bool(wrapper.is_cuda_graph_enabled)
+        backend.full_lists.fill(kv_indices_buffer(wrapper), int(lengths.sum()), graph=graph)
         backend.full_plan = None
         if backend.graph_plans is not None and wrapper.is_cuda_graph_enabled:
             requests = len(seq_lens)
@@ -84,9 +92,7 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
             backend.full_plan = backend.graph_plans.write(wrapper, kv_indptr, requests)
         windows = self.runner.windows()
         wrapper = decode_wrappers[LAZY]
-        batch = len(seq_lens)
-        lengths_host = lazy_lengths(seq_lens.cpu() if seq_lens_cpu is None else seq_lens_cpu[:batch], windows)
-        kv_indptr_host = host_indptr(lengths_host)
+        kv_indptr_host = host_indptr(lazy_lengths(lengths, windows))
         kv_indptr = self.kv_indptr[LAZY][: batch + 1]
         torch.cumsum(lazy_lengths(seq_lens, windows), 0, out=kv_indptr[1:])
         if wrapper.is_cuda_graph_enabled:
@@ -95,6 +101,7 @@ class LazyDecodeUpdater(FlashInferIndicesUpdaterDecode):
             kv_indices = torch.empty(int(kv_indptr_host[-1]), dtype=torch.int32, device=seq_lens.device)
         tables = self.runner.streaming_tables()
         decode_kv_indices(kv_indices, kv_indptr, req_pool_indices, seq_lens, tables, windows)
+        backend.lazy_lists.fill(kv_indices, int(kv_indptr_host[-1]), graph=graph)
         plan_decode(
             self,
             wrapper,
@@ -148,37 +155,47 @@ class LazyPrefillUpdater(FlashInferIndicesUpdaterPrefill):
             return span_slots(req_pool_indices, first, end - first, total, tables)
 
         backend = self.attn_backend
+        parts = backend.parts
+
+        def full(first: torch.Tensor, end: torch.Tensor, total: int) -> Lists:
+            return parts.rows(slots(first, end, total)[0], parts.full_units)
+
         # FA3's dense kernel for all layers, where FlashInfer has it and a copy of the tokens is small.
         fa3 = use_ragged and backend.prefix.kernels(self) == "fa3"
-        whole_kv_indices = prefix_kv_indices = window_kv_indices = None
+        whole: Lists | None = None
+        prefix: Lists | None = None
         if fa3 and fits(self, sum(lengths)):
             backend.whole.plan(self, extends, lengths)
-            whole_kv_indices, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
+            whole = full(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
         elif not use_ragged:
-            rows, _ = slots(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
-            plan_prefill(self, prefill_wrappers[FULL], extends, lengths, rows, causal=True)
+            whole = full(torch.zeros_like(seq_lens), seq_lens, sum(lengths))
+            plan_prefill(self, prefill_wrappers[FULL], extends, lengths, whole[0], causal=True)
         else:
             plan_ragged(self, self.prefill_wrapper_ragged, extends)
             if any(prefixes):
                 backend.prefix.plan(self, extends, prefixes)
-                prefix_kv_indices, _ = slots(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
+                prefix = full(torch.zeros_like(prefix_lens), prefix_lens, sum(prefixes))
 
         windows = self.runner.windows()
         before = windows.recent_tokens - 1
         spans = [min(prefix, before) + extend for prefix, extend in zip(prefixes, extends, strict=True)]
-        _, rows = slots(prefix_lens.clamp(min=before) - before, seq_lens, sum(spans))
-        if fa3 and fits(self, sum(spans)):
+        _, streaming = slots(prefix_lens.clamp(min=before) - before, seq_lens, sum(spans))
+        window = parts.rows(streaming, parts.streaming_units)
+        gathered = fa3 and fits(self, sum(spans))
+        if gathered:
             backend.window.plan(self, extends, spans)
-            window_kv_indices = rows
         else:
-            plan_prefill(self, prefill_wrappers[LAZY], extends, spans, rows, causal=True, window_left=before)
+            plan_prefill(
+                self, prefill_wrappers[LAZY], extends, spans, window[0], causal=True, window_left=before
+            )
+        tiles = make_sink_tiles(prefixes, extends, windows, req_pool_indices.device)
+        sinks = Sinks(sink_slots(req_pool_indices, tables, windows), tiles, windows)
         backend.prefill = PrefillIndices(
-            sinks=Sinks(
-                rows=sink_rows(req_pool_indices, tables, windows),
-                tiles=make_sink_tiles(prefixes, extends, windows, req_pool_indices.device),
-                windows=windows,
+            sinks=tuple(
+                replace(sinks, slots=rows) for rows in parts.rows(sinks.slots, parts.streaming_units)
             ),
-            window_kv_indices=window_kv_indices,
-            whole_kv_indices=whole_kv_indices,
-            prefix_kv_indices=prefix_kv_indices,
+            window=window,
+            window_paged=not gathered,
+            whole=whole,
+            prefix=prefix,
         )

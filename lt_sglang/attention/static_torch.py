@@ -1,6 +1,6 @@
 """The CPU backend: the same semantics in plain torch. The reference of the GPU path.
 
-Full layers run SGLang's own torch_native code, untouched.
+Full layers run SGLang's own torch_native code, untouched, where their slots are rows (attention/parts.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from lt_sglang.attention.indices import (
     Windows,
     decode_kv_indices_reference,
     lazy_lengths,
-    sink_rows,
+    sink_slots,
 )
+from lt_sglang.attention.parts import LayerParts
 from lt_sglang.memory.kv import KV
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lt_sglang.attention.runner import HybridRunner
 
 QUERY_BLOCK = 512
+EVERYTHING = Windows(0, 1 << 30)  # streaming attention that is full attention
 
 
 class LightTransferTorchBackend(TorchNativeAttnBackend):
@@ -38,22 +40,25 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self.lazy_layers = frozenset(model_runner.lt_config.lazy_layers)
         self._runner = model_runner
-        self._decode_rows: list[torch.Tensor] = []
-        self._sink_rows: torch.Tensor | None = None
+        self._parts: LayerParts | None = None
+        if self.lazy_layers:
+            self._parts = LayerParts(model_runner.flat_pool, model_runner.lt_config.lazy_layers)
+        self._decode_slots: list[torch.Tensor] = []
+        self._sink_slots: torch.Tensor | None = None
         # Nothing here is specific to a CPU, so this backend is also the eager reference on a GPU.
         self.kv_index_translator = model_runner.kv_index_translator
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Compute, once a forward, the rows every lazy layer of it reads."""
+        """Compute, once a forward, the slots every lazy layer of it reads."""
         super().init_forward_metadata(forward_batch)
         if not self.lazy_layers or forward_batch.forward_mode.is_idle():
             return
         tables, windows = self._runner.streaming_tables(), self._runner.windows()
         rows = forward_batch.req_pool_indices
         if forward_batch.forward_mode.is_decode():
-            self._decode_rows = decode_row_lists(rows, forward_batch.seq_lens, tables, windows)
+            self._decode_slots = decode_slot_lists(rows, forward_batch.seq_lens, tables, windows)
         else:
-            self._sink_rows = sink_rows(rows, tables, windows)
+            self._sink_slots = sink_slots(rows, tables, windows)
 
     def forward_extend(
         self,
@@ -66,21 +71,24 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """[tokens, heads * dim] of the batch's new tokens."""
-        if layer.layer_id not in self.lazy_layers:
+        lazy = layer.layer_id in self.lazy_layers
+        if not lazy and self._as_stock(layer):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        cache = self._write(k, v, layer, forward_batch, save_kv_cache)
+        load = self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
-        tables, windows = self._runner.streaming_tables(), self._runner.windows()
-        assert self._sink_rows is not None
+        tables, windows = self._runner.streaming_tables(), self._runner.windows() if lazy else EVERYTHING
+        assert self._sink_slots is not None
         start = 0
         for index, row in enumerate(forward_batch.req_pool_indices.tolist()):
             prefix = int(forward_batch.extend_prefix_lens[index])
             length = int(forward_batch.extend_seq_lens[index])
-            slots = tables.full_to_streaming[tables.req_to_token[row, : prefix + length].to(torch.int64)]
+            slots = tables.req_to_token[row, : prefix + length].to(torch.int64)
+            if lazy:
+                slots = tables.full_to_streaming[slots]
             new = slice(start, start + length)
-            sinks = self._sink_rows[index]
-            out[new] = attend_streaming(query[new], prefix, slots, sinks, windows, cache.at, layer)
+            sinks = self._sink_slots[index]
+            out[new] = attend_streaming(query[new], prefix, slots, sinks, windows, load, layer)
             start += length
         return out.view(q.shape[0], -1)
 
@@ -95,29 +103,43 @@ class LightTransferTorchBackend(TorchNativeAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """[requests, heads * dim]."""
-        if layer.layer_id not in self.lazy_layers:
+        lazy = layer.layer_id in self.lazy_layers
+        if not lazy and self._as_stock(layer):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        cache = self._write(k, v, layer, forward_batch, save_kv_cache)
+        load = self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(query)
-        for index, selected in enumerate(self._decode_rows):
+        read = self._decode_slots
+        if not lazy:
+            lengths = forward_batch.seq_lens.tolist()
+            table = self._runner.streaming_tables().req_to_token[forward_batch.req_pool_indices]
+            read = [row[:length].to(torch.int64) for row, length in zip(table, lengths, strict=True)]
+        for index, selected in enumerate(read):
             one = slice(index, index + 1)
-            out[one] = attend(query[one], cache.at(selected), None, layer)
+            out[one] = attend(query[one], load(selected), None, layer)
         return out.view(query.shape[0], -1)
+
+    def _as_stock(self, layer: RadixAttention) -> bool:
+        """Whether the slots of a full layer are its rows."""
+        return self._parts is None or self._parts.of(layer.layer_id) == 0
 
     def _write(
         self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch, save: bool
-    ) -> KV:
+    ) -> Callable[[torch.Tensor], KV]:
+        """Write new K and V; what reads those of slots (int64 [n])."""
         if save and k is not None:
             where = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
-        return KV(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
+        cache = KV(*self.token_to_kv_pool.get_kv_buffer(layer.layer_id))
+        assert self._parts is not None
+        part, parts = self._parts.of(layer.layer_id), self._parts
+        return lambda slots: cache.at(parts.rows(slots, part + 1)[part])
 
 
-def decode_row_lists(
+def decode_slot_lists(
     requests: torch.Tensor, seq_lens: torch.Tensor, tables: StreamingTables, windows: Windows
 ) -> list[torch.Tensor]:
-    """The rows a lazy layer reads in a decode step, one int64 tensor a request."""
+    """The streaming slots a lazy layer reads in a decode step, one int64 tensor a request."""
     packed = decode_kv_indices_reference(requests, seq_lens, tables, windows)
     return list(packed.to(torch.int64).split(lazy_lengths(seq_lens, windows).tolist()))
 

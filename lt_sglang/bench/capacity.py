@@ -7,23 +7,24 @@ from typing import Any
 
 from lt_sglang.bench.scenario import Scenario, Traffic
 from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.demand import Demand
 
 
 def kv_tokens(state: Mapping[str, Any]) -> int | None:
-    """Tokens that one of the ``internal_states`` of /server_info holds in its full layers, if it says so."""
-    pools = (state.get("lighttransfer") or {}).get("pools")
-    if pools:
-        return int(pools["full_tokens"])
+    """Tokens of the longest request that one of the ``internal_states`` of /server_info holds, if known."""
+    memory = _memory(state)
+    if memory:
+        return int(memory["longest_request"])
     capacity = (state.get("memory_usage") or {}).get("token_capacity")
     return int(capacity) if capacity else None
 
 
-def held(server: Mapping[str, Any], tokens: int) -> int:
-    """Requests of ``tokens`` that the KV memory holds; under DP attention those of all ranks.
+def held(server: Mapping[str, Any], prompt: int, output: int) -> int:
+    """Requests of so many tokens that the KV memory holds; under DP attention those of all ranks.
 
     server: /server_info. Raises LightTransferError if that does not say how much it holds.
     """
-    return sum(_held(state, tokens) for state in server["internal_states"])
+    return sum(_held(state, prompt, output) for state in server["internal_states"])
 
 
 def check_fits(scenario: Scenario, server: Mapping[str, Any], name: str) -> None:
@@ -62,11 +63,15 @@ def longest_request(kind: Traffic) -> tuple[int, int]:
     return shared + before + kind.input.high, kind.output.high
 
 
-def _held(state: Mapping[str, Any], tokens: int) -> int:
+def _held(state: Mapping[str, Any], prompt: int, output: int) -> int:
+    memory = _memory(state)
+    if memory:
+        return int(memory["units"] // Demand.from_dict(memory["demand"]).of_new(prompt, output))
     room = kv_tokens(state)
     if room is None:
         raise LightTransferError("load.fill: the server's /server_info does not say how many tokens it holds")
-    pools = (state.get("lighttransfer") or {}).get("pools")
-    # A lazy layer keeps the same of a request of any length, so the streaming pool is as many requests as the
-    # split was made for.
-    return int(min(room // tokens, pools["expected_requests"])) if pools else room // tokens
+    return room // (prompt + output)
+
+
+def _memory(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return (state.get("lighttransfer") or {}).get("memory")

@@ -46,5 +46,5 @@ def filled(scenario: Scenario, server: Mapping[str, Any], name: str) -> Scenario
     if lengths is None:
         raise LightTransferError(f"{scenario.name}: load.fill needs traffic of known lengths")
     check_fits(scenario, server, name)
-    users = min(load.users, max(1, held(server, sum(lengths))))
+    users = min(load.users, max(1, held(server, *lengths)))
     return replace(scenario, load=replace(load, users=users, requests=min(load.requests or users, users)))

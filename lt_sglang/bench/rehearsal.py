@@ -78,8 +78,6 @@ def _engine(engine: Engine, most_tp: int) -> Engine:
     own: dict[str, Any] = {
         name: given[name] for name in ("mode", "score", "decide", "check_tables") if name in given
     }
-    if "expected_tokens" in given:
-        own["expected_tokens"] = max(2 * (SINK + RECENT), _scaled(given["expected_tokens"]))
     return replace(
         engine,
         shape=SHAPE,

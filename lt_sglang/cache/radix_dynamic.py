@@ -5,7 +5,7 @@ tree is entered under the uid of a set, and a hit that does not cover the whole 
 sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
 
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
-not known yet. Its window slides all the same; its sink rows are reserved, and written when it is decided.
+not known yet. It keeps its streaming slots until it is decided.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from lt_sglang.cache.radix_static import LightTransferRadixCache, Slots
+from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.layers.chosen import Remembered, remember, remembered
 from lt_sglang.layers.layer_sets import LayerSet
 from lt_sglang.layers.prefill import PrefillTracker, is_copy
@@ -85,9 +85,17 @@ class DynamicRadixCache(LightTransferRadixCache):
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As LightTransferRadixCache; an undecided request stays out of the tree."""
-        entry = self.prefills.sets.of(request_id(req))
-        if entry is not None and entry.known:
+        if self._is_known(req):
             super().checkpoint(req, up_to=up_to, **kwargs)
+
+    def evict_sliding_windows(self, req: Req, pre_len: int, *, eviction_interval: int = 1) -> None:
+        """As LightTransferRadixCache; an undecided request keeps all it has."""
+        if self._is_known(req):
+            super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
+
+    def _is_known(self, req: Req) -> bool:
+        entry = self.prefills.sets.of(request_id(req))
+        return entry is not None and entry.known
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As LightTransferRadixCache; the request gives its layer set back, or remembers it if retracted."""
@@ -126,10 +134,6 @@ class DynamicRadixCache(LightTransferRadixCache):
         prompt = self.prefills.prompt_start(req.origin_input_ids, req.extra_key, req.cache_salt)
         own = self.prefills.sets.stored_set(had.uid)
         return prompt, iter(() if own is None else (own,))
-
-    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
-        entry = self.prefills.sets.of(request_id(req))
-        return slots if entry is not None and entry.known else None
 
     def _extra_key_of(self, req: Req) -> str | None:
         # Also of its sinks: their rows belong to the streaming banks of one layer set, whoever shares them.

@@ -16,15 +16,15 @@ Every way in which stock SGLang can free a streaming slot of a running request, 
 
 And every way in which a chunk of a prefill is not published, so that stock SGLang keeps its slots:
 
-    the request is barred from the tree (Req.skip_radix_cache_insert), the tree is disabled, every sink set is
-    in use, or (dynamic mode) the request is undecided              slide_window, after every chunk
+    the request is barred from the tree (Req.skip_radix_cache_insert), the tree is disabled, or no slot is
+    left for its sinks                                              slide_window, after every chunk
 
 Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +42,6 @@ from lt_sglang.memory.sinks import SinkKey, SinkStore
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-Slots = Callable[[], torch.Tensor]
 
 
 class LightTransferRadixCache(UnifiedRadixCache):
@@ -109,7 +107,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         """
         if pre_len > self._kept_tokens and not self._keep_sinks(req):
             # No set is free. Its own slots keep the sinks; the window slides over the tokens after them.
-            req.kv.swa_evict_floor = self.sinks.sink_tokens
+            req.kv.swa_evict_floor = self.sinks.slots_of_set
         super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
         if req.decode_batch_idx >= self._kept_tokens:
             self.release_swa_prefix_lock(req)
@@ -124,7 +122,9 @@ class LightTransferRadixCache(UnifiedRadixCache):
         self.report(req)
         self.sinks.release(request_id(req))
         req.kv.swa_evict_floor = 0
-        if req.finished() and not is_health_check_generate_req(req):
+        if not req.finished():
+            self.token_to_kv_pool_allocator.count_retraction()
+        elif not is_health_check_generate_req(req):
             self.finished_requests += 1
         super().on_release(req, checkpointed=checkpointed)
 
@@ -176,7 +176,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
             request,
             self._key_of(req),
             _row_of(req),
-            self._slots_to_keep(req, slots),
+            slots,
             # Without a prefix cache nothing would tie it to the K and V of its time.
             kept=not self.disable and determined_by_key(req),
         )
@@ -191,10 +191,6 @@ class LightTransferRadixCache(UnifiedRadixCache):
             slots = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first:floor]
             self.token_to_kv_pool_allocator.free_swa_segment(slots, start_pos=first)
         req.kv.swa_evict_floor = 0
-
-    def _slots_to_keep(self, req: Req, slots: Slots) -> Slots | None:
-        """``slots`` if they hold the sinks; None if the forward will write the sink rows itself."""
-        return slots
 
     def _sinks_of(self, key: RadixKey) -> SinkKey:
         return shared_key(key.token_ids[: self.sinks.sink_tokens], key.extra_key, key.cache_salt)

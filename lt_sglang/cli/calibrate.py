@@ -86,7 +86,7 @@ def run(argv: list[str]) -> int:
     measured = Path(args.journal) if args.journal else out.with_name(out.name + JOURNAL_SUFFIX)
     journal = Journal(measured, setting)
     if any(sample.number not in journal.laziness for sample in samples) and not args.endpoint:
-        words = _engine_options(options, score, args.max_tokens)
+        words = _engine_options(options, score)
         device = ("--device", args.device) if args.device else ()
         spec = EngineSpec(out.stem, args.model_path, (*flags, *device), words)
         with told_when_stopped(measured), Engine(spec, out.with_suffix(".log")) as engine:
@@ -222,12 +222,9 @@ def check_endpoint(endpoint: Endpoint, setting: Setting) -> None:
             )
 
 
-def _engine_options(options: LtOptions, score: str, max_tokens: int) -> tuple[str, ...]:
-    """Dynamic mode as asked for; prompts are staged whole, whatever their length."""
-    set_here = replace(options, mode="dynamic", score=score, lazy_layers=None)
-    if options.staging_tokens is None and options.expected_tokens is None:
-        set_here = replace(set_here, expected_tokens=max_tokens)
-    return tuple(set_here.as_flags())
+def _engine_options(options: LtOptions, score: str) -> tuple[str, ...]:
+    """Dynamic mode as asked for."""
+    return tuple(replace(options, mode="dynamic", score=score, lazy_layers=None).as_flags())
 
 
 def _progress(results: Iterable[Any], count: int, unit: str = "batch") -> Iterable[Any]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 import psutil
 
 from lt_sglang.cli.plan import DEFAULT_GPU, deployment
-from lt_sglang.config import DEFAULT_EXPECTED_TOKENS
 from lt_sglang.doctor import Check, DoctorError, check_arguments, check_machine, run_check
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.cpu import gpu_memory, has_gpu
@@ -30,6 +29,8 @@ layers, features, weights and ports and what fits into the memory come first, SG
 if a check fails.
 
 {OPTIONS_HELP}"""
+
+USUAL_TOKENS = 8192  # of a request, to say how many fit
 
 
 def run(argv: list[str]) -> int:
@@ -98,8 +99,7 @@ def check_memory(launch: Launch, gpus: list[int]) -> str:
         raise DoctorError(f"{args.typed(TP_SIZE)} {tp}: needs {here} GPUs here, and there are {len(gpus)}")
     gpu = replace(GPUS[DEFAULT_GPU], name="GPU", memory=min(gpus[:here]))
     planned = deployment(args, shape, launch.config, gpu)
-    usual = min(planned.shape.max_tokens or DEFAULT_EXPECTED_TOKENS, DEFAULT_EXPECTED_TOKENS)
-    tokens = launch.config.expected_tokens or usual
+    tokens = min(planned.shape.max_tokens or USUAL_TOKENS, USUAL_TOKENS)
     plan = plan_length(planned, tokens - 1, 1)
     return (
         f"{weights}; about {planned.kv_budget / GIB:.3g} GiB for KV on each of {tp} GPUs hold "

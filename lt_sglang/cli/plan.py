@@ -160,9 +160,6 @@ def _model(
 
 def _serve(args: SglangArgs, options: LtOptions, plan: LengthPlan) -> str:
     """The command line that serves what ``plan`` counts; MODEL stands for that of a shape."""
-    if options.expected_tokens is None:
-        tokens = plan.input_tokens + plan.output_tokens
-        options = replace(options, expected_tokens=tokens, expected_output_tokens=plan.output_tokens)
     model = args.get(flags.MODEL_PATH) or "MODEL"
     others = args.replaced({}, without=(flags.MODEL_PATH,))
     return shlex.join(["lt-sglang", "serve", model, *others, *options.as_flags()])

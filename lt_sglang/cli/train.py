@@ -92,9 +92,8 @@ def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransfer
     """
     if options.mode == "dynamic":
         raise LightTransferError("--lt-mode dynamic: training needs one list of layers; leave it out")
-    for flag, value in (("--lt-decide", options.decide), ("--lt-staging-tokens", options.staging_tokens)):
-        if value is not None:
-            raise LightTransferError(f"{flag}: only of dynamic mode, which is not trained")
+    if options.decide is not None:
+        raise LightTransferError("--lt-decide: only of dynamic mode, which is not trained")
     model_config = read_model_config(args.model_path, args.revision)
     if model_config is None:
         raise LightTransferError(f"--model-path {args.model_path}: its config.json cannot be read")

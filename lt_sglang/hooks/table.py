@@ -247,6 +247,13 @@ HOOKS: tuple[Hook, ...] = (
         delete_when="the tree cache may say where a request's chunk ends",
     ),
     Hook(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
+        parameters=("self", "req"),
+        wrapper=wrappers.running_offset,
+        why="SGLang reckons what running requests will take in full layers alone, and clips long outputs",
+        delete_when="an allocator's prefill budget is told which requests run",
+    ),
+    Hook(
         target="sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion."
         "_build_completion_response",
         parameters=("self", "request", "ret", "created"),

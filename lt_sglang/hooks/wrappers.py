@@ -50,7 +50,8 @@ def select_admission(
     has_chunked_req: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Let a retracted request's chunk end where its cache says; it waits if another has chunks."""
+    """Price ``req`` in units, and let a retracted request's chunk end where its cache says."""
+    _consider(adder, req)
     return _up_to_limit(
         adder,
         req,
@@ -61,17 +62,36 @@ def select_admission(
 
 def add_ignore_eos(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """As ``select_admission``, where SGLang admits by another rule."""
+    _consider(adder, req)
     return _up_to_limit(adder, req, getattr(adder, "lt_chunk_follows", False), lambda: original(adder, req))
 
 
 def add_chunk(original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """As ``select_admission``, for the next chunk of a request that has begun."""
+    _consider(adder, req)
     limit = _chunk_limit(adder, req)
     if limit is not None:
         adder.rem_chunk_tokens = limit
     unfinished = original(adder, req)
     adder.lt_chunk_follows = unfinished is not None
     return unfinished
+
+
+def running_offset(original: Callable[..., float], adder: Any, req: Any) -> float:
+    """What a decoding request will take of memory that full and lazy layers share."""
+    from lt_sglang.memory.allocator import ElasticAllocator
+    from lt_sglang.memory.budget import running_offset as offset
+
+    allocator = adder.token_to_kv_pool_allocator
+    if not isinstance(allocator, ElasticAllocator):
+        return original(adder, req)
+    return offset(req, adder.new_token_ratio, allocator)
+
+
+def _consider(adder: Any, req: Any) -> None:
+    consider = getattr(adder.memory_budget, "consider", None)
+    if consider is not None:
+        consider(req, adder)
 
 
 def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[], Any]) -> Any:

@@ -40,13 +40,20 @@ class LayerSelector:
         self._popped = torch.empty(0)
         self._sets = torch.empty(0)
 
-    def begin(self, plans: list[Prefill], popped: torch.Tensor, full_slots: torch.Tensor) -> None:
+    def begin(
+        self,
+        plans: list[Prefill],
+        popped: torch.Tensor,
+        full_slots: torch.Tensor,
+        streaming_slots: torch.Tensor,
+    ) -> None:
         """Find the rows that the scores of this prefill read; the same for all layers.
 
         Args:
             plans: the requests of the batch, in its order.
             popped: int32 [selecting requests or more]; ``select`` writes the layer that each queue popped.
             full_slots: int32, the full slot of every position of the batch's requests, one after the other.
+            streaming_slots: as ``full_slots``.
         """
         device = popped.device
         self._plans, self._popped = plans, popped
@@ -81,7 +88,13 @@ class LayerSelector:
             (
                 order.index(plan),
                 plan,
-                _Gathered(self._state, plan, token, full_slots[offset : offset + plan.end], device),
+                _Gathered(
+                    self._state,
+                    plan,
+                    token,
+                    (full_slots[offset : offset + plan.end], streaming_slots[offset : offset + plan.end]),
+                    device,
+                ),
             )
             for plan, token, offset in alone
         ]
@@ -203,7 +216,7 @@ class _Gathered:
         state: DynamicState,
         plan: Prefill,
         token: int,
-        slots: torch.Tensor,
+        slots: tuple[torch.Tensor, torch.Tensor],
         device: Any,
     ) -> None:
         self._state = state
@@ -213,17 +226,15 @@ class _Gathered:
         self.positions = torch.tensor(positions, dtype=torch.int32).to(device, non_blocking=True)
         before = [p for p in positions if p < plan.prefix]
         after = [token + p - plan.prefix for p in positions if p >= plan.prefix]
-        self._before = torch.tensor(before, dtype=torch.int64).to(device, non_blocking=True)
+        at = torch.tensor(before, dtype=torch.int64).to(device, non_blocking=True)
         self._after = torch.tensor(after, dtype=torch.int64).to(device, non_blocking=True)
-        self._slots = slots.to(torch.int64)[self._before]
+        self._full, self._streaming = (of_kind.to(torch.int64)[at] for of_kind in slots)
 
     def selected(self, layer: RadixAttention, new: KV) -> KV:
         """[S, KV heads, dim] at ``positions``."""
         layout, number, kv_dtype = self._state.layout, layer.layer_id, self._state.kv_dtype
-        if number < layout.full_banks:
-            rows = self._slots + layout.bank_start(number)
-        else:
-            rows = self._before + layout.staging_bank_start(number)
+        slots = self._full if number < layout.full_banks else self._streaming
+        rows = layout.bank_rows(number, slots, self._state.pool.units.rest)
         parts = []
         scales = (layer.k_scale_float, layer.v_scale_float)
         for pool, fresh, scale in zip(self._state.pool.kv, new, scales, strict=True):

@@ -39,9 +39,7 @@ lazy layers:
   --lt-config FILE.json     read the configuration from a file
   --lt-sink-tokens N        first tokens a lazy layer keeps (default 4)
   --lt-recent-tokens N      most recent tokens it keeps, the query's own included (default 1020)
-  --lt-expected-tokens N    prompt + output tokens of a typical request; splits the KV memory (default: the
-                            context length, at most 8192)
-  --lt-expected-output-tokens N   how many of them are output
+  --lt-kv-bytes N           most bytes of KV memory on one GPU (default: what --mem-fraction-static leaves)
 dynamic mode only:
   --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5; with --lt-score
                             list, what it leaves)
@@ -50,7 +48,6 @@ dynamic mode only:
                             or {LIST}: the layers of --lt-lazy-layers, after a prefill with full attention
   --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill
                             chunk; later chunks are then cheaper
-  --lt-staging-tokens N     longest undecided prefix between chunks (default: the expected tokens)
   --lt-check-tables on|off  compare all ranks' decisions after every prefill (debugging)
   Each of them replaces one value. What is not given comes from --lt-config, else from the key 'lighttransfer'
   of --json-model-override-args, else of the model's config.json, else from the known models
@@ -71,12 +68,10 @@ class LtOptions:
     mode: str | None = None
     sink_tokens: int | None = None
     recent_tokens: int | None = None
-    expected_tokens: int | None = None
-    expected_output_tokens: int | None = None
+    kv_bytes: int | None = None
     keep: int | float | None = None
     score: str | None = None
     decide: str | None = None
-    staging_tokens: int | None = None
     check_tables: bool | None = None
 
     def given(self) -> list[str]:
@@ -195,23 +190,22 @@ def layer_count(model_config: Mapping[str, Any]) -> int | None:
 
 def describe(config: LightTransferConfig) -> str:
     """One line for people."""
-    expected = f", {config.expected_tokens} tokens expected" if config.expected_tokens else ""
     if config.dynamic and config.score == LIST:
         return (
             f"dynamic: {len(config.lazy_layers)} lazy layers ({short_layers(config.lazy_layers)}), cut at "
             f"each request's {config.decide.replace('-', ' ')}; {config.sink_tokens} sink + "
-            f"{config.recent_tokens} recent tokens{expected}; from {config.source}"
+            f"{config.recent_tokens} recent tokens; from {config.source}"
         )
     if config.dynamic:
         keep = DEFAULT_KEEP if config.keep is None else config.keep
         return (
             f"dynamic: each request keeps {keep} layers full, found by {config.score} at its "
             f"{config.decide.replace('-', ' ')}; {config.sink_tokens} sink + {config.recent_tokens} recent "
-            f"tokens{expected}; from {config.source}"
+            f"tokens; from {config.source}"
         )
     return (
         f"{len(config.lazy_layers)} lazy layers ({short_layers(config.lazy_layers)}), "
-        f"{config.sink_tokens} sink + {config.recent_tokens} recent tokens{expected}; from {config.source}"
+        f"{config.sink_tokens} sink + {config.recent_tokens} recent tokens; from {config.source}"
     )
 
 
@@ -257,7 +251,7 @@ def _typed(flag: str, name: str, text: str) -> str | int | float | bool:
     value: str | int | float = text
     if name == "keep":
         value = read_amount(text)
-    elif name.endswith("_tokens") and (number := read_int(text)) is not None:
+    elif name.endswith(("_tokens", "_bytes")) and (number := read_int(text)) is not None:
         value = number
     check_value(name, value, flag)
     return value

@@ -1,9 +1,11 @@
 """What each request of a prefill batch is to have done with its layers.
 
     known        its layers are known: lazy ones use streaming attention, K and V go to their banks
-    select       full attention everywhere; layer by layer the scores fill the queue; what it pops is cut
-    staged       full attention everywhere; another chunk follows before its layers are selected. Layers from
-                 P on wait in the staging banks
+    select       full attention everywhere; layer by layer the scores fill the queue; what it pops moves
+    staged       full attention everywhere; another chunk follows before its layers are selected
+
+Until its layers are known, a request keeps a full and a streaming slot for each of its tokens, so K and V of
+all layers: layer l is in bank l. Once they are, its streaming slots are let go but for its window.
 
 SGLang prefills at most one request in chunks at a time, so at most one is staged.
 """
@@ -78,18 +80,23 @@ def is_copy(req: Any, entry: LayerSet) -> bool:
 class PrefillTracker:
     """Assigns layer sets as requests are prefilled; host state that every rank keeps alike.
 
+    Args:
+        config: what is served.
+        sets: the layer sets.
+        undecided_tokens: longest prefix that stays undecided between two chunks (memory/sizes.py).
+
     Attributes:
         sets: the layer sets.
         block_tokens: tokens of the first block, w_sink + w_recent; no longer prompts use set 0.
         staged: the request between two chunks whose layers are not known, or None.
     """
 
-    def __init__(self, config: LightTransferConfig, context_tokens: int, sets: LayerSetStore) -> None:
+    def __init__(self, config: LightTransferConfig, sets: LayerSetStore, undecided_tokens: int) -> None:
         self.sets = sets
         self.block_tokens = config.lazy_tokens
         self.staged: str | None = None
         self._config = config
-        self._stage_limit = config.stage_limit(context_tokens)
+        self._undecided_tokens = undecided_tokens
         self._full_rows: dict[str, int] = {}
 
     def prompt_start(self, tokens: Any, extra_key: str | None, cache_salt: str | None) -> PromptStart:
@@ -188,7 +195,7 @@ class PrefillTracker:
             first_chunk = self._config.decide == "first-chunk"
             if end >= total:
                 kind, queries = Kind.SELECT, LAST_QUERIES
-            elif end > self._stage_limit:
+            elif end > self._undecided_tokens:
                 kind, queries = Kind.SELECT, LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES
             else:
                 kind = Kind.STAGED

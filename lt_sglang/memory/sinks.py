@@ -1,15 +1,14 @@
-"""The sink store: K and V of the first w_sink tokens of a request, kept apart from the allocator.
+"""The sink store: K and V of the first w_sink tokens of a request, kept apart from its slots.
 
-K and V of the first w_sink positions depend on those tokens alone (causal attention), so requests
-that begin alike share one set of rows. A set is w_sink rows at the tail of every lazy layer's
-streaming buffer:
-
-    | 0 padding | 1 .. streaming_tokens: SGLang's allocator | set 0 | set 1 | ... |
+K and V of the first w_sink positions depend on those tokens alone (causal attention), so requests that begin
+alike share one set of rows. A set is w_sink streaming slots of its own, taken from the same memory as all
+others and given back as the set goes.
 
 A request takes a set when its window is about to leave position 0; until then its sinks are ordinary
 slots. The store is host state that every rank keeps alike; what the device must do (copy rows, point
 requests at sets) is queued and done by ``flush`` on the forward stream, before the forward that needs
-it and after every forward that still uses the old slots.
+it and after every forward that still uses the old slots. Nothing else writes K and V but forwards, so slots
+that were freed meanwhile still hold what is copied.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -27,22 +27,37 @@ NO_SET = -1
 SinkKey = tuple[Hashable, ...]
 
 
+class SlotSource(Protocol):
+    """Where the slots of sets come from: SlotAllocator (memory/allocator.py)."""
+
+    page_size: int
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """``need_size`` slots, whole pages; None if there are fewer."""
+        ...
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+        """Take them back."""
+        ...
+
+
 @dataclass
 class SinkSet:
-    """One set: its index, what it holds, and the ids of the requests that use it.
+    """One set: its index, what it holds, its slots, and the ids of the requests that use it.
 
     kept: whether it outlives its last user.
     """
 
     index: int
     key: SinkKey
+    slots: torch.Tensor
     kept: bool = True
     users: set[str] = field(default_factory=set)
 
 
 @dataclass
 class SinkStats:
-    """Counters since the start, for metrics and tests. refused: requests that asked while no set was free."""
+    """Counters since the start, for metrics and tests. refused: requests that asked while no slot was free."""
 
     captured: int = 0
     shared: int = 0
@@ -54,21 +69,28 @@ class SinkStore:
     """Sets of sink rows, keyed by the tokens they hold, kept by least recent use.
 
     Args:
-        capacity: number of sets.
-        sink_tokens: w_sink, rows of a set.
+        capacity: most sets.
+        sink_tokens: w_sink, slots of a set.
         request_rows: rows of SGLang's req_to_token table.
-        device: where ``set_of`` lives.
+        device: where the tables live.
+        source: where slots come from.
 
     Attributes:
         set_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
+        slots_of: int32 [capacity, w_sink], streaming slots of a set.
         weights: counts the changes of the model's weights.
     """
 
-    def __init__(self, capacity: int, sink_tokens: int, request_rows: int, device: str) -> None:
+    def __init__(
+        self, capacity: int, sink_tokens: int, request_rows: int, device: str, source: SlotSource
+    ) -> None:
         self.capacity = capacity
         self.sink_tokens = sink_tokens
         self.device = device
         self.set_of = torch.full((request_rows,), NO_SET, dtype=torch.int32, device=device)
+        self.slots_of = torch.zeros((capacity, sink_tokens), dtype=torch.int32, device=device)
+        self._source = source
+        self._slots_of_set = -(-sink_tokens // source.page_size) * source.page_size
         self.stats = SinkStats()
         self.weights = 0
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
@@ -77,7 +99,7 @@ class SinkStore:
         self._refused: set[str] = set()  # of the running ones; each asks again and again, and counts once
         self._row_of_request: dict[str, Callable[[], int | None]] = {}
         self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
-        self._pending_copies: list[tuple[int, torch.Tensor]] = []
+        self._pending_copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __contains__(self, key: SinkKey) -> bool:
         return key in self._sets
@@ -114,32 +136,30 @@ class SinkStore:
         request: str,
         key: SinkKey,
         row: Callable[[], int | None],
-        slots: Callable[[], torch.Tensor] | None,
+        slots: Callable[[], torch.Tensor],
         *,
         kept: bool = True,
     ) -> bool:
         """Let ``request`` use the set ``key``, filling it from ``slots`` if it is new.
 
         slots: called at most once, at once; returns int64 [w_sink], the streaming slots that hold
-        positions 0 .. w_sink - 1 now. They may be freed as soon as this returns. None: a later forward
-        writes the rows itself.
+        positions 0 .. w_sink - 1 now. They may be freed as soon as this returns.
         kept: whether a new set stays stored once no request uses it.
 
-        Returns False, and changes nothing, if every set is in use by other requests: the caller must
+        Returns False, and changes nothing, if neither a free slot nor an unused set is left: the caller must
         then keep the slots themselves.
         """
         if self.adopt(request, key, row):
             return True
-        index = self._take_index()
-        if index is None:
+        taken = self._take()
+        if taken is None:
             if request not in self._refused:
                 self._refused.add(request)
                 self.stats.refused += 1
             return False
-        entry = SinkSet(index, key, kept)
+        entry = SinkSet(taken[0], key, taken[1], kept)
         self._sets[key] = entry
-        if slots is not None:
-            self._pending_copies.append((index, slots()))
+        self._pending_copies[entry.index] = (slots(), entry.slots[: self.sink_tokens])
         self._bind(request, entry, row)
         self.stats.captured += 1
         return True
@@ -152,7 +172,7 @@ class SinkStore:
             return
         entry.users.discard(request)
         if not entry.kept and not entry.users:
-            self._free.append(self._sets.pop(entry.key).index)
+            self._drop(entry)
         bound = self._row_of_request.pop(request)
         # If it comes back before the next flush (a retraction), its new row must not get the old set.
         self._pending_rows = [pending for pending in self._pending_rows if pending[0] is not bound]
@@ -162,26 +182,33 @@ class SinkStore:
 
     def clear(self) -> None:
         """Forget every set that no request uses (the prefix cache was flushed)."""
-        for key in [key for key, entry in self._sets.items() if not entry.users]:
-            self._free.append(self._sets.pop(key).index)
+        for entry in [entry for entry in self._sets.values() if not entry.users]:
+            self._drop(entry)
 
-    def flush(self, base: int, copy_rows: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    def trim(self, keep: int, until: Callable[[], bool] = lambda: False) -> None:
+        """Drop unused sets, longest unused first, down to ``keep`` of them, or until ``until`` is true."""
+        unused = [entry for entry in self._sets.values() if not entry.users]
+        for entry in unused[: max(len(unused) - keep, 0)]:
+            if until():
+                return
+            self._drop(entry)
+            self.stats.evicted += 1
+
+    def flush(self, copy_rows: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         """Do the queued device work on the current stream.
 
-        base: index of set 0's first row in the streaming buffers.
-        copy_rows: ``copy_rows(target, source)`` with int64 row indices, for K and V of every lazy layer.
+        copy_rows: ``copy_rows(target, source)`` with int64 streaming slots, for K and V of every lazy layer.
         """
         if self._pending_copies:
-            # A later copy into the same set (evicted, then reused) supersedes an earlier one.
-            latest = dict(self._pending_copies)
-            self._pending_copies.clear()
-            for slots in latest.values():
-                if slots.is_cuda:  # made on the scheduler's stream, read on this one
-                    slots.record_stream(torch.cuda.current_stream(slots.device))
-            source = torch.cat(list(latest.values()))
-            first = torch.tensor([base + index * self.sink_tokens for index in latest], dtype=torch.int64)
-            target = first[:, None] + torch.arange(self.sink_tokens)
-            copy_rows(target.flatten().to(self.device, non_blocking=True), source)
+            pending, self._pending_copies = self._pending_copies, {}
+            for pair in pending.values():
+                for slots in pair:
+                    if slots.is_cuda:  # made on the scheduler's stream, read on this one
+                        slots.record_stream(torch.cuda.current_stream(slots.device))
+            source, target = (torch.cat(slots) for slots in zip(*pending.values(), strict=True))
+            sets = torch.tensor(list(pending), dtype=torch.int64).to(self.device, non_blocking=True)
+            self.slots_of[sets] = target.view(len(pending), -1).to(torch.int32)
+            copy_rows(target, source)
         if self._pending_rows:
             rows: dict[int, int] = {}
             for resolve, index in self._pending_rows:
@@ -195,6 +222,16 @@ class SinkStore:
     def used(self) -> int:
         """Sets that hold sinks, in use or kept for later."""
         return len(self._sets)
+
+    @property
+    def unused(self) -> int:
+        """Sets kept for later."""
+        return self.used - self.in_use
+
+    @property
+    def slots_of_set(self) -> int:
+        """Slots that a set takes, whole pages."""
+        return self._slots_of_set
 
     @property
     def in_use(self) -> int:
@@ -231,12 +268,21 @@ class SinkStore:
         self._row_of_request[request] = row
         self._pending_rows.append((row, entry.index))
 
-    def _take_index(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        for key, entry in self._sets.items():
-            if not entry.users:
-                del self._sets[key]
-                self.stats.evicted += 1
-                return entry.index
-        return None
+    def _take(self) -> tuple[int, torch.Tensor] | None:
+        """An index and slots for a new set, in place of the longest unused ones if there is no room."""
+        while True:
+            slots = self._source.alloc(self._slots_of_set) if self._free else None
+            if slots is not None:
+                # A copy: a slice would keep the whole list of free units that it was cut from.
+                return self._free.pop(), slots.clone()
+            entry = next((entry for entry in self._sets.values() if not entry.users), None)
+            if entry is None:
+                return None
+            self._drop(entry)
+            self.stats.evicted += 1
+
+    def _drop(self, entry: SinkSet) -> None:
+        del self._sets[entry.key]
+        self._pending_copies.pop(entry.index, None)
+        self._source.free_segment(entry.slots, start_pos=0)
+        self._free.append(entry.index)

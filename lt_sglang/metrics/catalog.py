@@ -53,43 +53,42 @@ CONFIG_INFO = Metric(
 LAYERS = Metric(
     "lt_layers", Kind.GAUGE, Scope.ENGINE, ("kind",), "Attention layers of the model, by kind: full or lazy."
 )
-EXPECTED_TOKENS = Metric(
-    "lt_expected_tokens",
-    Kind.GAUGE,
-    Scope.ENGINE,
-    (),
-    "Prompt and output tokens of the request that the pools are split for.",
-)
-EXPECTED_REQUESTS = Metric(
-    "lt_expected_requests",
-    Kind.GAUGE,
-    Scope.ENGINE,
-    (),
-    "Requests of lt_expected_tokens that fit into the pools at once.",
-)
-POOL_CAPACITY = Metric(
-    "lt_pool_capacity_slots",
+KV_SLOTS = Metric(
+    "lt_kv_slots",
     Kind.GAUGE,
     Scope.RANK,
-    ("pool",),
-    "Token slots of a pool: full, streaming or sink.",
-)
-POOL_SLOTS = Metric(
-    "lt_pool_slots",
-    Kind.GAUGE,
-    Scope.RANK,
-    ("pool", "state"),
-    "Token slots of a pool that hold something: used by running requests, or cached and free to be evicted.",
-)
-KV_CAPACITY = Metric(
-    "lt_kv_capacity_bytes", Kind.GAUGE, Scope.RANK, (), "KV bytes that all pools of this GPU hold when full."
+    ("kind", "state"),
+    "Token slots by kind (full: in full layers, streaming: of windows in lazy layers, sink: of sink sets) "
+    "and state: used by running requests, or cached and free to be evicted.",
 )
 KV_BYTES = Metric(
     "lt_kv_bytes",
     Kind.GAUGE,
     Scope.RANK,
-    ("state",),
-    "KV bytes that running requests use, or that are cached, on this GPU.",
+    ("kind", "state"),
+    "KV bytes of the same slots on this GPU.",
+)
+KV_CAPACITY = Metric(
+    "lt_kv_capacity_bytes",
+    Kind.GAUGE,
+    Scope.RANK,
+    (),
+    "KV bytes of this GPU; all kinds share them.",
+)
+KV_FREE = Metric(
+    "lt_kv_free_bytes",
+    Kind.GAUGE,
+    Scope.RANK,
+    (),
+    "Of them, those that hold nothing.",
+)
+RETRACTIONS = Metric(
+    "lt_retractions_total",
+    Kind.COUNTER,
+    Scope.ENGINE,
+    ("cause",),
+    "Requests that gave their KV back and wait again, by cause: memory (decoding ran out of it), limit (of "
+    "--max-total-tokens) or other (a more urgent request, a pause).",
 )
 KV_SAVED = Metric(
     "lt_kv_saved_bytes",
@@ -120,8 +119,8 @@ SINK_SETS = Metric(
     Kind.COUNTER,
     Scope.ENGINE,
     ("event",),
-    "Asked for a sink set and got a new one (captured), another request's (shared) or none (refused: all in "
-    "use; the request stays out of the prefix cache). evicted: stored sets given up for new ones.",
+    "Asked for a sink set and got a new one (captured), another request's (shared) or none (refused: no slot "
+    "was free; the request stays out of the prefix cache meanwhile). evicted: stored sets given up.",
 )
 LAYER_SETS = Metric(
     "lt_layer_sets_total",
@@ -169,13 +168,12 @@ CATALOG: tuple[Metric, ...] = (
     BUILD_INFO,
     CONFIG_INFO,
     LAYERS,
-    EXPECTED_TOKENS,
-    EXPECTED_REQUESTS,
-    POOL_CAPACITY,
-    POOL_SLOTS,
-    KV_CAPACITY,
+    KV_SLOTS,
     KV_BYTES,
+    KV_CAPACITY,
+    KV_FREE,
     KV_SAVED,
+    RETRACTIONS,
     REQUESTS,
     LAYER_REQUESTS,
     SINK_REQUESTS,

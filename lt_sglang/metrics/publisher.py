@@ -30,16 +30,16 @@ def samples(state: EngineState) -> Iterator[Sample]:
     yield catalog.CONFIG_INFO, (config.mode, format_layers(config.lazy_layers), *windows), 1
     yield catalog.LAYERS, ("full",), state.num_layers - lazy
     yield catalog.LAYERS, ("lazy",), lazy
-    yield catalog.EXPECTED_TOKENS, (), state.expected_tokens
-    yield catalog.EXPECTED_REQUESTS, (), state.expected_requests
-    for name, pool in state.pools.items():
-        yield catalog.POOL_CAPACITY, (name,), pool.capacity
-        for kind in STATES:
-            yield catalog.POOL_SLOTS, (name, kind), getattr(pool, kind)
-    yield catalog.KV_CAPACITY, (), sum(pool.capacity * pool.slot_bytes for pool in state.pools.values())
-    for kind in STATES:
-        yield catalog.KV_BYTES, (kind,), state.kv_bytes(kind)
-        yield catalog.KV_SAVED, (kind,), state.saved_bytes(kind)
+    for kind, slots in state.slots.items():
+        for held in STATES:
+            yield catalog.KV_SLOTS, (kind, held), getattr(slots, held)
+            yield catalog.KV_BYTES, (kind, held), getattr(slots, held) * slots.slot_bytes
+    yield catalog.KV_CAPACITY, (), state.capacity_bytes
+    yield catalog.KV_FREE, (), state.free_bytes
+    for held in STATES:
+        yield catalog.KV_SAVED, (held,), state.saved_bytes(held)
+    for cause, count in state.retractions.items():
+        yield catalog.RETRACTIONS, (cause,), count
     yield catalog.REQUESTS, (config.mode,), state.requests
     for layer, count in state.layer_requests.items():
         yield catalog.LAYER_REQUESTS, (str(layer),), count

@@ -11,14 +11,13 @@ from typing import Any
 
 from lt_sglang.config import LightTransferConfig
 
-FULL, STREAMING, SINK = "full", "streaming", "sink"
+FULL, STREAMING, SINK = "full", "streaming", "sink"  # kinds of slots
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Slots of one pool on this rank; slot_bytes: K and V of one slot in all layers the pool serves."""
+class Slots:
+    """Slots of one kind on this rank; slot_bytes: K and V of one in all layers it serves."""
 
-    capacity: int
     used: int
     cached: int
     slot_bytes: int
@@ -28,7 +27,8 @@ class Pool:
 class EngineState:
     """One reading. Counters are totals since the start.
 
-    pools: by name. extra_token_bytes: KV bytes of one token in the lazy layers, if they kept it.
+    slots: by kind. capacity_bytes, free_bytes: of the memory that all kinds share. retractions: by cause.
+    extra_token_bytes: KV bytes of one token in the lazy layers, if they kept it.
     requests: finished requests with lazy layers. layer_requests: of them, by lazy layer. scored_requests: of
     them, in dynamic mode, those with layers found in a prompt. laziness: by layer, the sum of their scores.
     identification_seconds: in dynamic mode, what scoring and popping took on this rank's device.
@@ -37,10 +37,11 @@ class EngineState:
 
     config: LightTransferConfig
     num_layers: int
-    pools: Mapping[str, Pool]
+    slots: Mapping[str, Slots]
+    capacity_bytes: int = 0
+    free_bytes: int = 0
+    retractions: Mapping[str, int] = field(default_factory=dict)
     extra_token_bytes: int = 0
-    expected_tokens: int = 0
-    expected_requests: float = 0.0
     requests: int = 0
     layer_requests: Mapping[int, int] = field(default_factory=dict)
     sink_requests: int = 0
@@ -53,14 +54,14 @@ class EngineState:
 
     def kv_bytes(self, state: str) -> int:
         """Bytes held by slots that are ``used`` or ``cached``."""
-        return sum(getattr(pool, state) * pool.slot_bytes for pool in self.pools.values())
+        return sum(getattr(slots, state) * slots.slot_bytes for slots in self.slots.values())
 
     def saved_bytes(self, state: str) -> int:
-        """Bytes by which full attention would hold more: every token of the full pool, in the lazy layers."""
-        if STREAMING not in self.pools:
+        """Bytes by which full attention would hold more: every token of the full layers, in the lazy ones."""
+        if STREAMING not in self.slots:
             return 0
-        kept = sum(getattr(self.pools[name], state) for name in (STREAMING, SINK))
-        return int((getattr(self.pools[FULL], state) - kept) * self.extra_token_bytes)
+        kept = sum(getattr(self.slots[name], state) for name in (STREAMING, SINK))
+        return int((getattr(self.slots[FULL], state) - kept) * self.extra_token_bytes)
 
 
 def read_state(scheduler: Any) -> EngineState | None:
@@ -73,12 +74,12 @@ def read_state(scheduler: Any) -> EngineState | None:
     num_layers = runner.model_config.num_hidden_layers
     sinks = runner.sink_store
     if sinks is None:
-        full = Pool(stats.full_capacity, stats.full_num_used, stats.full_evictable_size, 0)
-        return EngineState(config=config, num_layers=num_layers, pools={FULL: full})
-    bytes_of = runner.kv_cache_configurator.split_input()
-    split = runner.kv_cache_configurator.split
-    rows = config.sink_tokens
-    lazy_bytes = bytes_of.streaming_bytes
+        full = Slots(stats.full_num_used, stats.full_evictable_size, 0)
+        return EngineState(config=config, num_layers=num_layers, slots={FULL: full})
+    sizes, allocator = runner.kv_cache_configurator.sizes, runner.token_to_kv_pool_allocator
+    token_layer = runner.kv_cache_configurator.token_layer_bytes
+    lazy_bytes = sizes.shape.lazy_layers * token_layer
+    of_set = sinks.slots_of_set
     requests = scheduler.tree_cache.finished_requests
     layer_requests = dict.fromkeys(config.lazy_layers, requests)
     dynamic = runner.dynamic
@@ -92,18 +93,17 @@ def read_state(scheduler: Any) -> EngineState | None:
     return EngineState(
         config=config,
         num_layers=num_layers,
-        pools={
-            FULL: Pool(
-                stats.full_capacity, stats.full_num_used, stats.full_evictable_size, bytes_of.full_bytes
+        slots={
+            FULL: Slots(
+                stats.full_num_used, stats.full_evictable_size, sizes.shape.full_layers * token_layer
             ),
-            STREAMING: Pool(stats.swa_capacity, stats.swa_num_used, stats.swa_evictable_size, lazy_bytes),
-            SINK: Pool(
-                sinks.capacity * rows, sinks.in_use * rows, (sinks.used - sinks.in_use) * rows, lazy_bytes
-            ),
+            STREAMING: Slots(stats.swa_num_used, stats.swa_evictable_size, lazy_bytes),
+            SINK: Slots(sinks.in_use * of_set, sinks.unused * of_set, lazy_bytes),
         },
+        capacity_bytes=sizes.units * sizes.unit_bytes,
+        free_bytes=len(allocator.units) * sizes.unit_bytes,
+        retractions=vars(allocator.retractions),
         extra_token_bytes=lazy_bytes,
-        expected_tokens=split.expected_tokens,
-        expected_requests=split.requests,
         requests=requests,
         layer_requests=layer_requests,
         sink_requests=sinks.requests,

@@ -1,18 +1,20 @@
-"""What fits into the KV memory of one rank, with the split the server itself computes."""
+"""What fits into the KV memory of one rank, by the arithmetic of the server itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor
 
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.memory.split import PoolSplit, SplitInput, split_budget
+from lt_sglang.memory.sizes import Sizes, size_memory
+from lt_sglang.memory.units import UnitShape
 from lt_sglang.planner.roofline import Hardware, LazyShare, decode_bound, kv_bytes, throughput
 from lt_sglang.planner.shapes import GIB, ModelShape
 
 # The CUDA context and what else torch does not see: 0.7 GiB were measured on an H100.
 RESERVE_BYTES = 0.75 * GIB
+SLIDE_INTERVAL = 128  # SGLang's default (SGLANG_SWA_EVICTION_INTERVAL)
 KV_ELEMENT_BYTES = {"auto": 2, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
@@ -80,7 +82,6 @@ class LengthPlan:
     hybrid_prefill: float
     full_kv_gib: float
     hybrid_kv_gib: float
-    split: PoolSplit
     limit: str
 
 
@@ -101,8 +102,10 @@ def plan_length(
     none = LazyShare(0, 0)
     budget, element = deployment.kv_budget, deployment.element_bytes
     full_bytes = kv_bytes(shape, tokens, none, element, tp)
-    split = _split(deployment, input_tokens, output_tokens, budget)
-    full, hybrid = floor(budget / full_bytes), floor(split.requests)
+    full = hybrid = floor(budget / full_bytes)
+    if lazy.lazy_layers:
+        context = shape.max_tokens or max(tokens, deployment.chunk_tokens)
+        hybrid = floor(sizes_of(deployment, context).requests(input_tokens, output_tokens))
     if at_most is not None:
         full, hybrid = min(full, at_most), min(hybrid, at_most)
     decode_ratio = total_ratio = None
@@ -130,48 +133,21 @@ def plan_length(
         hybrid_prefill=ours.prefill_time,
         full_kv_gib=tp * full_bytes / GIB,
         hybrid_kv_gib=tp * kv_bytes(shape, tokens, lazy, element, tp) / GIB,
-        split=split,
         limit=max(times, key=times.__getitem__) if hybrid else "KV memory: not one request fits",
     )
 
 
-def _split(deployment: Deployment, input_tokens: int, output_tokens: int, budget: int) -> PoolSplit:
-    shape, config, tokens = deployment.shape, deployment.config, input_tokens + output_tokens
-    lazy = len(config.lazy_layers)
-    token_layer = shape.kv_token_layer(deployment.element_bytes, deployment.hardware.tp)
-    if not lazy:
-        # SGLang's own single pool.
-        slots = budget // (shape.layers * token_layer)
-        return PoolSplit(slots, 0, 0, slots / tokens, tokens, 0)
-    context = shape.max_tokens or max(tokens, deployment.chunk_tokens)
-    served = replace(config, expected_tokens=config.expected_tokens or tokens) if config.dynamic else config
-    given = SplitInput(
-        staging_bytes=served.undecided_rows(context, deployment.chunk_tokens) * token_layer,
-        full_bytes=(shape.layers - lazy) * token_layer,
-        streaming_bytes=lazy * token_layer,
-        retained_tokens=config.retained_tokens,
-        sink_tokens=config.sink_tokens,
-        # A server has one split; a plan per length shows the best one for each, unless it is given.
-        expected_tokens=config.expected_tokens or tokens,
+def sizes_of(deployment: Deployment, context: int) -> Sizes:
+    """The KV memory of a rank as the server sizes it; raises LightTransferError if it holds nothing."""
+    shape, lazy = deployment.shape, len(deployment.config.lazy_layers)
+    return size_memory(
+        deployment.kv_budget,
+        UnitShape(shape.layers - lazy, lazy),
+        deployment.config,
+        token_layer_bytes=shape.kv_token_layer(deployment.element_bytes, deployment.hardware.tp),
+        page_size=1,
         chunk_tokens=min(deployment.chunk_tokens, context),
         context_tokens=context,
-        expected_output_tokens=output_tokens
-        if config.expected_tokens is None
-        else config.expected_output_tokens,
+        interval=SLIDE_INTERVAL,
+        full_limit=None,
     )
-    split = split_budget(budget, given)
-    if split.expected_tokens == tokens:
-        return split
-    return _at_other_length(split, given, tokens, output_tokens)
-
-
-def _at_other_length(split: PoolSplit, given: SplitInput, tokens: int, output_tokens: int) -> PoolSplit:
-    """The same pools, counted in requests of ``tokens``: what runs out first decides."""
-    this = replace(given, expected_tokens=tokens, expected_output_tokens=output_tokens)
-    held = this.streaming_per_request
-    requests = (split.streaming_tokens - given.streaming_fixed) / held
-    if given.full_bytes:
-        requests = min(requests, split.full_tokens / tokens)
-    if given.sink_tokens and tokens > given.retained_tokens:
-        requests = min(requests, split.sink_sets)
-    return replace(split, requests=requests, streaming_per_request=held)

@@ -21,8 +21,6 @@ COLUMNS = (
     ("tok/s", "hybrid"),
     ("KV GiB", "full"),
     ("KV GiB", "hybrid"),
-    ("full", "pool"),
-    ("streaming", "pool"),
     ("a step is", "mostly"),
 )
 
@@ -31,8 +29,8 @@ Quality is not in this table. It depends on which layers are lazy, and lt-sglang
 at once: requests of this length that fit into the KV memory together, with full KV and with lazy layers.
 decode: tokens/s of hybrid over full KV, an estimate. The bound counts KV bytes only; expected, and tok/s, add
   whole requests, weights and compute (rounding can lift it above the bound). with prefill: of whole requests.
-KV GiB: of one request on all GPUs. Pools are tokens, as the server splits them when started with
-  --lt-expected-tokens (input + output) and --lt-expected-output-tokens of this line. It has one split."""
+KV GiB: of one request on all GPUs. A server is not made for one length: requests of all lengths share its
+  memory as they come."""
 
 
 def as_text(deployment: Deployment, plans: Sequence[LengthPlan], lazy_layers: str) -> str:
@@ -88,8 +86,6 @@ def _row(plan: LengthPlan) -> list[str]:
         f"{plan.hybrid_decode:.0f}",
         f"{plan.full_kv_gib:.3g}",
         f"{plan.hybrid_kv_gib:.3g}",
-        str(plan.split.full_tokens),
-        str(plan.split.streaming_tokens),
         plan.limit,
     ]
 
@@ -127,9 +123,4 @@ def _remarks(deployment: Deployment, plans: Sequence[LengthPlan]) -> list[str]:
     heads = deployment.shape.kv_heads
     if deployment.hardware.tp > heads:
         remarks.append(f"With more GPUs than the model's {heads} KV heads, GPUs hold copies of the same KV.")
-    given = deployment.config.expected_tokens
-    if given is not None:
-        remarks.append(
-            f"The pools are split for --lt-expected-tokens {given}; other lengths fill one of them first."
-        )
     return [""] * bool(remarks) + remarks

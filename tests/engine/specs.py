@@ -1,7 +1,7 @@
 """The servers the tests share. The order is the order they run in: each is started once.
 
-Pools are small on purpose: twice the longest request in the full pool, a fraction of that in the
-streaming pool, so that slots, cached prefixes and sink sets are reused many times over.
+Their memory is small on purpose: little more than the longest request takes, so that slots, cached prefixes
+and sink sets are reused many times over.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from lt_sglang.demo.smollm2 import ensure_model as ensure_smollm2
 
 from .adapters import ensure_adapted_model
 from .feature_flags import FEATURE_FLAGS, POLICIES
-from .models import NUM_LAYERS, ensure_model
+from .models import COMMON, NUM_LAYERS, ensure_model
 from .server import ServerSpec
 
 LONGEST_PROMPT = 3000
 NEW_TOKENS = 64
 FULL_POOL = 6400
+KV_TOKENS = 4000
 CHUNK = 256
 
 FLAGS = (
@@ -100,9 +101,18 @@ DYNAMIC_RETRACT = "dynamic-retract"
 COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
 
 
+def kv_bytes(tokens: int | None, tp: int) -> int | None:
+    """KV memory of a rank for ``tokens`` tokens in all layers of a tiny model: K and V of 16 floats a head."""
+    heads = max(1, COMMON["num_key_value_heads"] // tp)
+    return None if tokens is None else tokens * NUM_LAYERS * heads * 2 * COMMON["head_dim"] * 4
+
+
 @dataclass(frozen=True)
 class LazyServer:
-    """A server with lazy layers, and what its reference needs."""
+    """A server with lazy layers, and what its reference needs.
+
+    kv_tokens: what its KV memory would hold of tokens in all layers; None leaves it to SGLang.
+    """
 
     name: str
     model: Callable[[], Path]
@@ -111,7 +121,7 @@ class LazyServer:
     recent: int
     flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
     tp: int = 1
-    expected: int = LONGEST_PROMPT + NEW_TOKENS
+    kv_tokens: int | None = KV_TOKENS
     env: Mapping[str, str] = field(default_factory=dict)
     beside: str | None = None
 
@@ -122,7 +132,7 @@ class LazyServer:
             "lazy_layers": list(self.layers),
             "sink_tokens": self.sinks,
             "recent_tokens": self.recent,
-            "expected_tokens": self.expected,
+            "kv_bytes": kv_bytes(self.kv_tokens, self.tp),
         }
         return ServerSpec(
             self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp, beside=self.beside
@@ -133,8 +143,8 @@ class LazyServer:
 class DynamicServer:
     """A server that finds each request's lazy layers, and what its reference needs.
 
-    keep: layers that keep full attention. default: lazy layers of short prompts. more: further keys of the
-    configuration.
+    keep: layers that keep full attention. default: lazy layers of short prompts. kv_tokens: as LazyServer.
+    more: further keys of the configuration.
     """
 
     name: str
@@ -147,7 +157,7 @@ class DynamicServer:
     recent: int = 60
     flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
     tp: int = 1
-    expected: int = LONGEST_PROMPT + NEW_TOKENS
+    kv_tokens: int | None = KV_TOKENS
     env: Mapping[str, str] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -162,7 +172,7 @@ class DynamicServer:
             "decide": self.decide,
             "sink_tokens": self.sinks,
             "recent_tokens": self.recent,
-            "expected_tokens": self.expected,
+            "kv_bytes": kv_bytes(self.kv_tokens, self.tp),
             **self.more,
         }
         return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
@@ -193,10 +203,9 @@ LAZY_SERVERS = {
             4,
             16,
             flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
-            expected=640,
             env=RESTLESS,
         ),
-        _tiny(TIGHT, "llama", ALTERNATING, 4, 60, flags=TIGHT_FLAGS, expected=TIGHT_POOL),
+        _tiny(TIGHT, "llama", ALTERNATING, 4, 60, flags=TIGHT_FLAGS, kv_tokens=620),
         _tiny(
             NO_RADIX,
             "mistral",
@@ -214,7 +223,6 @@ LAZY_SERVERS = {
             4,
             60,
             flags=(*FLAGS, *BY_MEMORY, *POLICIES["qwen3"]),
-            expected=64,
             env=WIDE_POOL | {"SGLANG_RADIX_FORCE_MISS": "1"},
         ),
         _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32, flags=(*FLAGS, *TINY_POOL, *POLICIES["qwen2_moe"])),
@@ -244,7 +252,6 @@ LAZY_SERVERS = {
             4,
             60,
             flags=(*FLAGS, *TINY_POOL, *FEATURE_FLAGS),
-            expected=640,
             env=RESTLESS,
             beside="tests.engine.unpinned:register",
         ),
@@ -272,7 +279,7 @@ LAZY_SERVERS = {
             4,
             1020,
             flags=SMOLLM2_FLAGS,
-            expected=6100,
+            kv_tokens=None,
         ),
     )
 }
@@ -288,8 +295,6 @@ DYNAMIC_SERVERS = {
             (1, 2, 5),
             "lighttransfer",
             flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5"),
-            expected=1000,
-            more={"staging_tokens": LONGEST_PROMPT},
         ),
         DynamicServer(
             FIRST_CHUNK,
@@ -299,7 +304,6 @@ DYNAMIC_SERVERS = {
             "residual-error",
             decide="first-chunk",
             flags=(*REUSE_FLAGS, *TINY_POOL, *POLICIES[FIRST_CHUNK]),
-            expected=640,
             env=RESTLESS,
         ),
         # A pool that the outputs of a few requests fill: they are retracted, and their prompts' K and V go.
@@ -316,9 +320,8 @@ DYNAMIC_SERVERS = {
                 *("--max-total-tokens", "2400"),
                 *("--mem-fraction-static", "0.3"),
             ),
-            expected=400,
+            kv_tokens=1800,
             env=RESTLESS,
-            more={"staging_tokens": 1000},
         ),
         DynamicServer(
             FUZZED_DYNAMIC,
@@ -327,9 +330,7 @@ DYNAMIC_SERVERS = {
             (1, 2, 5),
             "residual-error",
             flags=(*FLAGS, *TINY_POOL, *EXPOSED, "--api-key", CLIENT_KEY),
-            expected=1000,
             env=HEADER_OVERRIDES,
-            more={"staging_tokens": LONGEST_PROMPT},
         ),
         DynamicServer(
             DYNAMIC_CHURN,
@@ -339,7 +340,6 @@ DYNAMIC_SERVERS = {
             "lighttransfer",
             recent=28,
             flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
-            expected=640,
             env=RESTLESS,
         ),
         DynamicServer(
@@ -349,8 +349,6 @@ DYNAMIC_SERVERS = {
             (0, 3, 5),
             "list",
             flags=(*FLAGS, *TINY_POOL, *POLICIES[DYNAMIC_LIST]),
-            expected=1000,
-            more={"staging_tokens": LONGEST_PROMPT},
         ),
         DynamicServer(
             DYNAMIC_TP,
@@ -361,7 +359,7 @@ DYNAMIC_SERVERS = {
             recent=252,
             flags=(*SMOLLM2_FLAGS, "--chunked-prefill-size", "512"),
             tp=2,
-            expected=2000,
+            kv_tokens=None,
             env=OWN_NCCL_HOOK,
             more={"check_tables": True},
         ),
@@ -373,7 +371,7 @@ DYNAMIC_SERVERS = {
             "lighttransfer",
             recent=1020,
             flags=SMOLLM2_FLAGS,
-            expected=6100,
+            kv_tokens=None,
         ),
     )
 }

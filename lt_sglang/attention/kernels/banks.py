@@ -15,57 +15,74 @@ from lt_sglang.memory.banks import BankLayout
 
 
 class BankArgs(NamedTuple):
-    """What a kernel is told of the banks; names as in BankLayout and LayerSetStore."""
+    """What a kernel is told of the banks.
+
+    bank_of, set_of: as LayerBanks. rest: int32 [parts - 1, rows] (memory/units.py). rows: of a lane.
+    """
 
     bank_of: torch.Tensor
     set_of: torch.Tensor
-    full_rows: int
-    streaming_start: int
-    streaming_rows: int
-    staging_start: int
-    staging_rows: int
-    scratch_start: int
-    sink_base: int
+    rest: torch.Tensor
+    rows: int
 
 
 @dataclass(frozen=True)
 class LayerBanks:
-    """Which bank holds each layer of each request, and where banks and sinks are.
+    """Which bank holds each layer of each request, and where banks are.
 
     bank_of: int32 [capacity, L], bank of each layer of a layer set. set_of: int32 [request rows], layer set
-    of the request in a row of req_to_token.
+    of the request in a row of req_to_token. rest: of the units.
     """
 
     bank_of: torch.Tensor
     set_of: torch.Tensor
     layout: BankLayout
+    rest: torch.Tensor
     windows: Windows
 
     @cached_property
     def args(self) -> BankArgs:
-        """The same for kernels, beside the constants LAYERS, FULL_BANKS, SINK and RECENT."""
-        layout = self.layout
-        return BankArgs(
-            bank_of=self.bank_of,
-            set_of=self.set_of,
-            full_rows=layout.full_rows,
-            streaming_start=layout.streaming_start,
-            streaming_rows=layout.streaming_rows,
-            staging_start=layout.staging_start,
-            staging_rows=layout.staging_rows,
-            scratch_start=layout.scratch_start,
-            sink_base=self.windows.sink_base,
-        )
+        """The same for kernels."""
+        rest = self.rest if len(self.rest) else self.bank_of  # a pointer is needed; it is not read then
+        return BankArgs(self.bank_of, self.set_of, rest, self.layout.rows)
+
+    @cached_property
+    def constants(self) -> dict[str, int]:
+        """LAYERS, FULL_BANKS, LANES and PARTS of a kernel."""
+        shape = self.layout.shape
+        return {
+            "LAYERS": shape.layers,
+            "FULL_BANKS": shape.full_layers,
+            "LANES": shape.lanes,
+            "PARTS": shape.parts,
+        }
 
 
 @triton.jit
-def streaming_bank_start(banks, bank, FULL_BANKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As ``BankLayout.bank_start`` of a streaming bank."""
-    return banks.streaming_start + (bank - FULL_BANKS) * banks.streaming_rows
+def lane_row(  # type: ignore[no-untyped-def]
+    banks, bank, slot, mask, FULL_BANKS: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr
+):
+    """As ``BankLayout.bank_rows``: the rows, int32, of slots of the bank's kind."""
+    within = tl.where(bank < FULL_BANKS, bank, bank - FULL_BANKS)
+    row = slot
+    if PARTS > 1:
+        part = within // LANES
+        later = mask & (part > 0)
+        row = tl.where(later, tl.load(banks.rest + (part - 1) * banks.rows + slot, mask=later, other=0), slot)
+    return (within % LANES) * banks.rows + row
 
 
 @triton.jit
-def bank_row(banks, bank, full, streaming, FULL_BANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def bank_row(  # type: ignore[no-untyped-def]
+    banks,
+    bank,
+    full,
+    streaming,
+    mask,
+    FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """The row of a position in ``bank``, given its slots in full and in streaming banks."""
-    lazy = streaming_bank_start(banks, bank, FULL_BANKS) + streaming
-    return tl.where(bank < FULL_BANKS, bank * banks.full_rows + full, lazy)
+    slot = tl.where(bank < FULL_BANKS, full, streaming)
+    return lane_row(banks, bank, slot, mask, FULL_BANKS, LANES, PARTS)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.indices import StreamingTables
-from lt_sglang.attention.kernels.banks import LayerBanks, bank_row, streaming_bank_start
+from lt_sglang.attention.kernels.banks import LayerBanks, bank_row, lane_row
 
 BLOCK = 1024
 
@@ -87,6 +87,8 @@ def _decode_kv_indices(  # type: ignore[no-untyped-def]
     full_blocks,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,7 +108,8 @@ def _decode_kv_indices(  # type: ignore[no-untyped-def]
                 bank = tl.load(of + layer)
                 if bank < FULL_BANKS:
                     start = tl.load(kv_indptr_ptr + layer * requests + request).to(tl.int64)
-                    tl.store(out_ptr + start + item, slot + bank * banks.full_rows, mask=valid)
+                    full_row = lane_row(banks, bank, slot, valid, FULL_BANKS, LANES, PARTS)
+                    tl.store(out_ptr + start + item, full_row, mask=valid)
     else:
         item = (block - full_blocks) * BLOCK + tl.arange(0, BLOCK)
         valid = item < tl.minimum(length, SINK + RECENT)
@@ -117,14 +120,15 @@ def _decode_kv_indices(  # type: ignore[no-untyped-def]
         full = tl.load(tokens + position, mask=valid, other=0)
         slot = tl.load(tables.full_to_streaming + full.to(tl.int64), mask=valid, other=0).to(tl.int32)
         sink_set = tl.load(tables.sink_set_of + row).to(tl.int32)
-        slot = tl.where(is_sink & (sink_set >= 0), banks.sink_base + sink_set * SINK + item, slot)
+        is_stored = valid & is_sink & (sink_set >= 0)
+        stored = tl.load(tables.sink_slots_of + sink_set * SINK + item, mask=is_stored, other=0)
+        slot = tl.where(is_stored, stored, slot)
         for layer in range(0, LAYERS):
             bank = tl.load(of + layer)
             if bank >= FULL_BANKS:
                 start = tl.load(kv_indptr_ptr + layer * requests + request).to(tl.int64)
-                tl.store(
-                    out_ptr + start + item, slot + streaming_bank_start(banks, bank, FULL_BANKS), mask=valid
-                )
+                lazy_row = lane_row(banks, bank, slot, valid, FULL_BANKS, LANES, PARTS)
+                tl.store(out_ptr + start + item, lazy_row, mask=valid)
 
 
 def decode_kv_indices(
@@ -158,8 +162,7 @@ def decode_kv_indices(
         banks=banks.args,
         requests=requests,
         full_blocks=full_blocks,
-        LAYERS=banks.layout.layers,
-        FULL_BANKS=banks.layout.full_banks,
+        **banks.constants,
         SINK=banks.windows.sink_tokens,
         RECENT=banks.windows.recent_tokens,
         BLOCK=BLOCK,
@@ -177,6 +180,8 @@ def _decode_out_cache_loc(  # type: ignore[no-untyped-def]
     requests,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     layer = tl.program_id(0)
@@ -187,7 +192,7 @@ def _decode_out_cache_loc(  # type: ignore[no-untyped-def]
     bank = tl.load(banks.bank_of + table + layer, mask=valid, other=0)
     full = tl.load(full_ptr + item, mask=valid, other=0).to(tl.int32)
     streaming = tl.load(streaming_ptr + item, mask=valid, other=0).to(tl.int32)
-    row = bank_row(banks, bank, full, streaming, FULL_BANKS)
+    row = bank_row(banks, bank, full, streaming, valid, FULL_BANKS, LANES, PARTS)
     tl.store(out_ptr + layer * out_stride + item, row, mask=valid)
 
 
@@ -216,7 +221,6 @@ def decode_out_cache_loc(
         streaming_slots,
         banks.args,
         requests,
-        LAYERS=layers,
-        FULL_BANKS=banks.layout.full_banks,
+        **banks.constants,
         BLOCK=block,
     )

@@ -20,7 +20,6 @@ def _decode_kv_indices(  # type: ignore[no-untyped-def]
     seq_lens_ptr,
     tables,
     context,
-    sink_base,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,8 +37,9 @@ def _decode_kv_indices(  # type: ignore[no-untyped-def]
     position = tl.where(is_sink, item, first + item - sinks)
     full = tl.load(tables.req_to_token + row * context + position, mask=valid, other=0)
     slot = tl.load(tables.full_to_streaming + full.to(tl.int64), mask=valid, other=0)
-    stored = sink_base + sink_set * SINK + item
-    slot = tl.where(is_sink & (sink_set >= 0), stored, slot)
+    is_stored = valid & is_sink & (sink_set >= 0)
+    stored = tl.load(tables.sink_slots_of + sink_set * SINK + item, mask=is_stored, other=0)
+    slot = tl.where(is_stored, stored.to(tl.int64), slot)
     tl.store(out_ptr + start + item, slot.to(tl.int32), mask=valid)
 
 
@@ -70,7 +70,6 @@ def decode_kv_indices(
         seq_lens,
         tables,
         tables.req_to_token.stride(0),
-        windows.sink_base,
         SINK=windows.sink_tokens,
         RECENT=windows.recent_tokens,
         BLOCK=block,

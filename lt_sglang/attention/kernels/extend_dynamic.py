@@ -95,18 +95,6 @@ def _tile(  # type: ignore[no-untyped-def]
     return request, position, valid, known, of, full, streaming
 
 
-@triton.jit
-def _undecided_row(  # type: ignore[no-untyped-def]
-    given, banks, request, position, layer, full, FULL_BANKS: tl.constexpr
-):
-    """Where an undecided request's positions are: a full bank, or the staging bank and scratch rows."""
-    prefix = tl.load(given.prefix + request)
-    staged = banks.staging_start + (layer - FULL_BANKS) * banks.staging_rows + position
-    scratch = banks.scratch_start + tl.load(given.token + request) + position - prefix
-    late = tl.where(position < prefix, staged, scratch)
-    return tl.where(layer < FULL_BANKS, layer * banks.full_rows + full, late)
-
-
 @triton.jit(do_not_specialize=["requests"])
 def _extend_kv_indices(  # type: ignore[no-untyped-def]
     out_ptr,
@@ -118,6 +106,8 @@ def _extend_kv_indices(  # type: ignore[no-untyped-def]
     requests,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     LAZY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -128,9 +118,7 @@ def _extend_kv_indices(  # type: ignore[no-untyped-def]
         if known:
             bank = tl.load(of + layer)
         if (known & (bank >= FULL_BANKS)) == LAZY:
-            row = bank_row(banks, bank, full, streaming, FULL_BANKS)
-            if not known:
-                row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)
+            row = bank_row(banks, bank, full, streaming, valid, FULL_BANKS, LANES, PARTS)
             start = tl.load(kv_indptr_ptr + layer * requests + request).to(tl.int64)
             tl.store(out_ptr + start + element, row, mask=valid)
 
@@ -168,8 +156,7 @@ def extend_kv_indices(
             given,
             banks.args,
             len(firsts),
-            LAYERS=layout.layers,
-            FULL_BANKS=layout.full_banks,
+            **banks.constants,
             LAZY=lazy,
             BLOCK=LIST_BLOCK,
         )
@@ -186,21 +173,23 @@ def _every_kv_indices(  # type: ignore[no-untyped-def]
     banks,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request, position, valid, known, of, full, streaming = _tile(tile_ptr, given, banks, LAYERS, BLOCK)
     # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
-    sink_set = tl.load(given.sink_set + request)
-    stored = (position < SINK) & (position < tl.load(given.prefix + request) - RECENT) & (sink_set >= 0)
-    streaming = tl.where(stored, banks.sink_base + sink_set * SINK + position, streaming)
+    left = valid & (position < SINK) & (position < tl.load(given.prefix + request) - RECENT)
+    stored = tl.load(given.sinks + request * SINK + position, mask=left, other=-1)
+    streaming = tl.where(stored >= 0, stored, streaming)
     out = out_ptr + tl.load(shift_ptr + request) + position
     for layer in range(0, LAYERS):
+        bank = layer
         if known:
-            row = bank_row(banks, tl.load(of + layer), full, streaming, FULL_BANKS)
-        else:
-            row = _undecided_row(given, banks, request, position, layer, full, FULL_BANKS)
+            bank = tl.load(of + layer)
+        row = bank_row(banks, bank, full, streaming, valid, FULL_BANKS, LANES, PARTS)
         tl.store(out, row, mask=valid)
         out += layer_stride
 
@@ -227,8 +216,7 @@ def every_kv_indices(banks: LayerBanks, given: Requests, firsts: list[int], ends
             torch.tensor(shifts, dtype=torch.int32).to(device, non_blocking=True),
             given,
             banks.args,
-            LAYERS=layout.layers,
-            FULL_BANKS=layout.full_banks,
+            **banks.constants,
             SINK=banks.windows.sink_tokens,
             RECENT=banks.windows.recent_tokens,
             BLOCK=LIST_BLOCK,

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from lt_sglang.attention.indices import Windows
-from lt_sglang.attention.kernels.banks import LayerBanks
+from lt_sglang.attention.kernels.banks import LayerBanks, lane_row
 from lt_sglang.identify.scores.reference import LOG2E
 from lt_sglang.memory.kv import KV
+from lt_sglang.memory.units import UnitShape
 
 TILE_QUERIES = 64
 
@@ -40,9 +41,9 @@ class SinkTiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Sinks:
-    """Where a batch's sinks are and who sees them. rows: int [bs, w_sink], from ``indices.sink_rows``."""
+    """Where a batch's sinks are and who sees them. slots: int [bs, w_sink], from ``indices.sink_slots``."""
 
-    rows: torch.Tensor
+    slots: torch.Tensor
     tiles: SinkTiles
     windows: Windows
 
@@ -61,17 +62,20 @@ class Scales(NamedTuple):
 
 
 class BankColumn(NamedTuple):
-    """Which bank holds one layer of each request. of: int32 [bs], ``stride`` elements apart."""
+    """Which bank holds one layer of each request. of: int32 [bs], ``stride`` elements apart.
+
+    rest, rows: as BankArgs.
+    """
 
     of: torch.Tensor
     stride: int
-    streaming_start: int
-    streaming_rows: int
+    rest: torch.Tensor
+    rows: int
 
     @classmethod
     def of_layer(cls, banks: LayerBanks, of: torch.Tensor) -> BankColumn:
         """``of``: int32 [bs], a view."""
-        return cls(of, of.stride(0), banks.layout.streaming_start, banks.layout.streaming_rows)
+        return cls(of, of.stride(0), banks.args.rest, banks.args.rows)
 
 
 class _Strides(NamedTuple):
@@ -89,13 +93,15 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     lse_ptr,
     query_ptr,
     cache,
-    sink_rows_ptr,
+    sink_slots_ptr,
     tiles,
     strides,
     scales,
     banks,
     HAS_BANKS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SINK: tl.constexpr,
@@ -113,11 +119,10 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     token = tl.load(tiles.token + tile).to(tl.int64) + tl.arange(0, BLOCK_Q)
     position = position0 + tl.arange(0, BLOCK_Q)
     in_tile = tl.arange(0, BLOCK_Q) < count
-    base = tl.zeros([], tl.int64)
+    bank = tl.full([], FULL_BANKS, tl.int32)
     if HAS_BANKS:
         bank = tl.load(banks.of + request * banks.stride)
         in_tile = in_tile & (bank >= FULL_BANKS)
-        base = (banks.streaming_start + (bank - FULL_BANKS) * banks.streaming_rows).to(tl.int64)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < DIM
     kv_head = head // GROUP
@@ -136,8 +141,10 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
     for offset in range(0, SINK, BLOCK_S):
         sink = offset + tl.arange(0, BLOCK_S)
         real = sink < SINK
-        real = real & (base >= 0)  # the row of a request that is full here is nowhere
-        row = base + tl.load(sink_rows_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
+        real = real & (bank >= FULL_BANKS)  # a request that is full here has no sinks of its own
+        row = tl.load(sink_slots_ptr + request * SINK + sink, mask=real, other=0).to(tl.int64)
+        if HAS_BANKS:
+            row = lane_row(banks, bank, row, real, FULL_BANKS, LANES, PARTS).to(tl.int64)
         key = tl.load(
             cache.k + row[None, :] * strides.k + kv_head * DIM + dim[:, None],
             mask=real[None, :] & in_dim[:, None],
@@ -163,17 +170,21 @@ def _merge_sinks(  # type: ignore[no-untyped-def]
 
 
 def _unpacked(
-    cache: KV, rows: torch.Tensor, banks: BankColumn | None, full_banks: int, dtype: torch.dtype
-) -> tuple[KV, torch.Tensor, BankColumn | None]:
-    """The sinks alone, in ``dtype``: Triton reads fp8 e4m3 from sm89 on only, and they are few."""
-    at = rows.to(torch.int64)
+    cache: KV, slots: torch.Tensor, banks: tuple[BankColumn, UnitShape] | None, dtype: torch.dtype
+) -> tuple[KV, torch.Tensor]:
+    """The sinks alone, in ``dtype``, and where: Triton reads fp8 e4m3 from sm89 on only, and they are few."""
+    at = slots.to(torch.int64)
     if banks is not None:
-        start = banks.streaming_start + (banks.of.to(torch.int64) - full_banks) * banks.streaming_rows
-        at = (at + start[:, None]).clamp(min=0)
-        banks = banks._replace(streaming_start=0, streaming_rows=0)
+        column, shape = banks
+        within = (column.of.to(torch.int64) - shape.full_layers).clamp(min=0)
+        part = (within // shape.lanes)[:, None]
+        if shape.parts > 1:
+            rest = column.rest.view(shape.parts - 1, -1)
+            at = torch.where(part > 0, rest[(part - 1).clamp(min=0), at].to(torch.int64), at)
+        at = at + (within % shape.lanes)[:, None] * column.rows
     flat = at.flatten()
-    unpacked = KV(*(part.view(torch.uint8)[flat].view(part.dtype).to(dtype) for part in cache))
-    return unpacked, torch.arange(len(flat), device=rows.device).view_as(at), banks
+    unpacked = KV(*(buffer.view(torch.uint8)[flat].view(buffer.dtype).to(dtype) for buffer in cache))
+    return unpacked, torch.arange(len(flat), device=slots.device).view_as(at)
 
 
 @torch.no_grad()
@@ -185,7 +196,7 @@ def merge_sinks(
     sinks: Sinks,
     scales: Scales,
     window: torch.Tensor | None = None,
-    banks: tuple[BankColumn, int] | None = None,
+    banks: tuple[BankColumn, UnitShape] | None = None,
 ) -> None:
     """Add the sinks to attention that saw the window only; changes ``out`` in place.
 
@@ -197,29 +208,33 @@ def merge_sinks(
         sinks: of the batch.
         scales: of the layer.
         window: the window's attention output; ``out`` then is written only where it counts.
-        banks: in dynamic mode, the layer's bank by request, and P; requests that are full in this layer are
-            left alone.
+        banks: in dynamic mode, the layer's bank by request; requests that are full in this layer are left
+            alone.
     """
     tokens, heads, dim = query.shape
     if sinks.tiles.number == 0 or tokens == 0:
         return
-    column, full_banks = banks or (None, 0)
-    rows = sinks.rows
+    slots = sinks.slots
+    column, shape = banks or (BankColumn(slots, 0, slots, 0), UnitShape(0, 1))
+    lanes, parts = shape.lanes, shape.parts
     if cache.k.element_size() == 1:
-        cache, rows, column = _unpacked(cache, rows, column, full_banks, query.dtype)
+        cache, slots = _unpacked(cache, slots, banks, query.dtype)
+        column, lanes, parts = column._replace(rows=0), 1, 1
     _merge_sinks[(sinks.tiles.number, heads)](
         out,
         out if window is None else window,
         lse,
         query,
         cache,
-        rows,
+        slots,
         tiles=sinks.tiles,
         strides=_Strides(query.stride(0), cache.k.stride(0), cache.v.stride(0)),
         scales=scales._replace(softmax=scales.softmax * LOG2E),
-        banks=BankColumn(rows, 0, 0, 0) if column is None else column,
-        HAS_BANKS=column is not None,
-        FULL_BANKS=full_banks,
+        banks=column,
+        HAS_BANKS=banks is not None,
+        FULL_BANKS=shape.full_layers,
+        LANES=lanes,
+        PARTS=parts,
         HEADS=heads,
         GROUP=heads // cache.k.shape[1],
         SINK=sinks.windows.sink_tokens,

@@ -6,14 +6,26 @@ import torch
 import triton
 import triton.language as tl
 
-from lt_sglang.attention.kernels.banks import LayerBanks, bank_row, streaming_bank_start
-from lt_sglang.attention.kernels.requests import KNOWN, STAGED, Requests
+from lt_sglang.attention.kernels.banks import LayerBanks, bank_row, lane_row
+from lt_sglang.attention.kernels.requests import KNOWN, Requests
 from lt_sglang.attention.kernels.tiles import Tiles
 from lt_sglang.memory.kv import KV
 
 
+@triton.jit
+def _positions(tile_ptr, given, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile's request and positions, which of them exist, and their full and streaming slots."""
+    request = tl.load(tile_ptr + tl.program_id(0) * 3)
+    position = tl.load(tile_ptr + tl.program_id(0) * 3 + 1) + tl.arange(0, BLOCK_P)
+    valid = tl.arange(0, BLOCK_P) < tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
+    at = tl.load(given.offset + request) + position
+    full = tl.load(given.full + at, mask=valid, other=0)
+    streaming = tl.load(given.streaming + at, mask=valid, other=0)
+    return request, position, valid, full, streaming
+
+
 @triton.jit(do_not_specialize=["layer"])
-def _place(  # type: ignore[no-untyped-def]
+def _store_new(  # type: ignore[no-untyped-def]
     pool,
     new,
     k_stride,
@@ -21,77 +33,65 @@ def _place(  # type: ignore[no-untyped-def]
     tile_ptr,
     given,
     banks,
-    popped_ptr,
     layer,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
-    SINK: tl.constexpr,
-    SETTLE: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    request = tl.load(tile_ptr + tl.program_id(0) * 3)
-    position = tl.load(tile_ptr + tl.program_id(0) * 3 + 1) + tl.arange(0, BLOCK_P)
-    in_tile = tl.arange(0, BLOCK_P) < tl.load(tile_ptr + tl.program_id(0) * 3 + 2)
+    request, position, valid, full, streaming = _positions(tile_ptr, given, BLOCK_P)
     width = tl.arange(0, BLOCK)
-    mask = in_tile[:, None] & (width < WIDTH)[None, :]
-    kind = tl.load(given.kind + request)
-    prefix = tl.load(given.prefix + request)
-    offset = tl.load(given.offset + request)
-    full = tl.load(given.full + offset + position, mask=in_tile, other=0)
-    streaming = tl.load(given.streaming + offset + position, mask=in_tile, other=0)
-    is_new = position >= prefix
-    token = tl.load(given.token + request) + position - prefix
-    fresh = mask & is_new[:, None]
-    at = token[:, None].to(tl.int64)
-    k = tl.load(new.k + at * k_stride + width[None, :], mask=fresh, other=0)
-    v = tl.load(new.v + at * v_stride + width[None, :], mask=fresh, other=0)
-    if kind == KNOWN:
+    mask = valid[:, None] & (width < WIDTH)[None, :]
+    token = (tl.load(given.token + request) + position - tl.load(given.prefix + request)).to(tl.int64)
+    k = tl.load(new.k + token[:, None] * k_stride + width[None, :], mask=mask)
+    v = tl.load(new.v + token[:, None] * v_stride + width[None, :], mask=mask)
+    bank = layer
+    if tl.load(given.kind + request) == KNOWN:
         of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
-        row = bank_row(banks, tl.load(of + layer), full, streaming, FULL_BANKS).to(tl.int64)
-        tl.store(pool.k + row[:, None] * WIDTH + width[None, :], k, mask=mask)
-        tl.store(pool.v + row[:, None] * WIDTH + width[None, :], v, mask=mask)
-    elif layer < FULL_BANKS:
-        row_early = (layer * banks.full_rows + full).to(tl.int64)
-        tl.store(pool.k + row_early[:, None] * WIDTH + width[None, :], k, mask=mask)
-        tl.store(pool.v + row_early[:, None] * WIDTH + width[None, :], v, mask=mask)
-    else:
-        if SETTLE:
-            first_staged = banks.staging_start + (layer - FULL_BANKS) * banks.staging_rows
-            at_staged = (first_staged + position).to(tl.int64)[:, None] * WIDTH + width[None, :]
-            if kind == STAGED:
-                tl.store(pool.k + at_staged, k, mask=mask)
-                tl.store(pool.v + at_staged, v, mask=mask)
-            else:
-                old = mask & (position < prefix)[:, None]
-                whole_k = tl.where(is_new[:, None], k, tl.load(pool.k + at_staged, mask=old, other=0))
-                whole_v = tl.where(is_new[:, None], v, tl.load(pool.v + at_staged, mask=old, other=0))
-                popped = tl.load(popped_ptr + tl.load(given.selecting + request))
-                of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
-                taken = tl.load(of + layer)
-                at_full = (taken * banks.full_rows + full).to(tl.int64)[:, None] * WIDTH + width[None, :]
-                moved = mask & (popped != layer)
-                cut_k = tl.where(popped == layer, whole_k, tl.load(pool.k + at_full, mask=moved, other=0))
-                cut_v = tl.where(popped == layer, whole_v, tl.load(pool.v + at_full, mask=moved, other=0))
-                # The popped layer takes the streaming bank that has this layer's number.
-                start = streaming_bank_start(banks, layer, FULL_BANKS)
-                held = mask & (streaming != 0)[:, None]
-                at_held = (start + streaming).to(tl.int64)[:, None] * WIDTH + width[None, :]
-                tl.store(pool.k + at_held, cut_k, mask=held)
-                tl.store(pool.v + at_held, cut_v, mask=held)
-                sink_set = tl.load(given.sink_set + request)
-                sinks = mask & ((position < SINK) & (sink_set >= 0))[:, None]
-                stored = (start + banks.sink_base + sink_set * SINK + position).to(tl.int64)
-                at_sinks = stored[:, None] * WIDTH + width[None, :]
-                tl.store(pool.k + at_sinks, cut_k, mask=sinks)
-                tl.store(pool.v + at_sinks, cut_v, mask=sinks)
-                tl.store(pool.k + at_full, whole_k, mask=moved)
-                tl.store(pool.v + at_full, whole_v, mask=moved)
-        else:
-            row_scratch = (banks.scratch_start + token).to(tl.int64)
-            tl.store(pool.k + row_scratch[:, None] * WIDTH + width[None, :], k, mask=mask)
-            tl.store(pool.v + row_scratch[:, None] * WIDTH + width[None, :], v, mask=mask)
+        bank = tl.load(of + layer)
+    row = bank_row(banks, bank, full, streaming, valid, FULL_BANKS, LANES, PARTS).to(tl.int64)
+    tl.store(pool.k + row[:, None] * WIDTH + width[None, :], k, mask=mask)
+    tl.store(pool.v + row[:, None] * WIDTH + width[None, :], v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _exchange(  # type: ignore[no-untyped-def]
+    pool,
+    tile_ptr,
+    given,
+    banks,
+    popped_ptr,
+    layer,
+    LAYERS: tl.constexpr,
+    FULL_BANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    request, _position, valid, full, streaming = _positions(tile_ptr, given, BLOCK_P)
+    popped = tl.load(popped_ptr + tl.load(given.selecting + request))
+    if popped != layer:
+        width = tl.arange(0, BLOCK)
+        mask = valid[:, None] & (width < WIDTH)[None, :]
+        of = banks.bank_of + tl.load(given.layer_set + request).to(tl.int64) * LAYERS
+        taken = tl.load(of + layer)
+        at_full = lane_row(banks, taken, full, valid, FULL_BANKS, LANES, PARTS).to(tl.int64)
+        at_streaming = lane_row(banks, layer, streaming, valid, FULL_BANKS, LANES, PARTS).to(tl.int64)
+        full_at = at_full[:, None] * WIDTH + width[None, :]
+        streaming_at = at_streaming[:, None] * WIDTH + width[None, :]
+        k_full = tl.load(pool.k + full_at, mask=mask)
+        v_full = tl.load(pool.v + full_at, mask=mask)
+        k_streaming = tl.load(pool.k + streaming_at, mask=mask)
+        v_streaming = tl.load(pool.v + streaming_at, mask=mask)
+        tl.store(pool.k + streaming_at, k_full, mask=mask)
+        tl.store(pool.v + streaming_at, v_full, mask=mask)
+        tl.store(pool.k + full_at, k_streaming, mask=mask)
+        tl.store(pool.v + full_at, v_streaming, mask=mask)
 
 
 def tile_positions(width: int) -> int:
@@ -100,10 +100,7 @@ def tile_positions(width: int) -> int:
 
 
 def store_new(pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, banks: LayerBanks) -> None:
-    """Put new K and V of a prefill where ``layer`` reads them while it attends.
-
-    Those of known requests go to their banks, of others to the full bank of a layer before P, else to the
-    scratch rows; see attention/dynamic_torch.py.
+    """Put new K and V of a prefill into the banks where ``layer`` is: of undecided requests, its own number.
 
     Args:
         pool: the flat pool.
@@ -113,41 +110,10 @@ def store_new(pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, bank
         given: the requests of the batch.
         banks: where the layers of the requests are.
     """
-    _run(pool, new, layer, tiles, given, banks)
-
-
-def settle(
-    pool: KV, new: KV, layer: int, tiles: Tiles, given: Requests, banks: LayerBanks, popped: torch.Tensor
-) -> None:
-    """Once a layer from P on has its place: stage, or cut the popped layer and fill the bank that is free.
-
-    New K and V of known requests, if there are tiles of theirs, go to their banks.
-
-    Args:
-        pool: the flat pool.
-        new: [tokens, KV heads, dim] of the batch, in the pool's dtype.
-        layer: index of the layer.
-        tiles: of all positions of selecting requests, or of the new tokens of others.
-        given: the requests of the batch.
-        banks: where the layers of the requests are.
-        popped: int32 [D], from ``queue_step``.
-    """
-    _run(pool, new, layer, tiles, given, banks, popped)
-
-
-def _run(
-    pool: KV,
-    new: KV,
-    layer: int,
-    tiles: Tiles,
-    given: Requests,
-    banks: LayerBanks,
-    popped: torch.Tensor | None = None,
-) -> None:
     if tiles.number == 0:
         return
     width = pool.k[0].numel()
-    _place[(tiles.number,)](
+    _store_new[(tiles.number,)](
         pool,
         new,
         new.k.stride(0),
@@ -155,12 +121,39 @@ def _run(
         tiles.table,
         given=given,
         banks=banks.args,
-        popped_ptr=given.kind if popped is None else popped,
         layer=layer,
-        LAYERS=banks.layout.layers,
-        FULL_BANKS=banks.layout.full_banks,
-        SINK=banks.windows.sink_tokens,
-        SETTLE=popped is not None,
+        **banks.constants,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        BLOCK_P=tile_positions(width),
+        num_warps=8,
+    )
+
+
+def exchange(
+    pool: KV, layer: int, tiles: Tiles, given: Requests, banks: LayerBanks, popped: torch.Tensor
+) -> None:
+    """Once a layer from P on has its place: it and the layer that was popped for it change banks.
+
+    Args:
+        pool: the flat pool.
+        layer: index of the layer.
+        tiles: of all positions of requests whose layers are selected.
+        given: the requests of the batch.
+        banks: where the layers of the requests are, ``layer`` included.
+        popped: int32 [D], from ``queue_step``.
+    """
+    if tiles.number == 0:
+        return
+    width = pool.k[0].numel()
+    _exchange[(tiles.number,)](
+        pool,
+        tiles.table,
+        given=given,
+        banks=banks.args,
+        popped_ptr=popped,
+        layer=layer,
+        **banks.constants,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         BLOCK_P=tile_positions(width),

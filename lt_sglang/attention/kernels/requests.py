@@ -13,10 +13,11 @@ STAGED: tl.constexpr = tl.constexpr(2)
 
 
 class Requests(NamedTuple):
-    """The requests of a prefill batch on the device. All int32, [requests] but for the last two.
+    """The requests of a prefill batch on the device. All int32, [requests] where nothing else is said.
 
     kind: layers/prefill.py. layer_set: row of ``bank_of``. prefix: tokens before this chunk. token: first row
-    of its new tokens in the batch. offset: of its positions in ``full`` and ``streaming``. sink_set: or -1.
+    of its new tokens in the batch. offset: of its positions in ``full`` and ``streaming``.
+    sinks: [requests, w_sink], slots of its sink set; -1 without one.
     selecting: number among those whose layers are selected, or -1.
     full, streaming: [sum of lengths], slot of every position; streaming 0 where there is none.
     """
@@ -26,7 +27,7 @@ class Requests(NamedTuple):
     prefix: torch.Tensor
     token: torch.Tensor
     offset: torch.Tensor
-    sink_set: torch.Tensor
+    sinks: torch.Tensor
     selecting: torch.Tensor
     full: torch.Tensor
     streaming: torch.Tensor
