@@ -120,6 +120,10 @@ class SlotAllocator(BaseTokenToKVPoolAllocator):
             alloc_decode_naive(seq_lens, last_loc, pages, out, self.page_size, new)
         return out
 
+    def rows_in_parts(self, slots: torch.Tensor) -> torch.Tensor:
+        """As UnitList, of slots of this kind."""
+        return self._units.rows_in_parts(slots, self.parts)
+
     def free(self, free_index: torch.Tensor) -> None:
         """As PagedTokenToKVPoolAllocator: a set of slots, whose whole pages are freed."""
         if free_index.numel() == 0:
