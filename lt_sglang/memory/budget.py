@@ -92,6 +92,7 @@ class UnitBudget(PrefillBudget):
 
     def reserve(self, extend_input_len: int, max_new_tokens: int, **given: Any) -> None:
         """Promise the request that is considered what it will take, later chunks included."""
+        self.allocator.promised += self._demand.both * (self._demand.pages(extend_input_len) + 1)
         self.total_offset += self._need() / self._per_token
         assert self._full_offset is not None, "a request was admitted that nobody considered"
         self._full_offset += self._extend + self._output

@@ -201,7 +201,14 @@ class Scheduler(Reads):
             self.events["long hit"] += req.prefix_len > self.caches.config.retained_tokens
             if req.extend_end < total:
                 self.chunked = req
+        self._promise(need, len(batch))
         return batch
+
+    def _promise(self, tokens: int, requests: int) -> None:
+        """As SGLang's admission and its check before each decode step."""
+        allocator, page = self.caches.allocator, self.caches.sizes.page
+        pages = -(-tokens // page) + (requests if page > 1 else 0)
+        allocator.promised = allocator.shape.units(pages, pages) if requests else 0
 
     def _whole_pages(self, req: Req, size: int) -> int:
         """A chunk that others follow ends with a page."""
@@ -223,6 +230,7 @@ class Scheduler(Reads):
         while self.running and not self._room(len(self.running), len(self.running)):
             assert len(self.running) > 1 or self.chunked, "a request that fits does not fit"
             self._retract(self.running[-1])
+        self._promise(len(self.running), len(self.running))
 
     def _batch(self, reqs: list[Req], mode: ForwardMode) -> ScheduleBatch:
         batch = ScheduleBatch(
