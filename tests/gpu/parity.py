@@ -36,13 +36,7 @@ QUICK: dict[str, Any] = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_deco
 FP8 = {**QUICK, "kv_cache_dtype": "fp8_e4m3"}
 FORCE_FA2 = {"LT_FORCE_FA2": "1"}
 STATIC: dict[str, Any] = {"lazy_layers": ",".join(map(str, LAZY))}
-DYNAMIC = {
-    "mode": "dynamic",
-    "keep": ref.KEEP,
-    "score": "lighttransfer",
-    "staging_tokens": 5200,
-    "check_tables": True,
-}
+DYNAMIC = {"mode": "dynamic", "keep": ref.KEEP, "score": "lighttransfer", "check_tables": True}
 SCORE = {"kind": "score", "prompts": ref.prompts(), "new_tokens": ref.NEW_TOKENS}
 HITS = {"kind": "continuations", "prompts": ref.prompts(), "continuations": ref.continuations(), "top": 0}
 COPIES = {**SCORE, "kind": "copies", "copies": 4}
@@ -112,7 +106,7 @@ def step_of(name: str, kind: Kind, model: Path, more: dict[str, Any]) -> Step:
     if kind.config is None:
         engine.setdefault("attention_backend", "flashinfer")
     else:
-        engine |= hybrid(ref.SINK, ref.RECENT, 2048, ref.NEW_TOKENS, **kind.config)
+        engine |= hybrid(ref.SINK, ref.RECENT, **kind.config)
     return Step(name, engine, kind.tasks, kind.limit_s, env={"LT_WATCH": "1", **kind.env})
 
 
