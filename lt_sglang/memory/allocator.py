@@ -389,7 +389,7 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         fits = bool(super().check_decode_capacity(num_tokens=num_tokens, **given))
         pages = -(-num_tokens // self.page_size)
         self.promised = self.shape.units(pages, pages)
-        limited = self.full_is_limited and self.full_available_size() < num_tokens
+        limited = self.full_is_limited and self.size_full - self.full_used < num_tokens
         self._short_of = None if fits else "limit" if limited else "memory"
         return fits
 
