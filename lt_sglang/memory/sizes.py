@@ -58,8 +58,8 @@ class Sizes:
         lists = ""
         if shape.parts > 2:
             lists = (
-                f"; {shape.full_layers} and {shape.lazy_layers} have no common divisor above {shape.lanes}, so "
-                f"each step writes {shape.full_units + shape.streaming_units} index lists instead of 2"
+                f"; {shape.full_layers} and {shape.lazy_layers} have no common divisor above {shape.lanes}, "
+                f"so each step writes {shape.full_units + shape.streaming_units} index lists instead of 2"
             )
         return (
             f"{self.units} units of {page} x {shape.lanes} rows, "
