@@ -174,7 +174,7 @@ class SlotAllocator(BaseTokenToKVPoolAllocator):
 
 
 class SinkAllocator(SlotAllocator):
-    """Slots of sink sets. They are taken between two steps, so they leave alone what the next was promised."""
+    """Slots of sink sets. They are taken between two steps, and leave alone what the next was promised."""
 
     def __init__(self, owner: ElasticAllocator) -> None:
         super().__init__(
@@ -353,14 +353,15 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
     def make_spare(self, units: int) -> bool:
         """Whether ``units`` can be taken now and the next batch still has its own; evicts cached tokens."""
         need, tree = self.promised + units, self.tree_cache
-        if len(self.units) < need and tree is not None and tree.supports_prefix_sharing():
-            if len(self.units) + self.evictable_units(tree) >= need:
-                grouped = self.free_group is not None  # SGLang frees in groups to save launches
-                if grouped:
-                    self.free_group_end()
-                self._evict(tree, need, full_slots=0)
-                if grouped:
-                    self.free_group_begin()
+        if len(self.units) >= need or tree is None or not tree.supports_prefix_sharing():
+            return len(self.units) >= need
+        if len(self.units) + self.evictable_units(tree) >= need:
+            grouped = self.free_group is not None  # SGLang frees in groups to save launches
+            if grouped:
+                self.free_group_end()
+            self._evict(tree, need, full_slots=0)
+            if grouped:
+                self.free_group_begin()
         return len(self.units) >= need
 
     def _evict(self, tree_cache: Any, need: int, full_slots: int) -> None:
@@ -389,7 +390,7 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         fits = bool(super().check_decode_capacity(num_tokens=num_tokens, **given))
         pages = -(-num_tokens // self.page_size)
         self.promised = self.shape.units(pages, pages)
-        limited = self.full_is_limited and self.full_available_size() < num_tokens
+        limited = self.full_is_limited and self.size_full - self.full_used < num_tokens
         self._short_of = None if fits else "limit" if limited else "memory"
         return fits
 

@@ -112,12 +112,15 @@ def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
             k_scale: Any = None,
             v_scale: Any = None,
             layer_id_override: int | None = None,
+            **given: Any,
         ) -> None:
             """As MHATokenToKVPool; ``loc_info`` holds slots."""
             number = layer.layer_id if layer_id_override is None else layer_id_override
             if isinstance(loc_info, torch.Tensor):
                 loc_info = flat.rows_of(self.lt_banks[number], loc_info)
-            super().set_kv_buffer(layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override)
+            super().set_kv_buffer(
+                layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, **given
+            )
 
     FlatKVPool.__name__ = FlatKVPool.__qualname__ = f"Flat{pool_class.__name__}"  # for SGLang's logs
     return FlatKVPool

@@ -61,7 +61,7 @@ class SinkSet:
 
 @dataclass
 class SinkStats:
-    """Counters since the start, for metrics and tests. refused: requests that asked while no slot was free."""
+    """Counters since the start, for metrics and tests. refused: requests that found no slot."""
 
     captured: int = 0
     shared: int = 0
@@ -208,10 +208,10 @@ class SinkStore:
         if self._pending_copies:
             pending, self._pending_copies = self._pending_copies, {}
             for pair in pending.values():
-                for rows in pair:
-                    if rows.is_cuda:  # made on the scheduler's stream, read on this one
-                        rows.record_stream(torch.cuda.current_stream(rows.device))
-            target, source = (torch.stack(rows) for rows in zip(*pending.values(), strict=True))
+                for side in pair:
+                    if side.is_cuda:  # made on the scheduler's stream, read on this one
+                        side.record_stream(torch.cuda.current_stream(side.device))
+            target, source = (torch.stack(side) for side in zip(*pending.values(), strict=True))
             sets = torch.tensor(list(pending), dtype=torch.int64).to(self.device, non_blocking=True)
             self.slots_of[sets] = target[:, 0].to(torch.int32)
             copy_rows(target.flatten(), source.flatten())

@@ -140,7 +140,7 @@ def test_plan_without_lazy_layers_is_of_dynamic_mode(model: str, capsys: pytest.
     assert "Passed on to serve, and not counted with: --enable-metrics." in text
     assert text.splitlines()[-1].split() == [
         *("lt-sglang", "serve", model, "--tensor-parallel-size", "2", "--enable-metrics"),
-        *("--lt-mode=dynamic", "--lt-expected-tokens=8448", "--lt-expected-output-tokens=256"),
+        "--lt-mode=dynamic",
     ]
 
 
