@@ -63,14 +63,8 @@ REFUSED_BY_ARITHMETIC = {
         "4 replicas of 8 GPUs need 4 nodes",
     ),
     "scaling-blind": (("autoscaling.enabled=true", "monitoring.podMonitor=false"), "monitoring.podMonitor"),
-    "output-over-expected": (
-        ("lightTransfer.expectedTokens=100", "lightTransfer.expectedOutputTokens=200"),
-        "more than expectedTokens",
-    ),
-    "expected-over-context": (
-        ("lightTransfer.expectedTokens=9000", "engine.contextLength=8192"),
-        "more than engine.contextLength",
-    ),
+    "score-in-static-mode": (("lightTransfer.score=squeeze",), "are for dynamic"),
+    "a-name-of-old": (("lightTransfer.expectedTokens=8192",), "expectedTokens"),
     "flag-twice": (("engine.extraArgs={--tp-size=2}",), "--tp-size, which has a value of its own"),
     "flag-abbreviated": (
         ("engine.extraArgs={--served-model=x}",),
