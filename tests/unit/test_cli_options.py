@@ -52,12 +52,10 @@ def test_every_option(tmp_path: Path) -> None:
         "mode": "static",
         "sink_tokens": 1,
         "recent_tokens": 2,
-        "expected_tokens": 3,
-        "expected_output_tokens": 0,
+        "kv_bytes": 2**40,
         "keep": 5,
         "score": "squeeze",
         "decide": "first-chunk",
-        "staging_tokens": 7,
         "check_tables": "on",
     }
     flags = [f"--lt-{name.replace('_', '-')}" for name in expected]
@@ -85,11 +83,13 @@ def test_every_option(tmp_path: Path) -> None:
         (["--lt-score", "mean"], "--lt-score: 'mean' is not one of lighttransfer, residual-error"),
         (["--lt-decide", "later"], "--lt-decide: 'later' is not one of prompt, first-chunk"),
         (["--lt-check-tables", "yes"], "--lt-check-tables: 'yes' is not one of on, off"),
-        (["--lt-staging-tokens", "0"], "--lt-staging-tokens: 0 is not an integer from 1"),
+        (["--lt-kv-bytes", "0"], "--lt-kv-bytes: 0 is not an integer from 1"),
+        (["--lt-kv-bytes", "8GiB"], "--lt-kv-bytes: '8GiB' is not an integer from 1"),
+        (["--lt-expected-tokens", "8192"], "--lt-expected-tokens: unknown option"),
         (["--lt-sink-tokens", "-1"], "--lt-sink-tokens: '-1' is not an integer from 0"),
         (["--lt-recent-tokens", "0"], "--lt-recent-tokens: 0 is not an integer from 1"),
         (["--lt-recent-tokens", "1e3"], "--lt-recent-tokens: '1e3'"),
-        (["--lt-expected-tokens", "²"], "--lt-expected-tokens: '²'"),
+        (["--lt-kv-bytes", "²"], "--lt-kv-bytes: '²'"),
     ],
 )
 def test_bad_options(argv: list[str], message: str) -> None:
@@ -135,11 +135,8 @@ def test_single_values_replace_those_of_any_source(tmp_path: Path) -> None:
 
 
 def test_flags_alone_take_the_papers_windows() -> None:
-    made = resolve_config(options("--lt-lazy-layers=1-3", "--lt-expected-tokens=99"), "m", PLAIN, {})
-    expected = LightTransferConfig(
-        (1, 2, 3), expected_tokens=99, source="--lt-lazy-layers, --lt-expected-tokens"
-    )
-    assert made == expected
+    made = resolve_config(options("--lt-lazy-layers=1-3", "--lt-kv-bytes=99"), "m", PLAIN, {})
+    assert made == LightTransferConfig((1, 2, 3), kv_bytes=99, source="--lt-lazy-layers, --lt-kv-bytes")
 
 
 def test_half_is_every_second_layer() -> None:
@@ -206,10 +203,8 @@ def test_missing_config_file_is_named() -> None:
 
 
 def test_describe_is_one_short_line() -> None:
-    line = describe(LightTransferConfig(tuple(range(1, 80, 2)), expected_tokens=100))
-    assert (
-        line == "40 lazy layers (1,3,5,...,79), 4 sink + 1020 recent tokens, 100 tokens expected; from flags"
-    )
+    line = describe(LightTransferConfig(tuple(range(1, 80, 2))))
+    assert line == "40 lazy layers (1,3,5,...,79), 4 sink + 1020 recent tokens; from flags"
     assert short_layers((5, 6, 7)) == "5-7"
 
 
@@ -324,7 +319,7 @@ def test_unsupported_features(config: dict[str, Any], found: list[str]) -> None:
     assert all(part in name for part, name in zip(found, names, strict=True))
 
 
-@pytest.mark.parametrize("flag", ["--lt-keep=0.5", "--lt-score=squeeze", "--lt-staging-tokens=9"])
+@pytest.mark.parametrize("flag", ["--lt-keep=0.5", "--lt-score=squeeze", "--lt-decide=first-chunk"])
 def test_dynamic_options_need_dynamic_mode(flag: str) -> None:
     with pytest.raises(LightTransferError) as caught:
         resolve_config(options("--lt-lazy-layers=1", flag), "m", PLAIN, {})
@@ -389,11 +384,6 @@ def test_choices_are_lazy_layers() -> None:
             ["--lt-mode=dynamic", "--lt-keep=8"],
             {},
             "--lt-keep: 8 of 8 layers is 8; dynamic mode needs 1 to 7",
-        ),
-        (
-            ["--lt-lazy-layers=1", "--lt-expected-tokens=5", "--lt-expected-output-tokens=6"],
-            {},
-            "--lt-expected-output-tokens: 6 is more than --lt-expected-tokens (5)",
         ),
         (["--lt-sink-tokens=5"], key("8"), "the model's config.json: lazy_layers: layer 8 does not exist"),
         ([], key("8"), "the model's config.json: lazy_layers: layer 8 does not exist"),

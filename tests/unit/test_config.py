@@ -11,6 +11,7 @@ import pytest
 from lt_sglang.config import (
     CONFIG_KEY,
     DYNAMIC_FIELDS,
+    MAX_BYTES,
     MAX_TOKENS,
     LightTransferConfig,
     format_layers,
@@ -77,8 +78,7 @@ def random_config(rng: random.Random) -> LightTransferConfig:
         lazy_layers=tuple(sorted(rng.sample(range(80), rng.randrange(0, 80)))),
         sink_tokens=rng.choice([0, 1, 4, 129, rng.randrange(0, 5000)]),
         recent_tokens=rng.choice([1, 2, 1020, rng.randrange(1, 5000)]),
-        expected_tokens=rng.choice([None, 8192, rng.randrange(5000, MAX_TOKENS)]),
-        expected_output_tokens=rng.choice([None, 0, rng.randrange(0, 5000)]),
+        kv_bytes=rng.choice([None, 1, rng.randrange(1, MAX_BYTES), MAX_BYTES]),
         source=rng.choice(["flags", "file"]),
     )
 
@@ -115,9 +115,10 @@ def test_derived_sizes() -> None:
         ("sink_tokens", MAX_TOKENS + 1),
         ("recent_tokens", 0),
         ("recent_tokens", None),
-        ("expected_tokens", 0),
-        ("expected_tokens", "many"),
-        ("expected_output_tokens", -1),
+        ("kv_bytes", 0),
+        ("kv_bytes", "many"),
+        ("kv_bytes", MAX_BYTES + 1),
+        ("expected_tokens", 8192),
         ("lazy_layers", "5-"),
         ("lazy_layers", 5),
         ("lazy_layers", None),
@@ -133,15 +134,6 @@ def test_every_message_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(LightTransferError, match=field) as caught:
         LightTransferConfig.from_dict(data)
     assert "\n" not in str(caught.value)
-
-
-def test_output_is_a_part_of_the_whole() -> None:
-    with pytest.raises(
-        LightTransferError, match=r"expected_output_tokens: 11 is more than expected_tokens \(10\)"
-    ):
-        LightTransferConfig((), expected_tokens=10, expected_output_tokens=11)
-    LightTransferConfig((), expected_tokens=10, expected_output_tokens=10)
-    LightTransferConfig((), expected_output_tokens=11)
 
 
 def test_lazy_layers_are_required() -> None:

@@ -11,6 +11,8 @@ import pytest
 from lt_sglang.config import DECIDE, SCORES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.memory.sizes import TABLE_BYTES, size_memory
+from lt_sglang.memory.units import UnitShape
 from lt_sglang.static_choices import CHOICES, choose, spelling
 
 
@@ -58,7 +60,7 @@ def test_a_settled_configuration_survives_the_model_override() -> None:
             keep=rng.randint(1, layers - 1),
             score=rng.choice(SCORES),
             decide=rng.choice(DECIDE),
-            staging_tokens=rng.choice([None, 1, 5000]),
+            kv_bytes=rng.choice([None, 1, 5000]),
             check_tables=rng.choice([True, False]),
             sink_tokens=rng.choice([0, 4, 129]),
         ).settle(layers)
@@ -133,8 +135,8 @@ def test_every_score_exists() -> None:
         ),
         ({"score": None}, "score: None is not one of"),
         ({"decide": "never"}, "decide: 'never' is not one of prompt, first-chunk"),
-        ({"staging_tokens": 0}, "staging_tokens: 0 is not an integer from 1"),
-        ({"staging_tokens": 2.5}, "staging_tokens: 2.5 is not an integer"),
+        ({"kv_bytes": 2.5}, "kv_bytes: 2.5 is not an integer"),
+        ({"staging_tokens": 5000}, "lighttransfer.staging_tokens: unknown key"),
         ({"check_tables": 1}, "check_tables: 1 is not true or false"),
         ({"check_tables": "yes"}, "check_tables: 'yes' is not true or false"),
         ({"mode": "automatic"}, "mode: 'automatic' is not one of static, dynamic"),
@@ -188,7 +190,6 @@ def test_refused_once_the_model_is_known(given: dict[str, Any], says: str) -> No
         {"keep": 3},
         {"score": "list"},
         {"decide": "first-chunk"},
-        {"staging_tokens": 9},
         {"check_tables": True},
     ],
     ids=str,
@@ -209,20 +210,34 @@ def test_static_mode_does_not_look_at_keep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "context", "limit"),
+    ("given", "memory", "context", "limit"),
     [
-        ({}, 131072, 8192),
-        ({}, 4096, 4096),
-        ({"expected_tokens": 3000}, 4096, 3000),
-        ({"expected_tokens": 3000, "staging_tokens": 5000}, 4096, 4096),
-        ({"expected_tokens": 3000, "staging_tokens": 1500}, 4096, 1500),
-        ({"expected_tokens": 3000, "staging_tokens": 700}, 4096, 1024 + 32),
-        ({"expected_tokens": 900}, 1000, 1000),
-        ({"decide": "first-chunk"}, 4096, 1024 + 128 - 1),
-        ({"decide": "first-chunk", "sink_tokens": 4, "recent_tokens": 60}, 4096, 64 + 128 - 1),
-        ({"decide": "first-chunk", "staging_tokens": 9, "sink_tokens": 0, "recent_tokens": 1}, 4096, 128),
+        # Memory for 60,000 tokens in all four layers: as long as the context, and as the memory.
+        ({}, 60_000, 4096, 4096),
+        ({}, 60_000, 131072, 60_000 - 2 - 512 - 4),
+        ({}, 6_000, 131072, 6_000 - 2 - 512 - 4),
+        # At least as much as is needed to tell layers apart.
+        ({}, 1_200, 1_100, 1024 + 32),
+        ({"decide": "first-chunk"}, 60_000, 4096, 1024 + 128 - 1),
+        ({"decide": "first-chunk", "recent_tokens": 60}, 60_000, 4096, 64 + 128 - 1),
+        ({"decide": "first-chunk", "sink_tokens": 0, "recent_tokens": 1}, 60_000, 4096, 128),
     ],
     ids=str,
 )
-def test_how_long_a_prefix_may_stay_undecided(given: dict[str, Any], context: int, limit: int) -> None:
-    assert dynamic(**given).stage_limit(context) == limit
+def test_how_long_a_prefix_may_stay_undecided(
+    given: dict[str, Any], memory: int, context: int, limit: int
+) -> None:
+    """Two layers are full and two lazy; all four hold K and V of a prompt until it is decided."""
+    config = dynamic(keep=2, **given).settle(4)
+    sizes = size_memory(
+        (2 * memory + 1) * (200 + TABLE_BYTES),
+        UnitShape(2, 2),
+        config,
+        token_layer_bytes=100,
+        page_size=1,
+        chunk_tokens=512,
+        context_tokens=context,
+        interval=128,
+        full_limit=None,
+    )
+    assert sizes.units == 2 * memory and sizes.demand.undecided == limit
