@@ -33,15 +33,9 @@ def engine_args(model: Path, **extra: Any) -> dict[str, Any]:
     }
 
 
-def hybrid(sink: int, recent: int, expected: int, output: int, **options: Any) -> dict[str, Any]:
+def hybrid(sink: int, recent: int, **options: Any) -> dict[str, Any]:
     """Engine arguments with lazy layers of either mode; ``options`` are keys of the configuration."""
-    config = {
-        "sink_tokens": sink,
-        "recent_tokens": recent,
-        "expected_tokens": expected,
-        "expected_output_tokens": output,
-        **options,
-    }
+    config = {"sink_tokens": sink, "recent_tokens": recent, **options}
     return {
         "attention_backend": "lighttransfer",
         "json_model_override_args": json.dumps({"lighttransfer": config}),

@@ -93,7 +93,6 @@ def write_samples(path: Path, samples: int, tokens: int, recent: int, seed: int)
 def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
     """One configuration: all its prompts, a batch a task."""
     config = CONFIGS[name]
-    longest = max(len(one["prompt"]) for one in [*spec["keys"], *spec["kl"]])
     on_cpu = args.device == "cpu"
     # In one chunk of 8192 a prompt's first chunk would be its last.
     short_chunks = on_cpu or (config or {}).get("decide") == "first-chunk"
@@ -111,7 +110,7 @@ def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
     if config is None:
         engine["attention_backend"] = args.baseline_backend or ("torch_native" if on_cpu else "triton")
     else:
-        engine |= hybrid(SINKS, spec["recent_tokens"], longest, 64, **config)
+        engine |= hybrid(SINKS, spec["recent_tokens"], **config)
         if config.get("lazy_layers") == "all":  # no layer keeps all, so no number of tokens is given
             del engine["max_total_tokens"]
             engine["mem_fraction_static"] = 0.1
@@ -281,7 +280,7 @@ def _arguments() -> argparse.Namespace:
         "--pool-tokens",
         type=int,
         default=400000,
-        help="of each engine; its streaming pool must hold the windows of all texts, or some are not cached",
+        help="of each engine; they must hold the windows of all texts as well, or some are not cached",
     )
     parser.add_argument("--memory", type=float, default=0.5, help="mem_fraction_static of each engine")
     parser.add_argument("--top", type=int, default=512, help="log-probabilities a position")

@@ -40,7 +40,6 @@ DYNAMIC = {
     "mode": "dynamic",
     "keep": ref.KEEP,
     "score": "lighttransfer",
-    "staging_tokens": 5200,
     "check_tables": True,
 }
 SCORE = {"kind": "score", "prompts": ref.prompts(), "new_tokens": ref.NEW_TOKENS}
@@ -112,7 +111,7 @@ def step_of(name: str, kind: Kind, model: Path, more: dict[str, Any]) -> Step:
     if kind.config is None:
         engine.setdefault("attention_backend", "flashinfer")
     else:
-        engine |= hybrid(ref.SINK, ref.RECENT, 2048, ref.NEW_TOKENS, **kind.config)
+        engine |= hybrid(ref.SINK, ref.RECENT, **kind.config)
     return Step(name, engine, kind.tasks, kind.limit_s, env={"LT_WATCH": "1", **kind.env})
 
 
