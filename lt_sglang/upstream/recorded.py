@@ -181,7 +181,7 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     ),
     "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent._maybe_split_leaf_for_swa_lock": (
         "f20e7a495178",
-        "no node in the streaming pool is longer than a window; memory/split.py counts on it.",
+        "no node of streaming slots is longer than a window; memory/demand.py counts on it.",
     ),
     "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent.acquire_component_lock": (
         "928265957ca4",
