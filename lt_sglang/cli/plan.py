@@ -233,9 +233,10 @@ def _mix(text: str) -> tuple[Part, ...]:
 def _part(word: str) -> Part:
     lengths, _, share = word.partition(":")
     prompt, _, output = lengths.partition("+")
-    tokens, weight = [read_int(prompt) or 0, read_int(output) or 0], read_float(share or "1") or 0.0
-    if min(tokens) < 1 or weight <= 0:
+    input_tokens, output_tokens = read_int(prompt), read_int(output)
+    weight = read_float(share or "1")
+    if not input_tokens or not output_tokens or weight is None or weight <= 0:
         raise argparse.ArgumentTypeError(
             f"{word!r} is not prompt + output tokens and a share, as 512+256:0.8"
         )
-    return Part(*tokens, weight)
+    return Part(input_tokens, output_tokens, weight)

@@ -36,6 +36,7 @@ REFUSED_BY_SCHEMA = {
     "a-share-above-all": "httpRoute.canary.weight=101",
     "a-policy-that-does-not-exist": "gateway.policy=best",
     "a-resource-of-kubernetes": "engine.extraResources.memory=1",
+    "a-name-of-old": "lightTransfer.expectedTokens=8192",
 }
 REFUSED_BY_ARITHMETIC = {
     "no-model": (("model.name=",), "model.name: required"),
@@ -64,7 +65,6 @@ REFUSED_BY_ARITHMETIC = {
     ),
     "scaling-blind": (("autoscaling.enabled=true", "monitoring.podMonitor=false"), "monitoring.podMonitor"),
     "score-in-static-mode": (("lightTransfer.score=squeeze",), "are for dynamic"),
-    "a-name-of-old": (("lightTransfer.expectedTokens=8192",), "expectedTokens"),
     "flag-twice": (("engine.extraArgs={--tp-size=2}",), "--tp-size, which has a value of its own"),
     "flag-abbreviated": (
         ("engine.extraArgs={--served-model=x}",),
