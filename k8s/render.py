@@ -176,11 +176,9 @@ def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             "keep": config.keep if config.dynamic else None,
             "sinkTokens": config.sink_tokens,
             "recentTokens": config.recent_tokens,
-            "expectedTokens": config.expected_tokens,
-            "expectedOutputTokens": config.expected_output_tokens,
+            "kvBytes": config.kv_bytes,
             "score": options.score,
             "decide": options.decide,
-            "stagingTokens": options.staging_tokens,
             "checkTables": bool(options.check_tables),
         }
     if args.claim:

@@ -238,6 +238,6 @@ def _check_windows() -> None:
 
     if not envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.get():
         raise LightTransferError(
-            "SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS=0: not supported with lazy layers: the "
-            "streaming pool would keep what has left the window"
+            "SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS=0: not supported with lazy layers: "
+            "streaming slots would be kept that have left the window"
         )

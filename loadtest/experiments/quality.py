@@ -280,7 +280,7 @@ def _arguments() -> argparse.Namespace:
         "--pool-tokens",
         type=int,
         default=400000,
-        help="of each engine; its streaming pool must hold the windows of all texts, or some are not cached",
+        help="of each engine; they must hold the windows of all texts as well, or some are not cached",
     )
     parser.add_argument("--memory", type=float, default=0.5, help="mem_fraction_static of each engine")
     parser.add_argument("--top", type=int, default=512, help="log-probabilities a position")

@@ -8,7 +8,8 @@ from typing import Any
 from lt_sglang.bench.scenario import Length, Scenario
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, plan_length
+from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, plan_mix
+from lt_sglang.planner.mix import Part
 from lt_sglang.planner.roofline import Hardware
 from lt_sglang.planner.shapes import GPUS, ModelShape
 
@@ -44,12 +45,13 @@ def bounds(
         stock_tokens: what the stock server's KV memory holds: both servers have the same bytes.
         server: the stock server's /server_info.
     """
-    lengths = mean_lengths(scenario)
-    if lengths is None:
+    if scenario.load.phases:
+        return Bounds({}, "No bound: the traffic changes.")
+    mix = mean_mix(scenario)
+    if mix is None:
         return Bounds({}, "No bound: prompts share prefixes or follow a trace.")
     if "--enable-dp-attention" in scenario.engine.baseline_flags:
         return Bounds({}, "No bound: the two sides divide the model differently.")
-    inputs, outputs = lengths
     dtype = server.get("kv_cache_dtype") or "auto"
     element = KV_ELEMENT_BYTES.get(dtype, 2)
     deployment = Deployment(
@@ -64,7 +66,7 @@ def bounds(
     )
     users = scenario.load.users if scenario.load.kind == "closed" else None
     try:
-        plan = plan_length(deployment, inputs, outputs, users)
+        plan = plan_mix(deployment, mix, users)
     except LightTransferError as error:
         return Bounds({}, f"No bound: {error}.")
     if not plan.full_requests:
@@ -74,22 +76,23 @@ def bounds(
         return Bounds(found, "Bound: whole requests in the same KV memory. A CPU's speed is not modelled.")
     assert plan.decode_ratio is not None and plan.total_ratio is not None
     found |= {"decode_tokens_per_second": plan.decode_ratio, "output_throughput": plan.total_ratio}
-    if outputs == 1:
+    if all(part.output_tokens == 1 for part in mix):
         found["prefill_speed"] = plan.full_prefill / plan.hybrid_prefill
     mean = "" if _fixed(scenario) else " of the mean lengths"
     return Bounds(found, f"Bound: lt-sglang plan's roofline{mean}, with stock's measured KV memory.")
 
 
-def mean_lengths(scenario: Scenario) -> tuple[int, int] | None:
-    """Mean tokens of prompts and outputs; None where prompts share tokens or follow a trace."""
+def mean_mix(scenario: Scenario) -> tuple[Part, ...] | None:
+    """Each kind of traffic with its mean lengths; None where prompts share tokens or follow a trace."""
     total = sum(kind.weight for kind in scenario.traffic)
-    inputs = outputs = 0.0
+    mix = []
     for kind in scenario.traffic:
         if kind.input is None or kind.output is None or kind.shared is not None or kind.turns > 1:
             return None
-        inputs += kind.weight / total * _mean(kind.input)
-        outputs += kind.weight / total * _mean(kind.output)
-    return round(inputs), max(1, round(outputs))
+        lengths = round(_mean(kind.input)), max(1, round(_mean(kind.output)))
+        if kind.weight:
+            mix.append(Part(*lengths, kind.weight / total))
+    return tuple(mix)
 
 
 def _mean(length: Length) -> float:
@@ -100,7 +103,7 @@ def _mean(length: Length) -> float:
 
 
 def _fixed(scenario: Scenario) -> bool:
-    return len(scenario.traffic) == 1 and all(
+    return all(
         length is not None and length.kind == "fixed"
         for kind in scenario.traffic
         for length in (kind.input, kind.output)

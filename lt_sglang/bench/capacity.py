@@ -8,6 +8,7 @@ from typing import Any
 from lt_sglang.bench.scenario import Scenario, Traffic
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.demand import Demand
+from lt_sglang.planner.mix import Mix, requests_at_once, running
 
 
 def kv_tokens(state: Mapping[str, Any]) -> int | None:
@@ -19,12 +20,12 @@ def kv_tokens(state: Mapping[str, Any]) -> int | None:
     return int(capacity) if capacity else None
 
 
-def held(server: Mapping[str, Any], prompt: int, output: int) -> int:
-    """Requests of so many tokens that the KV memory holds; under DP attention those of all ranks.
+def held(server: Mapping[str, Any], mix: Mix) -> int:
+    """Requests of ``mix`` that the KV memory holds; under DP attention those of all ranks.
 
     server: /server_info. Raises LightTransferError if that does not say how much it holds.
     """
-    return sum(_held(state, prompt, output) for state in server["internal_states"])
+    return sum(_held(state, mix) for state in server["internal_states"])
 
 
 def check_fits(scenario: Scenario, server: Mapping[str, Any], name: str) -> None:
@@ -63,14 +64,16 @@ def longest_request(kind: Traffic) -> tuple[int, int]:
     return shared + before + kind.input.high, kind.output.high
 
 
-def _held(state: Mapping[str, Any], prompt: int, output: int) -> int:
+def _held(state: Mapping[str, Any], mix: Mix) -> int:
     memory = _memory(state)
     if memory:
-        return int(memory["units"] // Demand.from_dict(memory["demand"]).of_new(prompt, output))
+        demand = Demand.from_dict(memory["demand"])
+        return requests_at_once(demand, int(memory["units"]), mix, memory["full_limit"])
     room = kv_tokens(state)
     if room is None:
         raise LightTransferError("load.fill: the server's /server_info does not say how many tokens it holds")
-    return room // (prompt + output)
+    each = sum(weight * part.tokens for weight, part in zip(running(mix), mix, strict=True))
+    return int(room // each)
 
 
 def _memory(state: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ class Settings:
     model: a folder or hub name, in place of a scenario's shape. flags: SGLang's, for both sides. options:
     ``--lt-*``. most_tp: GPUs, where a scenario asks for more. baselines: attention backends of stock SGLang,
     one comparison each. rounds: starts of each server; their order alternates. repeats: runs of a scenario
-    within a start. work: folder for logs and reports. out: folder for result files. budget_s: stop starting
-    things after so long. limit_s: give up a server that is not ready, and a scenario that is not done, within
-    so long. overlap: let the next server import while one starts and is measured.
+    within a start, each with another seed. work: folder for logs and reports. out: folder for result files.
+    budget_s: stop starting things after so long. limit_s: give up a server that is not ready, and a scenario
+    that is not done, within so long. overlap: let the next server import while one starts and is measured.
     """
 
     work: Path
@@ -195,7 +195,7 @@ class Bench:
                 self._info[spec] = engine.info()
                 for cell in start.cells:
                     for repeat in range(self._settings.repeats):
-                        self._run_cell(engine, cell, f"{start.number + 1}-{repeat + 1}")
+                        self._run_cell(engine, cell, start.number, repeat)
                     unfinished.remove(cell)
                     # A run that is cut off keeps what it has.
                     for other in cells:
@@ -206,9 +206,11 @@ class Bench:
             for cell in unfinished:
                 self._problem(spec, cell, str(error))
 
-    def _run_cell(self, engine: Engine, cell: Cell, number: str) -> None:
+    def _run_cell(self, engine: Engine, cell: Cell, number: int, repeat: int) -> None:
+        # Other text each repeat: nothing that was cached, or compiled for a prompt, helps the next.
+        scenario = replace(cell.scenario, seed=cell.scenario.seed + repeat)
         try:
-            run = self._measure(engine, cell.scenario, number)
+            run = self._measure(engine, scenario, f"{number + 1}-{repeat + 1}")
         except LightTransferError as error:
             self._problem(engine.spec, cell, str(error))
             return

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from lt_sglang.bench.bounds import mean_lengths
+from lt_sglang.bench.bounds import mean_mix
 from lt_sglang.bench.capacity import check_fits, held
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.errors import LightTransferError
@@ -42,9 +42,9 @@ def filled(scenario: Scenario, server: Mapping[str, Any], name: str) -> Scenario
     Raises:
         LightTransferError: /server_info does not say how much KV it holds, or that is too little.
     """
-    load, lengths = scenario.load, mean_lengths(scenario)
-    if lengths is None:
+    load, mix = scenario.load, mean_mix(scenario)
+    if mix is None:
         raise LightTransferError(f"{scenario.name}: load.fill needs traffic of known lengths")
     check_fits(scenario, server, name)
-    users = min(load.users, max(1, held(server, *lengths)))
+    users = min(load.users, max(1, held(server, mix)))
     return replace(scenario, load=replace(load, users=users, requests=min(load.requests or users, users)))

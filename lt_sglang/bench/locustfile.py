@@ -45,7 +45,7 @@ class StreamingUser(FastHttpUser):
         """One conversation; nothing if there is none left."""
         session: Session | None = self.environment.lt_session
         # All begin together, also where one of them was there before.
-        begun = session is not None and self.environment.runner.user_count >= session.scenario.load.users
+        begun = session is not None and self.environment.runner.user_count >= session.scenario.load.most_users
         conversation = session.take() if session is not None and begun else None
         if session is None or conversation is None:
             gevent.sleep(IDLE_SECONDS)
@@ -72,7 +72,7 @@ class ScenarioShape(LoadTestShape):
             return None
         load = environment.lt_scenario.load
         # How many fit is only known once the server was asked, and locust cuts off users that are too many.
-        users = 1 if load.fill and session is None else load.users
+        users = 1 if load.fill and session is None else load.most_users
         return users, users
 
 

@@ -11,6 +11,7 @@ COUNTERS = {
     "output_tokens": "generation_tokens_total",
     "cached_tokens": "cached_tokens_total",
     "requests": "num_requests_total",
+    "retractions": "num_retracted_requests_total",
     "ttft_seconds": "time_to_first_token_seconds_sum",
     "ttft_count": "time_to_first_token_seconds_count",
     "e2e_seconds": "e2e_request_latency_seconds_sum",

@@ -11,7 +11,7 @@ from typing import Any
 from lt_sglang.bench import plots, report
 from lt_sglang.bench.gates import Verdict, judge
 from lt_sglang.bench.machine import versions
-from lt_sglang.bench.samples import Sample, by_kind, summarize, unit_of
+from lt_sglang.bench.samples import Sample, by_kind, by_phase, summarize, unit_of
 from lt_sglang.bench.session import Session
 
 SAMPLES = "samples.csv"
@@ -41,6 +41,7 @@ def finish(session: Session, out: Path) -> list[Verdict]:
         "started_at": session.started_at,
         "summary": summary,
         "kinds": by_kind(samples, scenario.slo) if len(scenario.traffic) > 1 else {},
+        "phases": by_phase(samples, scenario.traffic, scenario.load),
         "server": session.server,
         "engine": session.engine,
         "versions": versions(),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lt_sglang.bench.scenario import Engine, Length, Load, Scenario, Traffic
+from lt_sglang.bench.scenario import Engine, Length, Load, Phase, Scenario, Traffic
 from lt_sglang.config import LIST, format_layers
 from lt_sglang.planner.shapes import CONFIGS
 
@@ -17,6 +17,7 @@ LONGEST = 4000
 REQUESTS = 6
 RANKS = 2
 SECONDS = 20.0
+PHASE_SECONDS = 4.0
 SINK, RECENT = 4, 60
 FLAGS = (
     *("--max-total-tokens", "16000", "--max-running-requests", "8"),
@@ -40,6 +41,9 @@ def rehearsal(scenario: Scenario, most_tp: int = RANKS) -> Scenario:
 
 
 def _load(load: Load) -> Load:
+    if load.phases:
+        phases = tuple(Phase(PHASE_SECONDS, min(one.users, REQUESTS)) for one in load.phases)
+        return replace(load, phases=phases, warmup=min(load.warmup, 1))
     return replace(
         load,
         users=min(load.users, REQUESTS),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Measured:
     """One run of a scenario on one server.
 
     summary: the client's figures. steady: from the server's log, None if it never decoded steadily.
-    memory: what /server_info and nvidia-smi say of it. config: /server_info's lighttransfer.
+    memory: what /server_info and nvidia-smi say of it. config: /server_info's lighttransfer. retractions: as
+    the server counted them. phases: tokens/s by the traffic of a load's phases.
     """
 
     summary: Mapping[str, float | None]
@@ -48,6 +49,8 @@ class Measured:
     memory: Mapping[str, Any]
     config: Mapping[str, Any] | None
     gates: Sequence[Mapping[str, Any]]
+    retractions: int | None = None
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
         """A figure by the name result files use."""
@@ -70,7 +73,17 @@ def measured(data: Mapping[str, Any], state: Mapping[str, Any], steady: Steady |
     used = gpu_memory_mib()
     if used:
         memory["gpu_used_mib"] = used
-    return Measured(data["summary"], steady, memory, state.get("lighttransfer"), data["gates"])
+    counted = (data.get("server") or {}).get("retractions")
+    retractions = None if counted is None else int(counted)
+    return Measured(
+        data["summary"],
+        steady,
+        memory,
+        state.get("lighttransfer"),
+        data["gates"],
+        retractions,
+        data.get("phases") or {},
+    )
 
 
 def build(
@@ -153,6 +166,8 @@ def _side(runs: Sequence[Measured], on_cpu: bool) -> dict[str, Any]:
     side |= {name: last.summary[name] for name in COUNTS}
     # Of all runs: an error in any of them is to be seen.
     side["errors"] = sum(int(one.summary["errors"] or 0) for one in runs)
+    if all(one.retractions is not None for one in runs):
+        side["retractions"] = max(one.retractions or 0 for one in runs)
     steady = [one.steady for one in runs if one.steady]
     if steady:
         side["requests_running"] = round(statistics.median(one.running for one in steady))
@@ -162,11 +177,15 @@ def _side(runs: Sequence[Measured], on_cpu: bool) -> dict[str, Any]:
         side["decode_tokens_per_second"] = statistics.median(one.throughput for one in steady)
         side["spread"] = [min(one.low for one in steady), max(one.high for one in steady)]
         side["log_intervals"] = sum(one.intervals for one in steady)
+    if last.phases:
+        side["phases"] = {name: _median(one.phases.get(name) for one in runs) for name in last.phases}
     side["end_to_end_seconds"] = _median(one.summary["duration"] for one in runs)
     for name in RATES:
         side[name] = _median(one.summary[name] for one in runs)
     side["each_run"] = [
         {name: one.summary[name] for name in ("duration", *RATES)}
+        | {"retractions": one.retractions}
+        | ({"phases": dict(one.phases)} if one.phases else {})
         | ({"steady": asdict(one.steady)} if one.steady else {})
         for one in runs
     ]

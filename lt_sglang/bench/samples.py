@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lt_sglang.bench.scenario import Slo
+from lt_sglang.bench.scenario import Load, Slo, Traffic
 
 OK, ABORTED, ERROR = "ok", "aborted", "error"
+SETTLING = 20.0  # seconds in which requests of the phase before still run
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,31 @@ def summarize(samples: Sequence[Sample], slo: Slo) -> dict[str, float | None]:
         values.update(_statistics(name, measured))
     values["max_itl_ms"] = 1000 * max(series["itl"]) if series["itl"] else None
     return values
+
+
+def tokens_between(samples: Sequence[Sample], begin: float, end: float) -> float:
+    """Tokens that came from ``begin`` to ``end``, those of a request behind its first one evenly spread."""
+    total = 0.0
+    for one in samples:
+        if one.ttft is None:
+            continue
+        first, last = one.start + one.ttft, one.start + one.e2e
+        total += begin <= first < end
+        if one.output_tokens > 1 and last > first:
+            within = max(0.0, min(last, end) - max(first, begin))
+            total += (one.output_tokens - 1) * within / (last - first)
+    return total
+
+
+def by_phase(samples: Sequence[Sample], traffic: Sequence[Traffic], load: Load) -> dict[str, float]:
+    """Tokens a second in each phase of a load, by its traffic, without the phase's first SETTLING seconds."""
+    found, begin = {}, 0.0
+    for kind, phase in zip(traffic, load.phases, strict=False):
+        settling = min(SETTLING, phase.seconds / 2)
+        tokens = tokens_between(samples, begin + settling, begin + phase.seconds)
+        found[kind.name] = tokens / (phase.seconds - settling)
+        begin += phase.seconds
+    return found
 
 
 def _known(done: Sequence[Sample]) -> list[int]:

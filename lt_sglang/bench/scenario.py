@@ -104,6 +104,14 @@ class Traffic(Checked):
 
 
 @dataclass(frozen=True)
+class Phase(Checked):
+    """A stretch of a run in which ``users`` send requests of one kind."""
+
+    seconds: Seconds
+    users: Count
+
+
+@dataclass(frozen=True)
 class Load(Checked):
     """How requests arrive.
 
@@ -114,7 +122,8 @@ class Load(Checked):
     kinds and aborts repeat, with other text, so that parts of a long run can be compared. timeout_seconds:
     without a byte from the server for so long, a request is an error. fill: of users and requests no more
     than the server's KV memory holds at once, so that memory is filled once and nothing is prefilled that
-    measures nothing.
+    measures nothing. phases: with kind closed, in place of users and seconds: one after the other, each with
+    the traffic of its number; who still waits for an answer as one ends is waited for in the next.
     """
 
     kind: Literal["closed", "poisson", "trace"]
@@ -126,6 +135,25 @@ class Load(Checked):
     period: Count | None = None
     timeout_seconds: Seconds = 600.0
     fill: bool = False
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def length(self) -> float | None:
+        """Seconds in which requests are sent; None: until all are."""
+        return sum(phase.seconds for phase in self.phases) or self.seconds
+
+    @property
+    def most_users(self) -> int:
+        """Users there are, in all phases together: those of one may still wait as the next begins."""
+        return sum(phase.users for phase in self.phases) or self.users
+
+    def phase_at(self, seconds: float) -> int | None:
+        """The number of the phase so long after the beginning; None without phases, and behind the last."""
+        for number, phase in enumerate(self.phases):
+            if seconds < phase.seconds:
+                return number
+            seconds -= phase.seconds
+        return None
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ def as_mapping(scenario: Scenario) -> dict[str, Any]:
         if traffic.trace is not None:
             del kind["turns"], kind["think_seconds"]
     data["gates"] = {gate.pop("metric"): gate for gate in data["gates"]}
+    if scenario.load.phases:
+        del data["load"]["users"]
     return data
 
 
@@ -198,11 +200,13 @@ def _check(scenario: Scenario, load: dict[str, Any]) -> None:
         raise LightTransferError(
             f"api: {scenario.api!r} needs a tokenizer, which engine.shape has not; use generate"
         )
-    if scenario.load.kind == "closed" and "users" not in load:
+    if scenario.load.phases:
+        _check_phases(scenario, load)
+    elif scenario.load.kind == "closed" and "users" not in load:
         raise LightTransferError("load.users: None is not an integer from 1")
     if scenario.load.kind == "poisson" and not scenario.load.rate:
         raise LightTransferError(f"load.rate: {scenario.load.rate} is not a number above 0")
-    if scenario.load.requests is None and scenario.load.seconds is None:
+    if scenario.load.requests is None and scenario.load.length is None:
         raise LightTransferError("load: one of requests and seconds must be given")
     if scenario.load.kind == "trace" and (len(kinds) != 1 or kinds[0].trace is None):
         raise LightTransferError("load.kind: trace needs traffic of one kind with a trace")
@@ -212,6 +216,19 @@ def _check(scenario: Scenario, load: dict[str, Any]) -> None:
         raise LightTransferError("load.fill: needs prompts of known lengths that share nothing")
     for number, kind in enumerate(kinds):
         _check_traffic(kind, f"traffic[{number}]", scenario.api)
+
+
+def _check_phases(scenario: Scenario, load: dict[str, Any]) -> None:
+    """Raise LightTransferError unless each phase has its kind of traffic, and all else follows from them."""
+    phases, kinds = scenario.load.phases, scenario.traffic
+    if scenario.load.kind != "closed":
+        raise LightTransferError("load.phases: only with kind closed")
+    if extra := sorted({"users", "seconds", "requests", "fill"} & {k for k, v in load.items() if v}):
+        raise LightTransferError(f"load.{extra[0]}: not with phases, which say how many and how long")
+    if len(phases) != len(kinds) or len({kind.name for kind in kinds}) != len(kinds):
+        raise LightTransferError(
+            f"load.phases: {len(phases)} phases need as many kinds of traffic, each with a name of its own"
+        )
 
 
 def _check_traffic(kind: Traffic, where: str, api: str) -> None:

@@ -24,6 +24,7 @@ from lt_sglang.launch.engine import server_info
 CALIBRATION = (64, 512)
 # Warm-up prompts must not be found in the prefix cache when the run sends its own.
 WARMUP_SEED = 1_000_003
+PHASE_SEED = 1_009
 # One request decodes alone: 8K tokens would be a minute in which nothing is measured.
 WARMUP_TOKENS = 16
 CUT_OFF = "cut off: the user that sent it was stopped before its end"
@@ -57,7 +58,8 @@ class Session:
         self._run = uuid.uuid4().hex[:8]
         self._began = 0.0
         self._in_flight = 0
-        self._plan: Iterator[Conversation] = conversations(scenario)
+        self._plans: list[Iterator[Conversation]] = [conversations(one) for one in _parts(scenario)]
+        self._in_phase = [0] * len(self._plans)
         self._left = scenario.load.requests
         self._numbers_per_token = 1.0
         self._before: str | None = None
@@ -96,7 +98,7 @@ class Session:
     @property
     def sending(self) -> bool:
         """Whether there is more to send."""
-        seconds = self.scenario.load.seconds
+        seconds = self.scenario.load.length
         in_time = seconds is None or time.perf_counter() - self._began < seconds
         return self._left != 0 and in_time
 
@@ -106,17 +108,22 @@ class Session:
         return not self.sending and not self._in_flight
 
     def take(self) -> Conversation | None:
-        """The next conversation, counted as in flight until it was played; None if there is none."""
+        """The next conversation, counted as in flight until it was played; None if there is none now."""
         if not self.sending:
             return None
-        conversation = next(self._plan)
-        seconds = self.scenario.load.seconds
+        load = self.scenario.load
+        phase = load.phase_at(time.perf_counter() - self._began) or 0
+        if load.phases and self._in_phase[phase] >= load.phases[phase].users:
+            return None
+        conversation = replace(next(self._plans[phase]), phase=phase)
+        seconds = load.length
         if seconds is not None and conversation.at > seconds:
             self._left = 0
             return None
         if self._left is not None:
             self._left -= 1
         self._in_flight += 1
+        self._in_phase[phase] += 1
         return conversation
 
     def wait_for(self, conversation: Conversation) -> None:
@@ -137,6 +144,7 @@ class Session:
             raise
         finally:
             self._in_flight -= 1
+            self._in_phase[conversation.phase] -= 1
 
     def _play(self, client: Any, conversation: Conversation, mark: str = "run") -> list[Sample]:
         history = History(self.scenario.api, self._numbers_per_token)
@@ -145,7 +153,7 @@ class Session:
             if number and conversation.think_seconds:
                 self._sleep(conversation.think_seconds)
             history.add(turn.added)
-            rid = f"{self._run}-{mark}-{conversation.index:08d}-{number:03d}-"
+            rid = f"{self._run}-{mark}-{conversation.phase}-{conversation.index:08d}-{number:03d}-"
             sample, answer = send(
                 client, self.scenario, Request(conversation, number, history, rid), self._began
             )
@@ -164,6 +172,16 @@ class Session:
                 raise LightTransferError(f"{self.url}: {sample.error}")
             lengths.append(sample.input_tokens)
         self._numbers_per_token = (CALIBRATION[1] - CALIBRATION[0]) / (lengths[1] - lengths[0])
+
+
+def _parts(scenario: Scenario) -> list[Scenario]:
+    """The scenario of each phase; the scenario itself if it has none."""
+    if not scenario.load.phases:
+        return [scenario]
+    return [
+        replace(scenario, traffic=(kind,), seed=scenario.seed + PHASE_SEED * number)
+        for number, kind in enumerate(scenario.traffic)
+    ]
 
 
 def describe(info: dict[str, Any]) -> dict[str, Any]:

@@ -169,21 +169,21 @@ def parts(
 def leftovers(engine: Engine) -> list[str]:
     """What an idle server still holds, and faults it logged; nothing if all is well."""
     deadline = time.monotonic() + IDLE_SECONDS
-    while (pools := _pools(engine)) and pools["sink_requests"] + pools["sink_sets_in_use"]:
+    while (memory := _memory(engine)) and memory["sink_requests"] + memory["sink_sets_in_use"]:
         if time.monotonic() > deadline:
-            return [f"requests still hold sink sets: {pools}"]
+            return [f"requests still hold sink sets: {memory}"]
         time.sleep(0.5)
     engine.flush()
     found = []
     if not engine.generates():
         found.append("the server no longer answers")
-    elif (pools := _pools(engine)) and pools["sink_sets_used"]:
-        found.append(f"sink sets are in use in an empty server: {pools}")
+    elif (memory := _memory(engine)) and memory["sink_sets_used"]:
+        found.append(f"sink sets are in use in an empty server: {memory}")
     with engine.log.open(encoding="utf-8", errors="replace") as log:
         found += [line.strip()[:200] for line in log if FAULTS.search(line)][:5]
     return found
 
 
-def _pools(engine: Engine) -> dict[str, Any] | None:
+def _memory(engine: Engine) -> dict[str, Any] | None:
     state = engine.info()["internal_states"][0].get("lighttransfer")
-    return state["pools"] if state else None
+    return state.get("memory") if state else None

@@ -31,13 +31,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One or more turns; ``at``: seconds after the start, in open loop. think_seconds: between turns."""
+    """One or more turns; ``at``: seconds after the start, in open loop. think_seconds: between turns.
+
+    phase: the number of the load's phase in which it is sent.
+    """
 
     index: int
     kind: str
     at: float
     turns: tuple[Turn, ...]
     think_seconds: float = 0.0
+    phase: int = 0
 
 
 def conversations(scenario: Scenario, seed: int | None = None) -> Iterator[Conversation]:

@@ -100,7 +100,9 @@ def _parser() -> Parser:
         help="stock SGLang's attention backend; repeatable; default flashinfer, on a CPU torch_native",
     )
     parser.add_argument("--rounds", type=positive, default=2, help="starts of each server, default 2")
-    parser.add_argument("--repeats", type=positive, default=1, help="runs within a start, default 1")
+    parser.add_argument(
+        "--repeats", type=positive, default=1, help="runs within a start, each with another seed, default 1"
+    )
     parser.add_argument(
         "--budget-s",
         type=positive_float,

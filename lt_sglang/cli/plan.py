@@ -17,7 +17,16 @@ from lt_sglang.launch.model_config import check_tp, read_model_config, unsupport
 from lt_sglang.launch.options import OPTIONS_HELP, LtOptions, describe, resolve_config, take_options
 from lt_sglang.launch.sglang_args import SglangArgs
 from lt_sglang.models import find_config
-from lt_sglang.planner.capacity import KV_ELEMENT_BYTES, Deployment, LengthPlan, plan_length
+from lt_sglang.numerals import read_float, read_int
+from lt_sglang.planner.capacity import (
+    KV_ELEMENT_BYTES,
+    Deployment,
+    LengthPlan,
+    MixPlan,
+    plan_length,
+    plan_mix,
+)
+from lt_sglang.planner.mix import Part
 from lt_sglang.planner.report import as_dict, as_text
 from lt_sglang.planner.roofline import Hardware
 from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, Gpu, ModelShape, shape_from_config
@@ -27,6 +36,7 @@ DEFAULT_GPU = "h100-80"
 DEFAULT_OUTPUT = 512
 DEFAULT_MEM_FRACTION = 0.88
 DEFAULT_CHUNK = 8192
+SHARES_TOLERANCE = 0.02  # three thirds may be written as 0.33 each
 TRAIN = "--train"
 # SGLang's flags that a plan depends on; it is passed on to serve with all others.
 READ = (
@@ -34,7 +44,7 @@ READ = (
     *(*flags.MEM_FRACTION, *flags.KV_CACHE_DTYPE, *flags.CHUNK, *flags.MODEL_OVERRIDES),
 )
 DESCRIPTION = """\
-Say how many requests of which length fit into the KV memory, and the gain to expect. Takes the command line
+Say how many requests of which lengths fit into the KV memory, and the gain to expect. Takes the command line
 of lt-sglang serve and ends with one. It counts with SGLang's --tp-size, --context-length,
 --mem-fraction-static, --kv-cache-dtype and --chunked-prefill-size. A shape, and a model whose lazy layers are
 not known, are planned in dynamic mode. With --train: memory and time of lt-sglang train."""
@@ -45,6 +55,7 @@ class Plan(NamedTuple):
 
     deployment: Deployment
     lengths: list[LengthPlan]
+    mix: MixPlan | None
     remarks: list[str]
     serve: str
 
@@ -57,13 +68,11 @@ def run(argv: list[str]) -> int:
         return plan_train.run([word for word in argv if word != TRAIN])
     plan, as_json = make_plan(argv)
     if as_json:
-        told = as_dict(plan.deployment, plan.lengths)
+        told = as_dict(plan.deployment, plan.lengths, plan.mix)
         print(json.dumps({**told, "remarks": plan.remarks, "serve": plan.serve}, indent=2))
     else:
-        print(as_text(plan.deployment, plan.lengths, describe(plan.deployment.config)))
-        print(
-            "\n".join(["", *plan.remarks, "", "To serve requests as in the first line:", f"  {plan.serve}"])
-        )
+        print(as_text(plan.deployment, plan.lengths, describe(plan.deployment.config), plan.mix))
+        print("\n".join(["", *plan.remarks, "", "To serve them:", f"  {plan.serve}"]))
     return 0
 
 
@@ -88,16 +97,22 @@ def make_plan(argv: list[str]) -> tuple[Plan, bool]:
         if own.gpu is None:
             gpu = replace(gpu, name=f"GPU as fast as {gpu.name}")
     planned = deployment(args, shape, config, gpu)
-    lengths = own.lengths or _default_lengths(planned.shape, own.output_tokens)
-    if own.lengths is None and (left := sorted(set(DEFAULT_LENGTHS) - set(lengths))):
-        remarks.append(
-            f"Left out, since the context has {planned.shape.max_tokens} tokens (--context-length): prompts "
-            f"of {', '.join(map(str, left))}."
-        )
+    rows = [(length, own.output_tokens) for length in own.lengths or ()]
+    if own.mix is not None and own.lengths is None:
+        rows = [(part.input_tokens, part.output_tokens) for part in own.mix]
+    elif own.lengths is None:
+        lengths = _default_lengths(planned.shape, own.output_tokens)
+        rows = [(length, own.output_tokens) for length in lengths]
+        if left := sorted(set(DEFAULT_LENGTHS) - set(lengths)):
+            remarks.append(
+                f"Left out, since the context has {planned.shape.max_tokens} tokens (--context-length): "
+                f"prompts of {', '.join(map(str, left))}."
+            )
     if unread := args.unread(READ):
         remarks.append(f"Passed on to serve, and not counted with: {' '.join(unread)}.")
-    plans = [plan_length(planned, length, own.output_tokens) for length in lengths]
-    return Plan(planned, plans, remarks, _serve(args, options, plans[0])), own.json
+    plans = [plan_length(planned, *row) for row in rows]
+    mixed = None if own.mix is None else plan_mix(planned, own.mix)
+    return Plan(planned, plans, mixed, remarks, _serve(args, options)), own.json
 
 
 def deployment(args: SglangArgs, shape: ModelShape, config: LightTransferConfig, gpu: Gpu) -> Deployment:
@@ -158,8 +173,8 @@ def _model(
     return shape, config, options
 
 
-def _serve(args: SglangArgs, options: LtOptions, plan: LengthPlan) -> str:
-    """The command line that serves what ``plan`` counts; MODEL stands for that of a shape."""
+def _serve(args: SglangArgs, options: LtOptions) -> str:
+    """The command line that serves what is planned; MODEL stands for that of a shape."""
     model = args.get(flags.MODEL_PATH) or "MODEL"
     others = args.replaced({}, without=(flags.MODEL_PATH,))
     return shlex.join(["lt-sglang", "serve", model, *others, *options.as_flags()])
@@ -193,9 +208,35 @@ def _parser() -> Parser:
         default=DEFAULT_OUTPUT,
         help=f"tokens generated, default {DEFAULT_OUTPUT}",
     )
+    parser.add_argument(
+        "--mix",
+        type=_mix,
+        metavar="512+256:0.8,12000+256:0.2",
+        help="several lengths at once: prompt + output tokens, and their share of all requests",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _lengths(text: str) -> Sequence[int]:
     return tuple(positive(part.strip()) for part in text.split(","))
+
+
+def _mix(text: str) -> tuple[Part, ...]:
+    parts = [_part(word.strip()) for word in text.split(",")]
+    total = sum(part.share for part in parts)
+    if abs(total - 1) > SHARES_TOLERANCE:
+        raise argparse.ArgumentTypeError(f"{text!r}: the shares add up to {total:g}, not to 1")
+    return tuple(parts)
+
+
+def _part(word: str) -> Part:
+    lengths, _, share = word.partition(":")
+    prompt, _, output = lengths.partition("+")
+    input_tokens, output_tokens = read_int(prompt), read_int(output)
+    weight = read_float(share or "1")
+    if not input_tokens or not output_tokens or weight is None or weight <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not prompt + output tokens and a share, as 512+256:0.8"
+        )
+    return Part(input_tokens, output_tokens, weight)

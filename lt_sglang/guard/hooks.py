@@ -210,7 +210,8 @@ def _inner_levels(routes: Any, scope: dict[str, Any]) -> Iterator[Any]:
         if router is not None:
             yield from _inner_levels(router.routes, scope)
         elif route.matches(scope)[0] == Match.FULL:
-            yield getattr(route.endpoint, "_auth_level", None)
+            # What is mounted, such as /metrics, is an application and has no endpoint.
+            yield getattr(getattr(route, "endpoint", None), "_auth_level", None)
 
 
 def admit_alike(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

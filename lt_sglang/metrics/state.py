@@ -11,6 +11,7 @@ from typing import Any
 
 from lt_sglang.config import LightTransferConfig
 
+GIB = 1 << 30
 FULL, STREAMING, SINK = "full", "streaming", "sink"  # kinds of slots
 
 
@@ -74,8 +75,16 @@ def read_state(scheduler: Any) -> EngineState | None:
     num_layers = runner.model_config.num_hidden_layers
     sinks = runner.sink_store
     if sinks is None:
-        full = Slots(stats.full_num_used, stats.full_evictable_size, 0)
-        return EngineState(config=config, num_layers=num_layers, slots={FULL: full})
+        # SGLang's own pool.
+        slot_bytes = int(runner.token_to_kv_pool.mem_usage * GIB / stats.full_capacity)
+        free = stats.full_capacity - stats.full_num_used - stats.full_evictable_size
+        return EngineState(
+            config=config,
+            num_layers=num_layers,
+            slots={FULL: Slots(stats.full_num_used, stats.full_evictable_size, slot_bytes)},
+            capacity_bytes=stats.full_capacity * slot_bytes,
+            free_bytes=free * slot_bytes,
+        )
     sizes, allocator = runner.kv_cache_configurator.sizes, runner.token_to_kv_pool_allocator
     token_layer = runner.kv_cache_configurator.token_layer_bytes
     lazy_bytes = sizes.shape.lazy_layers * token_layer

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import floor
+from typing import NamedTuple
 
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import MAX_BYTES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.sizes import Sizes, size_memory
 from lt_sglang.memory.units import UnitShape
-from lt_sglang.planner.roofline import Hardware, LazyShare, decode_bound, kv_bytes, throughput
+from lt_sglang.planner.mix import Mix, Part, requests_at_once, running
+from lt_sglang.planner.roofline import (
+    Hardware,
+    LazyShare,
+    Throughput,
+    decode_bound,
+    kv_bytes,
+    mixed_throughput,
+)
 from lt_sglang.planner.shapes import GIB, ModelShape
 
 # The CUDA context and what else torch does not see: 0.7 GiB were measured on an H100.
 RESERVE_BYTES = 0.75 * GIB
+NO_LAZY = LazyShare(0, 0)
+NEAR_SHARE = 8  # of all layers: how far from what was asked for another number of full layers is proposed
 SLIDE_INTERVAL = 128  # SGLang's default (SGLANG_SWA_EVICTION_INTERVAL)
 KV_ELEMENT_BYTES = {"auto": 2, "bfloat16": 2, "bf16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
@@ -48,8 +59,9 @@ class Deployment:
     @property
     def kv_budget(self) -> int:
         """Bytes for KV on one rank; raises LightTransferError if the weights leave none."""
+        most = self.config.kv_bytes or MAX_BYTES
         if self.kv_bytes is not None:
-            return self.kv_bytes
+            return min(self.kv_bytes, most)
         memory, tp = self.hardware.gpu.memory, self.hardware.tp
         left = memory * self.mem_fraction - RESERVE_BYTES - self.weights_bytes / tp
         if left <= 0:
@@ -57,7 +69,7 @@ class Deployment:
                 f"--tp {tp}: {self.weights_bytes / tp / GIB:.1f} GiB of weights on a GPU leave no room for "
                 f"KV in {self.mem_fraction:g} of {memory / GIB:.1f} GiB; raise --tp or --mem-fraction-static"
             )
-        return int(left)
+        return min(int(left), most)
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,57 @@ class LengthPlan:
     limit: str
 
 
+@dataclass(frozen=True)
+class MixPlan:
+    """A mix of lengths; fields as of LengthPlan. full_total, hybrid_total: tokens/s with prefill."""
+
+    parts: tuple[Part, ...]
+    full_requests: int
+    hybrid_requests: int
+    decode_ratio: float | None
+    total_ratio: float | None
+    full_total: float
+    hybrid_total: float
+    full_prefill: float
+    hybrid_prefill: float
+
+
+class _Sides(NamedTuple):
+    """Both sides of a plan: requests at once and roofline, with full KV and with lazy layers."""
+
+    full: int
+    hybrid: int
+    stock: Throughput
+    ours: Throughput
+
+    @property
+    def decode_ratio(self) -> float | None:
+        return self.ours.decode_rate / self.stock.decode_rate if self.full else None
+
+    @property
+    def total_ratio(self) -> float | None:
+        return self.ours.total_rate / self.stock.total_rate if self.full else None
+
+
+def plan_mix(deployment: Deployment, mix: Mix, at_most: int | None = None) -> MixPlan:
+    """Plan requests of several lengths at once; raises LightTransferError if one of them does not fit.
+
+    at_most: as of ``plan_length``.
+    """
+    found = _sides(deployment, mix, at_most)
+    return MixPlan(
+        parts=tuple(mix),
+        full_requests=found.full,
+        hybrid_requests=found.hybrid,
+        decode_ratio=found.decode_ratio,
+        total_ratio=found.total_ratio,
+        full_total=found.stock.total_rate,
+        hybrid_total=found.ours.total_rate,
+        full_prefill=found.stock.prefill_time,
+        hybrid_prefill=found.ours.prefill_time,
+    )
+
+
 def plan_length(
     deployment: Deployment, input_tokens: int, output_tokens: int, at_most: int | None = None
 ) -> LengthPlan:
@@ -93,27 +156,9 @@ def plan_length(
     at_most: requests that clients send at once, if memory holds more.
     """
     shape, tp, lazy = deployment.shape, deployment.hardware.tp, deployment.lazy
-    tokens = input_tokens + output_tokens
-    if shape.max_tokens is not None and tokens > shape.max_tokens:
-        raise LightTransferError(
-            f"{input_tokens} + {output_tokens} tokens are more than the {shape.max_tokens} of the model's "
-            "context (--context-length)"
-        )
-    none = LazyShare(0, 0)
-    budget, element = deployment.kv_budget, deployment.element_bytes
-    full_bytes = kv_bytes(shape, tokens, none, element, tp)
-    full = hybrid = floor(budget / full_bytes)
-    if lazy.lazy_layers:
-        context = shape.max_tokens or max(tokens, deployment.chunk_tokens)
-        hybrid = floor(sizes_of(deployment, context).requests(input_tokens, output_tokens))
-    if at_most is not None:
-        full, hybrid = min(full, at_most), min(hybrid, at_most)
-    decode_ratio = total_ratio = None
-    ours = throughput(shape, deployment.hardware, lazy, hybrid, input_tokens, output_tokens, element)
-    stock = throughput(shape, deployment.hardware, none, full, input_tokens, output_tokens, element)
-    if full:
-        decode_ratio = ours.decode_rate / stock.decode_rate
-        total_ratio = ours.total_rate / stock.total_rate
+    one = Part(input_tokens, output_tokens)
+    found = _sides(deployment, (one,), at_most)
+    ours, element = found.ours, deployment.element_bytes
     times = {
         "reading KV": ours.kv_time,
         "reading weights": ours.weight_time if ours.weight_time >= ours.compute_time else 0.0,
@@ -122,19 +167,62 @@ def plan_length(
     return LengthPlan(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        full_requests=full,
-        hybrid_requests=hybrid,
-        bound=decode_bound(tokens, lazy.lazy_layers / shape.layers, lazy.lazy_tokens),
-        decode_ratio=decode_ratio,
-        total_ratio=total_ratio,
-        full_decode=stock.decode_rate,
+        full_requests=found.full,
+        hybrid_requests=found.hybrid,
+        bound=decode_bound(one.tokens, lazy.lazy_layers / shape.layers, lazy.lazy_tokens),
+        decode_ratio=found.decode_ratio,
+        total_ratio=found.total_ratio,
+        full_decode=found.stock.decode_rate,
         hybrid_decode=ours.decode_rate,
-        full_prefill=stock.prefill_time,
+        full_prefill=found.stock.prefill_time,
         hybrid_prefill=ours.prefill_time,
-        full_kv_gib=tp * full_bytes / GIB,
-        hybrid_kv_gib=tp * kv_bytes(shape, tokens, lazy, element, tp) / GIB,
-        limit=max(times, key=times.__getitem__) if hybrid else "KV memory: not one request fits",
+        full_kv_gib=tp * kv_bytes(shape, one.tokens, NO_LAZY, element, tp) / GIB,
+        hybrid_kv_gib=tp * kv_bytes(shape, one.tokens, lazy, element, tp) / GIB,
+        limit=max(times, key=times.__getitem__) if found.hybrid else "KV memory: not one request fits",
     )
+
+
+def better_split(full_layers: int, layers: int) -> int | None:
+    """A number of full layers near ``full_layers`` with longer units, so fewer index lists; None if none is.
+
+    Near: an eighth of all layers away at most. Of two that are as near the one with the longer units.
+    """
+    near = layers // NEAR_SHARE
+    now = UnitShape(full_layers, layers - full_layers).lanes
+    candidates = [
+        full
+        for full in range(max(1, full_layers - near), min(layers - 1, full_layers + near) + 1)
+        if UnitShape(full, layers - full).lanes > now
+    ]
+    if not candidates:
+        return None
+    return min(candidates, key=lambda full: (abs(full - full_layers), -UnitShape(full, layers - full).lanes))
+
+
+def _sides(deployment: Deployment, mix: Mix, at_most: int | None) -> _Sides:
+    shape, tp, lazy = deployment.shape, deployment.hardware.tp, deployment.lazy
+    longest = max(mix, key=lambda part: part.tokens)
+    if shape.max_tokens is not None and longest.tokens > shape.max_tokens:
+        raise LightTransferError(
+            f"{longest.input_tokens} + {longest.output_tokens} tokens are more than the {shape.max_tokens} "
+            "of the model's context (--context-length)"
+        )
+    budget, element = deployment.kv_budget, deployment.element_bytes
+    mean = sum(
+        weight * kv_bytes(shape, part.tokens, NO_LAZY, element, tp)
+        for weight, part in zip(running(mix), mix, strict=True)
+    )
+    full = hybrid = floor(budget / mean)
+    if lazy.lazy_layers:
+        sizes = sizes_of(deployment, shape.max_tokens or max(longest.tokens, deployment.chunk_tokens))
+        hybrid = requests_at_once(sizes.demand, sizes.units, mix, sizes.full_limit)
+    if at_most is not None:
+        full, hybrid = min(full, at_most), min(hybrid, at_most)
+    stock, ours = (
+        mixed_throughput(shape, deployment.hardware, share, requests, mix, element)
+        for share, requests in ((NO_LAZY, full), (lazy, hybrid))
+    )
+    return _Sides(full, hybrid, stock, ours)
 
 
 def sizes_of(deployment: Deployment, context: int) -> Sizes:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lt_sglang.planner.capacity import Deployment, LengthPlan
+from lt_sglang.memory.units import UnitShape
+from lt_sglang.planner.capacity import Deployment, LengthPlan, MixPlan, better_split
 from lt_sglang.planner.shapes import GIB
 
 COLUMNS = (
@@ -33,7 +34,9 @@ KV GiB: of one request on all GPUs. A server is not made for one length: request
   memory as they come."""
 
 
-def as_text(deployment: Deployment, plans: Sequence[LengthPlan], lazy_layers: str) -> str:
+def as_text(
+    deployment: Deployment, plans: Sequence[LengthPlan], lazy_layers: str, mix: MixPlan | None = None
+) -> str:
     """Header, table and notes; ``lazy_layers`` is the line that describes the configuration."""
     rows = [_row(plan) for plan in plans]
     top, second = ([column[line] for column in COLUMNS] for line in (0, 1))
@@ -42,7 +45,9 @@ def as_text(deployment: Deployment, plans: Sequence[LengthPlan], lazy_layers: st
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     lines.insert(2, "  ".join("-" * width for width in widths))
     head = _header(deployment, lazy_layers)
-    return "\n".join([*head, "", *lines, "", *_why(deployment, plans), NOTES, *_remarks(deployment, plans)])
+    mixed = [] if mix is None else _of_mix(mix)
+    notes = [*_why(deployment, plans), *mixed, NOTES, *_remarks(deployment, plans)]
+    return "\n".join([*head, "", *lines, "", *notes])
 
 
 def _header(deployment: Deployment, lazy_layers: str) -> list[str]:
@@ -57,7 +62,9 @@ def _header(deployment: Deployment, lazy_layers: str) -> list[str]:
     ]
 
 
-def as_dict(deployment: Deployment, plans: Sequence[LengthPlan]) -> dict[str, Any]:
+def as_dict(
+    deployment: Deployment, plans: Sequence[LengthPlan], mix: MixPlan | None = None
+) -> dict[str, Any]:
     """Everything as plain values; bytes and tokens, ratios None where full KV holds no request."""
     hardware = deployment.hardware
     return {
@@ -70,6 +77,7 @@ def as_dict(deployment: Deployment, plans: Sequence[LengthPlan]) -> dict[str, An
         "kv_budget_bytes_per_gpu": deployment.kv_budget,
         "lighttransfer": deployment.config.to_dict(),
         "lengths": [asdict(plan) for plan in plans],
+        "mix": None if mix is None else asdict(mix),
     }
 
 
@@ -96,8 +104,22 @@ def _why(deployment: Deployment, plans: Sequence[LengthPlan]) -> list[str]:
     return [
         f"A request of {plan.input_tokens} + {plan.output_tokens} tokens holds {plan.full_kv_gib:.3g} GiB of "
         f"KV in full and {plan.hybrid_kv_gib:.3g} GiB with lazy",
-        f"layers, so {budget:.3g} GiB hold {plan.full_requests}, or {plan.hybrid_requests} besides one "
-        "prefill chunk and room for windows to slide.",
+        f"layers, so {budget:.3g} GiB hold {plan.full_requests}, or {plan.hybrid_requests} besides a prefill "
+        "and room for windows to slide.",
+        "",
+    ]
+
+
+def _of_mix(mix: MixPlan) -> list[str]:
+    parts = ", ".join(f"{part.share:.3g} x {part.input_tokens} + {part.output_tokens}" for part in mix.parts)
+    more = ""
+    if mix.full_requests:
+        more = f" ({mix.hybrid_requests / mix.full_requests:.2f}x)"
+    return [
+        f"Mixed ({parts}): {mix.full_requests} requests run at once with full KV, {mix.hybrid_requests} with "
+        f"lazy layers{more};",
+        f"expected {mix.full_total:.0f} and {mix.hybrid_total:.0f} tok/s with prefill "
+        f"({_ratio(mix.total_ratio)}), decode alone {_ratio(mix.decode_ratio)}.",
         "",
     ]
 
@@ -120,7 +142,29 @@ def _remarks(deployment: Deployment, plans: Sequence[LengthPlan]) -> list[str]:
         remarks.append(
             "Where full KV holds no request, there is nothing to compare with: only lazy layers make it fit."
         )
+    if deployment.config.dynamic:
+        remarks.append(
+            "Until its layers are found, a prompt holds its KV in all of them; one at a time does."
+        )
+    remarks += _lists(deployment)
     heads = deployment.shape.kv_heads
     if deployment.hardware.tp > heads:
         remarks.append(f"With more GPUs than the model's {heads} KV heads, GPUs hold copies of the same KV.")
     return [""] * bool(remarks) + remarks
+
+
+def _lists(deployment: Deployment) -> list[str]:
+    """On numbers of layers that have only a small common divisor (docs/decisions/kv-units.md)."""
+    layers, lazy = deployment.shape.layers, len(deployment.config.lazy_layers)
+    shape = UnitShape(layers - lazy, lazy)
+    if not lazy or shape.parts <= 2:
+        return []
+    told = (
+        f"{shape.full_layers} full and {lazy} lazy layers have no common divisor above {shape.lanes}: each "
+        f"step writes {shape.full_units + shape.streaming_units} index lists, with as many of both 2."
+    )
+    better = better_split(shape.full_layers, layers)
+    if better is None:
+        return [told]
+    fewer = UnitShape(better, layers - better)
+    return [f"{told} With {better} full layers it is {fewer.full_units + fewer.streaming_units}."]

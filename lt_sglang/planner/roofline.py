@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lt_sglang.planner.mix import Mix, Part, running
 from lt_sglang.planner.shapes import Gpu, ModelShape
 
 
@@ -78,26 +79,39 @@ def throughput(
     output_tokens: int,
     element_bytes: int = 2,
 ) -> Throughput:
+    """``mixed_throughput`` of requests of one length."""
+    one = (Part(input_tokens, output_tokens),)
+    return mixed_throughput(shape, hardware, lazy, requests, one, element_bytes)
+
+
+def mixed_throughput(
+    shape: ModelShape,
+    hardware: Hardware,
+    lazy: LazyShare,
+    requests: float,
+    mix: Mix,
+    element_bytes: int = 2,
+) -> Throughput:
     """Steady decode of ``requests`` at once, halfway through their output, and the rate with prefill.
 
-    element_bytes: bytes of one K or V number. Prefill: every layer's projections, and two products for each
-    pair of a query and a key it sees.
+    element_bytes: bytes of one K or V number. prefill_time: of a request of the mix on average.
     """
     efficiency, gpu, tp = hardware.efficiency, hardware.gpu, hardware.tp
     bandwidth = gpu.bandwidth * efficiency.bandwidth
     flops = tp * gpu.flops
-    held = kv_bytes(shape, input_tokens + output_tokens / 2, lazy, element_bytes, tp)
+    held = sum(
+        weight * kv_bytes(shape, part.input_tokens + part.output_tokens / 2, lazy, element_bytes, tp)
+        for weight, part in zip(running(mix), mix, strict=True)
+    )
     weight_time = shape.total_weight_bytes / tp / bandwidth
     compute_time = 2 * shape.multiplied_params * requests / (flops * efficiency.decode_flops)
     kv_time = requests * held / bandwidth
     step = max(weight_time, compute_time) + kv_time
-    work = 2 * shape.multiplied_params * input_tokens
-    window = min(input_tokens, lazy.lazy_tokens)
-    pairs = (shape.layers - lazy.lazy_layers) * input_tokens**2 / 2
-    pairs += lazy.lazy_layers * (input_tokens - window / 2) * window
-    work += 4 * shape.q_heads * shape.head_dim * pairs
+    whole = sum(part.share for part in mix)
+    work = sum(part.share * prefill_work(shape, lazy, part.input_tokens) for part in mix) / whole
+    outputs = sum(part.share * part.output_tokens for part in mix) / whole
     prefill = work / (flops * efficiency.prefill_flops)
-    total = requests * output_tokens / (requests * prefill + output_tokens * step) if requests else 0.0
+    total = requests * outputs / (requests * prefill + outputs * step) if requests else 0.0
     return Throughput(
         requests=requests,
         weight_time=weight_time,
@@ -107,3 +121,11 @@ def throughput(
         decode_rate=requests / step if requests else 0.0,
         total_rate=total,
     )
+
+
+def prefill_work(shape: ModelShape, lazy: LazyShare, tokens: int) -> float:
+    """Operations of a prompt: its projections, and two products for each pair of query and key it sees."""
+    window = min(tokens, lazy.lazy_tokens)
+    pairs = (shape.layers - lazy.lazy_layers) * tokens**2 / 2
+    pairs += lazy.lazy_layers * (tokens - window / 2) * window
+    return 2 * shape.multiplied_params * tokens + 4 * shape.q_heads * shape.head_dim * pairs

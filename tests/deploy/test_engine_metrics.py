@@ -17,7 +17,7 @@ from tests.engine.server import Server, ServerSpec, running
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-LAZY = {"lazy_layers": [1, 3, 5], "sink_tokens": 4, "recent_tokens": 60, "expected_tokens": 700}
+LAZY = {"lazy_layers": [1, 3, 5], "sink_tokens": 4, "recent_tokens": 60}
 FLAGS = (
     *("--chunked-prefill-size", "256", "--max-running-requests", "8", "--context-length", "4096"),
     *("--max-total-tokens", "6400", "--mem-fraction-static", "0.3", "--enable-metrics"),
@@ -28,7 +28,6 @@ DYNAMIC = {
     "keep": 3,
     "sink_tokens": 4,
     "recent_tokens": 60,
-    "expected_tokens": 700,
     "check_tables": True,
 }
 PROMPT_TOKENS, NEW_TOKENS, REQUESTS = 600, 16, 3
@@ -65,9 +64,9 @@ def settled(server: Server) -> Samples:
     deadline = time.monotonic() + 20
     while True:
         samples = scrape(server)
-        if values(samples, "lt_pool_slots", state="used") == [0] * 3 * server.spec.tp:
+        if values(samples, "lt_kv_slots", state="used") == [0] * 3 * server.spec.tp:
             return samples
-        assert time.monotonic() < deadline, values(samples, "lt_pool_slots", state="used")
+        assert time.monotonic() < deadline, values(samples, "lt_kv_slots", state="used")
         time.sleep(0.5)
 
 
@@ -92,17 +91,20 @@ def test_every_metric_counts_what_was_done(server: Server) -> None:
     assert values(samples, "lt_layer_lazy_requests_total", layer="3") == values(samples, "lt_requests_total")
     assert values(samples, "lt_layer_lazy_requests_total", layer="2") == []
     assert values(samples, "lt_layers", kind="lazy") == values(samples, "lt_layers", kind="full") == [3]
-    assert values(samples, "lt_pool_capacity_slots", pool="full") == [6400] * tp
+    capacity, free = (values(samples, f"lt_kv_{name}_bytes") for name in ("capacity", "free"))
+    assert len(set(capacity)) == len(set(free)) == 1 and len(capacity) == len(free) == tp
+    assert values(samples, "lt_retractions_total", cause="memory") == [0]
     assert values(samples, "lt_config_info", lazy_layers="1,3,5", recent_tokens="60") == [1]
 
     # The prefix cache holds every token but each last one, on every rank alike; one the health check's.
     cached = REQUESTS * (PROMPT_TOKENS + NEW_TOKENS - 1) + 1
-    assert values(samples, "lt_pool_slots", pool="full", state="cached") == [cached] * tp
-    streaming = values(samples, "lt_pool_slots", pool="streaming", state="cached")
-    sinks = values(samples, "lt_pool_slots", pool="sink", state="cached")
+    assert values(samples, "lt_kv_slots", kind="full", state="cached") == [cached] * tp
+    streaming = values(samples, "lt_kv_slots", kind="streaming", state="cached")
+    sinks = values(samples, "lt_kv_slots", kind="sink", state="cached")
     assert len(set(streaming)) == len(set(sinks)) == 1
     assert 0 < streaming[0] < cached / 2 and sinks[0] == 4 * REQUESTS
     held = sum(values(samples, "lt_kv_bytes", state="cached"))
     saved = sum(values(samples, "lt_kv_saved_bytes", state="cached"))
     assert held == TOKEN_BYTES * (cached + streaming[0] + sinks[0])
     assert held + saved == 2 * TOKEN_BYTES * cached, "full attention in all six layers"
+    assert held == sum(capacity) - sum(free), "nothing is used"

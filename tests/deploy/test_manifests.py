@@ -185,8 +185,8 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
         "8-23",
         "--tp",
         "2",
-        "--lt-expected-tokens",
-        "16384",
+        "--lt-kv-bytes",
+        "34359738368",
         "--claim",
         "models",
     ]
@@ -194,7 +194,7 @@ def test_one_command_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.Capt
     text = capsys.readouterr().out
     found = objects(text)
     assert [fault for item in builtin(found) for fault in faults(item, KUBERNETES[-1])] == []
-    for part in ("--lt-lazy-layers=8-23", "--context-length=32768", "--model-path=/models/my-model"):
+    for part in ("--lt-kv-bytes=34359738368", "--context-length=32768", "--model-path=/models/my-model"):
         assert part in text
     assert main([*asked, "--tp", "16"]) == 2
     assert "LeaderWorkerSet" in capsys.readouterr().err

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_SECONDS = 600
 FLAGS = (
-    *("--lt-lazy-layers=1,3,5", "--lt-sink-tokens=4", "--lt-recent-tokens=60", "--lt-expected-tokens=700"),
+    *("--lt-lazy-layers=1,3,5", "--lt-sink-tokens=4", "--lt-recent-tokens=60"),
     *("--dtype=float32", "--random-seed=1", "--max-total-tokens=6400", "--mem-fraction-static=0.3"),
     *("--chunked-prefill-size=256", "--max-running-requests=8", "--context-length=4096"),
 )

@@ -47,7 +47,7 @@ def test_engine_deployment() -> None:
     found = engine(
         "lightTransfer.lazyLayers=5-24\\,26",
         "lightTransfer.sinkTokens=0",
-        "lightTransfer.expectedTokens=8192",
+        "lightTransfer.kvBytes=34359738368",
         "engine.tensorParallel=4",
         "engine.contextLength=32768",
         "engine.extraArgs={--random-seed=1}",
@@ -57,6 +57,7 @@ def test_engine_deployment() -> None:
     assert engine_container["args"][0] == "serve"
     assert given["--lt-lazy-layers"] == "5-24,26"
     assert given["--lt-sink-tokens"] == "0", "zero is a value, not an absence"
+    assert given["--lt-kv-bytes"] == "34359738368", "not 3.4e+10"
     assert "--lt-recent-tokens" not in given
     assert given["--tp-size"] == "4" and given["--context-length"] == "32768"
     assert "--enable-metrics" in given and given["--random-seed"] == "1"
@@ -74,13 +75,12 @@ def test_engine_in_dynamic_mode() -> None:
         f"lightTransfer.{pair}"
         for pair in ("mode=dynamic", "keep=40", "score=residual-error", "decide=prompt")
     ]
-    given = flags(container(engine(*dynamic, "lightTransfer.stagingTokens=8192")))
+    given = flags(container(engine(*dynamic)))
     wanted = {
         "mode": "dynamic",
         "keep": "40",
         "score": "residual-error",
         "decide": "prompt",
-        "staging-tokens": "8192",
     }
     assert {f"--lt-{name}": value for name, value in wanted.items()}.items() <= given.items()
     assert "--lt-check-tables" not in given

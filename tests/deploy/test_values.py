@@ -36,6 +36,7 @@ REFUSED_BY_SCHEMA = {
     "a-share-above-all": "httpRoute.canary.weight=101",
     "a-policy-that-does-not-exist": "gateway.policy=best",
     "a-resource-of-kubernetes": "engine.extraResources.memory=1",
+    "a-name-of-old": "lightTransfer.expectedTokens=8192",
 }
 REFUSED_BY_ARITHMETIC = {
     "no-model": (("model.name=",), "model.name: required"),
@@ -63,14 +64,7 @@ REFUSED_BY_ARITHMETIC = {
         "4 replicas of 8 GPUs need 4 nodes",
     ),
     "scaling-blind": (("autoscaling.enabled=true", "monitoring.podMonitor=false"), "monitoring.podMonitor"),
-    "output-over-expected": (
-        ("lightTransfer.expectedTokens=100", "lightTransfer.expectedOutputTokens=200"),
-        "more than expectedTokens",
-    ),
-    "expected-over-context": (
-        ("lightTransfer.expectedTokens=9000", "engine.contextLength=8192"),
-        "more than engine.contextLength",
-    ),
+    "score-in-static-mode": (("lightTransfer.score=squeeze",), "are for dynamic"),
     "flag-twice": (("engine.extraArgs={--tp-size=2}",), "--tp-size, which has a value of its own"),
     "flag-abbreviated": (
         ("engine.extraArgs={--served-model=x}",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from lt_sglang.bench.compare import Cell, plan
 from lt_sglang.bench.fill import filled
 from lt_sglang.bench.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
 from lt_sglang.bench.runner import run_scenario
+from lt_sglang.bench.samples import Sample, summarize
+from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import load_scenarios
 from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.engine import EngineSpec
+from lt_sglang.memory.demand import Demand
+from lt_sglang.memory.units import UnitShape
 from lt_sglang.planner.capacity import RESERVE_BYTES
+from lt_sglang.planner.mix import Part
 from lt_sglang.planner.roofline import LazyShare, kv_bytes
 from lt_sglang.planner.shapes import CONFIGS, GPUS, shape_from_config
 
@@ -45,27 +51,41 @@ def started(work: Path, *files: str, rounds: int = 1) -> list[tuple[str, list[st
 def test_a_server_is_started_once_for_all_it_measures(tmp_path: Path) -> None:
     assert started(tmp_path, "1-table6.yaml") == [
         ("stock_flashinfer", ["16k-half", "32k-half"]),
-        (LIGHTTRANSFER, ["16k-half"]),
-        (LIGHTTRANSFER, ["32k-half"]),
+        (LIGHTTRANSFER, ["16k-half", "32k-half"]),
     ]
 
 
 def test_a_file_reuses_what_another_measured(tmp_path: Path) -> None:
     """DP attention has memory of its own: both sides run again. Three quarters need no second stock run."""
     files = ("1-table6.yaml", "2-dp-attention.yaml", "4-three-quarters.yaml")
-    assert started(tmp_path, *files)[3:] == [
+    assert started(tmp_path, *files)[2:] == [
         ("stock_flashinfer", ["dp-attention-16k", "dp-attention-32k"]),
-        (LIGHTTRANSFER, ["dp-attention-16k"]),
-        (LIGHTTRANSFER, ["dp-attention-32k"]),
+        (LIGHTTRANSFER, ["dp-attention-16k", "dp-attention-32k"]),
         ("stock_flashinfer", ["dp-attention-16k-quick"]),
         (LIGHTTRANSFER, ["dp-attention-16k-quick"]),
         ("stock_flashinfer", ["dp-attention-16k-quick-against-tp"]),
         ("stock_flashinfer", ["dp-attention-16k-two-gpus"]),
         (LIGHTTRANSFER, ["dp-attention-16k-two-gpus"]),
         ("stock_flashinfer", ["dp-attention-16k-two-gpus-against-tp"]),
-        (LIGHTTRANSFER, ["16k-three-quarters"]),
-        (LIGHTTRANSFER, ["32k-three-quarters"]),
+        (LIGHTTRANSFER, ["16k-three-quarters", "32k-three-quarters"]),
     ]
+
+
+def test_one_server_a_mode_for_all_lengths(tmp_path: Path) -> None:
+    """Of the folder elastic. Two rows have flags or layers of their own."""
+    files = ("1-short.yaml", "2-long.yaml", "3-changing.yaml")
+    every = [cell for file in files for cell in cells(tmp_path, file, TP8.parent / "elastic")]
+    others = ("three-quarters", "2k-8k")
+    shared = [cell for cell in every if not any(name in cell.scenario.name for name in others)]
+    for mode in ("static", "dynamic"):
+        specs = [cell.specs for cell in shared if cell.scenario.name.endswith(mode)]
+        assert len(specs) == 10 and len({one[LIGHTTRANSFER] for one in specs}) == 1
+    assert len({cell.specs["flashinfer"] for cell in shared}) == 1
+    starts = plan([every], rounds=1)
+    assert [start.spec.name for start in starts].count(LIGHTTRANSFER) == 6
+    assert [start.spec.name for start in starts].count("stock_flashinfer") == 2
+    known = {"lazy_layers", "mode", "keep", "sink_tokens", "recent_tokens"}
+    assert all(set(cell.scenario.engine.lighttransfer) <= known for cell in every), "no hint on lengths"
 
 
 @pytest.mark.parametrize("file", ["prompt-heavy.yaml", "long-output.yaml"])
@@ -120,23 +140,29 @@ def server(**state: Any) -> dict[str, Any]:
     return {"internal_states": [state]}
 
 
-POOLS = {"full_tokens": 572868, "expected_requests": 34.54}
+# Half of 32 layers lazy, a unit a token: a chunk of 8,192 and the windows of 4 + 1020.
+DEMAND = Demand(UnitShape(16, 16), 1, window=1020, interval=128, chunk=8192, context=40_000, sink_tokens=4)
+MEMORY = {"units": 625_000, "demand": DEMAND.to_dict(), "full_limit": None, "longest_request": 40_000}
+DYNAMIC = {**MEMORY, "demand": DEMAND.undecided_up_to(40_000).to_dict()}
 
 
 @pytest.mark.parametrize(
-    ("info", "tokens", "requests"),
+    ("info", "prompt", "requests"),
     [
-        (server(memory_usage={"token_capacity": 314433}), 16584, 18),
+        (server(memory_usage={"token_capacity": 314433}), 16384, 18),
         # Two ranks of DP attention, neither of which can take the other's rest.
-        ({"internal_states": [{"memory_usage": {"token_capacity": 29999}}] * 2}, 10000, 4),
-        (server(lighttransfer={"pools": POOLS}), 16584, 34),
-        (server(lighttransfer={"pools": POOLS}), 33168, 17),
-        # Shorter prompts need as much of the lazy layers' pool.
-        (server(lighttransfer={"pools": POOLS}), 4096, 34),
+        ({"internal_states": [{"memory_usage": {"token_capacity": 29999}}] * 2}, 9800, 4),
+        # 34 hold 16,584 and two windows; one more asks for a chunk besides.
+        (server(lighttransfer={"memory": MEMORY}), 16384, 34),
+        (server(lighttransfer={"memory": MEMORY}), 32768, 18),
+        (server(lighttransfer={"memory": MEMORY}), 4096, 112),
+        (server(lighttransfer={"memory": {**MEMORY, "full_limit": 170_000}}), 16384, 10),
+        # The last one holds its whole prompt in all layers until it is decided.
+        (server(lighttransfer={"memory": DYNAMIC}), 32768, 17),
     ],
 )
-def test_how_many_requests_a_server_holds(info: dict[str, Any], tokens: int, requests: int) -> None:
-    assert held(info, tokens) == requests
+def test_how_many_requests_a_server_holds(info: dict[str, Any], prompt: int, requests: int) -> None:
+    assert held(info, [Part(prompt, 200)]) == requests
 
 
 def test_memory_is_filled_once(tmp_path: Path) -> None:
@@ -176,7 +202,7 @@ def test_the_longest_request_must_fit(traffic: Any, prompt: int, output: int, tm
     needed = prompt + output
     for state in (
         {"memory_usage": {"token_capacity": needed}},
-        {"lighttransfer": {"pools": {"full_tokens": needed}}},
+        {"lighttransfer": {"memory": {"longest_request": needed}}},
     ):
         check_fits(one, {"internal_states": [state]}, "it")
     # What is not known is not refused.
@@ -220,6 +246,47 @@ def test_a_bench_says_that_a_prompt_does_not_fit_and_sends_nothing(
             f"table6-dp-attention-16k: {name}: does not fit: the KV memory of {name} holds 11859 tokens on "
             "each of 2 ranks, and a request needs 16512 (prompt 16384, output 128)"
         ) in said
+
+
+class Answering(ServerWithLittleMemory):
+    """In place of an engine that holds enough."""
+
+    admin_key = None
+
+    def info(self) -> dict[str, Any]:
+        return {"internal_states": [{"memory_usage": {"token_capacity": 10**6}}]}
+
+    def flush(self) -> None:
+        pass
+
+    def log_position(self) -> int:
+        return 0
+
+    def log_since(self, position: int) -> list[str]:
+        return []
+
+
+def test_each_repeat_has_prompts_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for every server and round; and what the server retracted is in the file."""
+    sent: dict[str, list[int]] = {}
+
+    def send(one: Scenario, url: str, out: Path, *_: Any) -> dict[str, Any]:
+        name = "ours" if LIGHTTRANSFER in out.name else "stock"
+        sent.setdefault(name, []).append(one.seed)
+        summary = summarize([Sample(0, 0, "all", "ok", 0.0, 1.0, 0.5, 8, 6)], one.slo)
+        retracted = 2.0 if name == "ours" and one.seed == 8 else 0.0
+        return {"summary": summary, "gates": [], "server": {"retractions": retracted}}
+
+    monkeypatch.setattr(compare, "Engine", Answering)
+    monkeypatch.setattr(compare, "run_scenario", send)
+    engine = {"shape": "tiny", "lighttransfer": {"lazy_layers": "2-5"}}
+    (one,) = load_scenarios(write(tmp_path, scenario(seed=7, engine=engine)))
+    settings = compare.Settings(tmp_path, tmp_path / "out", "2026-01-02", this_machine(), rounds=2, repeats=3)
+    assert compare.Bench(settings).run([[one]]) == 0
+    assert sent == {"stock": [7, 8, 9] * 2, "ours": [7, 8, 9] * 2}
+    (file,) = (tmp_path / "out").glob("*.json")
+    result = json.loads(file.read_text())
+    assert (result["baseline"]["retractions"], result["lighttransfer"]["retractions"]) == (0, 2)
 
 
 def test_a_run_without_a_result_says_why(tmp_path: Path) -> None:

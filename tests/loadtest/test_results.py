@@ -36,7 +36,7 @@ from .runs import write as write_file
 FILES = REPOSITORY / "loadtest" / "scenarios"
 H100 = Machine(("NVIDIA H100 80GB HBM3",), "580.1", 16, "Xeon")
 CPU = Machine((), "", 2, "EPYC")
-HALF = LightTransferConfig(tuple(range(8, 24)), expected_tokens=16584, expected_output_tokens=200)
+HALF = LightTransferConfig(tuple(range(8, 24)))
 # What an H100 held with stock SGLang.
 STOCK_TOKENS = 426_000
 
@@ -81,10 +81,10 @@ def test_the_bound_of_long_outputs_is_a_run_reckoned_step_by_step(case: str) -> 
         return requests * 8192 / seconds
 
     ours = round(13 * found["requests_running"])
-    assert ours in (22, 23)
+    assert ours == 24
     assert found["output_throughput"] == pytest.approx(rate(ours, 16) / rate(13, 0), rel=0.002)
     # A memory's worth of requests, and not the 256 that the file allows.
-    assert found["output_throughput"] == pytest.approx(1.7, abs=0.05)
+    assert found["output_throughput"] == pytest.approx(1.75, abs=0.05)
 
 
 @pytest.mark.parametrize("case", ["static", "dynamic"])

@@ -51,6 +51,10 @@ def model(tmp_path: Path) -> str:
         ["plan", "--shape", "nobody"],
         ["plan", "--shape", "mistral-7b", "--tp", "7"],
         ["plan", "--shape", "mistral-7b", "--lengths", "1,x"],
+        ["plan", "--shape", "mistral-7b", "--mix", "512+256:0.8,12000+256:0.3"],
+        ["plan", "--shape", "mistral-7b", "--mix", "512:1"],
+        ["plan", "--shape", "mistral-7b", "--mix", "512+256:1,"],
+        ["plan", "--shape", "mistral-7b", "--mix", "32000+1000"],
         ["plan", "--shape", "mistral-7b", "--mem-fraction-static", "1.5"],
         ["plan", "--shape", "mistral-7b", "--input-tokens", "99999999"],
         ["plan", "--shape", "llama-3-70b"],
@@ -129,15 +133,17 @@ def test_plan_options(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert requests("--gpu-memory-gib", "40") < base / 2
     assert requests("--weights-gib", "40") < base
     assert requests("--mem-fraction-static", "0.5") < base
+    assert requests("--lt-kv-bytes", str(2**34)) < base == requests("--lt-kv-bytes", str(2**40))
 
 
 def test_plan_without_lazy_layers_is_of_dynamic_mode(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It says that it assumes so, and its last line serves what it counts in its first row."""
+    """It says that it assumes so, and its last line serves what it counts."""
     argv = ["--lengths", "8192,16384", "--output-tokens", "256", "--tensor-parallel-size", "2"]
     assert main(["plan", model, *argv, "--enable-metrics"]) == 0
     text = capsys.readouterr().out
     assert "none are known for this model: planned in dynamic mode" in text
     assert "Passed on to serve, and not counted with: --enable-metrics." in text
+    assert "Until its layers are found, a prompt holds its KV in all of them" in text
     assert text.splitlines()[-1].split() == [
         *("lt-sglang", "serve", model, "--tensor-parallel-size", "2", "--enable-metrics"),
         "--lt-mode=dynamic",
@@ -155,6 +161,35 @@ def test_the_serve_line_of_a_plan_is_planned_alike(model: str, capsys: pytest.Ca
     planned = json.loads(capsys.readouterr().out)["lengths"]
     assert [row["hybrid_requests"] for row in planned] == [row["hybrid_requests"] for row in told["lengths"]]
     assert told["lighttransfer"]["lazy_layers"] == "0-3,28-31"
+
+
+def test_plan_of_a_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its parts are the rows, unless lengths are given; what it adds is in one paragraph and in JSON."""
+    argv = ["plan", "--shape", "mistral-7b", "--lt-lazy-layers", "half", "--mix", "512+256:0.8,12000+256:0.2"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[:2] for row in rows if row[1] == "256"] == [["512", "256"], ["12000", "256"]]
+    assert main([*argv, "--lengths", "4096", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    mix = told["mix"]
+    full, hybrid = mix["full_requests"], mix["hybrid_requests"]
+    assert f"Mixed (0.8 x 512 + 256, 0.2 x 12000 + 256): {full} requests run at once with full KV" in text
+    assert hybrid > 1.4 * full and 1.1 < mix["total_ratio"] < mix["decode_ratio"]
+    assert [row["input_tokens"] for row in told["lengths"]] == [4096] and "--mix" not in told["serve"]
+
+
+def test_plan_proposes_a_number_of_full_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that shares more layers with the lazy ones, where the given one has a small divisor."""
+    plan = ["plan", "--shape", "mistral-7b", "--lt-mode", "dynamic", "--lengths", "4096", "--lt-keep"]
+    assert main([*plan, "13"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "13 full and 19 lazy layers have no common divisor above 1: each step writes 32 index lists" in text
+    )
+    assert "With 12 full layers it is 8." in text
+    assert main([*plan, "16"]) == 0
+    assert "index lists" not in capsys.readouterr().out
 
 
 def test_plan_with_a_list_of_somebody_else_says_whose(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,15 @@ def test_the_level_of_a_route(prefix: str, path: str, admin: bool) -> None:
     assert level == (auth.AuthLevel.ADMIN_OPTIONAL if admin else auth.AuthLevel.NORMAL)
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+def test_what_is_mounted_is_anybodys(path: str) -> None:
+    """SGLang mounts /metrics, and a server of ours always has an admin key: scrapes go through here."""
+    app = application()
+    app.mount("/metrics", FastAPI())
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "root_path": ""}
+    assert hooks.auth_level(STOCK_LEVEL, app, scope) == auth.AuthLevel.NORMAL
+
+
 def test_every_marked_route_of_sglangs_has_its_level() -> None:
     from sglang.srt.entrypoints.http_server import app
 

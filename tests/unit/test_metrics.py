@@ -14,7 +14,7 @@ from lt_sglang import metrics
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.metrics.catalog import CATALOG, Kind, Scope
 from lt_sglang.metrics.publisher import INTERVAL_SECONDS, Publisher, Ticker, samples
-from lt_sglang.metrics.state import EngineState, Pool, read_state
+from lt_sglang.metrics.state import EngineState, Slots, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 FROZEN = Path(__file__).with_name("metrics.json")
@@ -26,14 +26,11 @@ def state(**changes: object) -> EngineState:
     given: dict[str, object] = {
         "config": LightTransferConfig((1, 3), sink_tokens=4, recent_tokens=60),
         "num_layers": 4,
-        "pools": {
-            "full": Pool(1000, 500, 200, 4),
-            "streaming": Pool(200, 90, 30, 4),
-            "sink": Pool(40, 8, 4, 4),
-        },
+        "slots": {"full": Slots(500, 200, 4), "streaming": Slots(90, 30, 4), "sink": Slots(8, 4, 4)},
+        "capacity_bytes": 4000,
+        "free_bytes": 672,
+        "retractions": {"memory": 2, "limit": 0, "other": 1},
         "extra_token_bytes": 4,
-        "expected_tokens": 100,
-        "expected_requests": 10.0,
         "requests": 7,
         "layer_requests": {1: 7, 3: 7},
         "sink_requests": 2,
@@ -89,16 +86,21 @@ def test_operations_manual_documents_every_metric() -> None:
 
 def test_bytes_held_and_saved() -> None:
     registry = published(state())
-    assert value(registry, "lt_kv_bytes", state="used") == 4 * 500 + 4 * 90 + 4 * 8
-    assert value(registry, "lt_kv_bytes", state="cached") == 4 * (200 + 30 + 4)
+    kinds = ("full", "streaming", "sink")
+    for held, slots in (("used", (500, 90, 8)), ("cached", (200, 30, 4))):
+        assert [value(registry, "lt_kv_slots", kind=kind, state=held) for kind in kinds] == [*slots]
+        found = [value(registry, "lt_kv_bytes", kind=kind, state=held) for kind in kinds]
+        assert found == [4 * count for count in slots]
     # All layers full: 500 tokens in the two lazy layers as well, instead of 90 + 8.
     assert value(registry, "lt_kv_saved_bytes", state="used") == 4 * (500 - 98)
     assert value(registry, "lt_kv_saved_bytes", state="cached") == 4 * (200 - 34)
-    assert value(registry, "lt_kv_capacity_bytes") == 4 * (1000 + 200 + 40)
+    # Used, cached and free are all there is.
+    assert value(registry, "lt_kv_capacity_bytes") == 4 * (598 + 234) + 672
+    assert value(registry, "lt_kv_free_bytes") == 672
 
 
 def test_no_lazy_layer_saves_nothing() -> None:
-    stock = state(config=LightTransferConfig(()), pools={"full": Pool(1000, 500, 0, 0)}, layer_requests={})
+    stock = state(config=LightTransferConfig(()), slots={"full": Slots(500, 0, 0)}, layer_requests={})
     assert value(published(stock), "lt_kv_saved_bytes", state="used") == 0
     assert value(published(stock), "lt_layers", kind="lazy") == 0
 
@@ -118,10 +120,18 @@ def test_a_stock_engine_has_no_state() -> None:
     assert read_state(scheduler_of()) is None
 
 
-def test_an_engine_without_lazy_layers_has_one_pool() -> None:
-    found = read_state(scheduler_of(lt_config=LightTransferConfig(()), sink_store=None))
-    assert found is not None and found.pools == {"full": Pool(1000, 40, 60, 0)}
-    assert value(published(found), "lt_layers", kind="full") == 4
+def test_an_engine_without_lazy_layers_has_one_kind_of_slots() -> None:
+    """Of SGLang's own pool, so that the alert on full memory is of this engine too."""
+    pool = SimpleNamespace(mem_usage=8000 / 2**30)
+    config = LightTransferConfig(())
+    found = read_state(scheduler_of(lt_config=config, sink_store=None, token_to_kv_pool=pool))
+    assert found is not None and found.slots == {"full": Slots(40, 60, 8)}
+    registry = published(found)
+    assert value(registry, "lt_layers", kind="full") == 4
+    assert value(registry, "lt_kv_capacity_bytes") == 8000 and value(registry, "lt_kv_free_bytes") == 7200
+    assert value(registry, "lt_retractions_total", cause="memory") is None, (
+        "SGLang counts them, without causes"
+    )
 
 
 def test_totals_become_counters() -> None:
@@ -130,6 +140,8 @@ def test_totals_become_counters() -> None:
     again = published(state(requests=7), state(requests=2))
     assert value(again, "lt_requests_total", mode="static") == 9, "2 more after a restart of the count"
     assert value(registry, "lt_sink_sets_total", event="refused") == 1
+    assert value(registry, "lt_retractions_total", cause="memory") == 2
+    assert value(registry, "lt_retractions_total", cause="limit") == 0, "an alert needs a beginning"
 
 
 def test_what_only_dynamic_mode_has() -> None:
@@ -162,7 +174,7 @@ def test_different_tables_are_published_before_the_engine_stops(monkeypatch: pyt
 
 def test_other_ranks_publish_their_memory_only() -> None:
     registry = published(state(), first_rank=False)
-    assert value(registry, "lt_pool_slots", pool="full", state="used") == 500
+    assert value(registry, "lt_kv_slots", kind="full", state="used") == 500
     names = {sample.name for family in registry.collect() for sample in family.samples}
     by_scope = {metric.name for metric in CATALOG if metric.scope is Scope.RANK}
     assert {name for name in names if not name.endswith("_created")} == by_scope

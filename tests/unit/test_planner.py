@@ -1,4 +1,4 @@
-"""lt_sglang.planner: known facts of the roofline, counted weights, and plans made with the server's split."""
+"""lt_sglang.planner: known facts of the roofline, counted weights, and plans by the server's arithmetic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.memory.split import SplitInput, split_budget
-from lt_sglang.planner.capacity import Deployment, plan_length
+from lt_sglang.memory.demand import Demand
+from lt_sglang.memory.units import UnitShape
+from lt_sglang.planner.capacity import Deployment, better_split, plan_length, plan_mix, sizes_of
+from lt_sglang.planner.mix import Part, requests_at_once, running
 from lt_sglang.planner.report import as_dict, as_text
 from lt_sglang.planner.roofline import Efficiency, Hardware, LazyShare, decode_bound, kv_bytes, throughput
 from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, Gpu, ModelShape, shape_from_config
@@ -67,22 +69,74 @@ def test_kv_of_a_request_is_that_of_all_ranks(tp: int) -> None:
     assert plan.hybrid_kv_gib == pytest.approx(1.0 + 1 / 16)
 
 
-def test_requests_of_another_length_by_hand() -> None:
-    """Pools split for 16K hold as many short requests as their windows allow, behind one prefill chunk."""
-    served = deployment(config=replace(HALF, expected_tokens=16384))
-    split = plan_length(served, 700, 200).split
-    assert split.requests == pytest.approx((split.streaming_tokens - 8192 - 2) / 900)
-    assert split.requests < split.full_tokens / 900
+# Four layers, two lazy, windows of 100; units are pages of one token in two layers. Four sinks.
+BY_HAND = Demand(UnitShape(2, 2), 1, window=100, interval=10, chunk=400, context=10_000, sink_tokens=4)
 
 
-def test_undecided_prompts_take_their_memory_by_hand() -> None:
-    """In dynamic mode: 16 layers of 16,384 staged tokens, and one layer of a chunk, 4 KiB each."""
+@pytest.mark.parametrize(
+    ("undecided", "first", "more"),
+    [
+        # Admitted with its tokens, a chunk and a window, though it will hold no more than two windows.
+        (0, 1000 + (400 + 100) + 2 + 4, 1110 + (100 + 110) + 2 + 4),
+        # Admitted with K and V of the prompt in all layers.
+        (5000, 2 * 1000 + 2 + 4, 1110 + (100 + 110) + 2 + 4),
+    ],
+)
+def test_requests_at_once_by_hand(undecided: int, first: int, more: int) -> None:
+    """1,000 tokens in and 200 out: the last one admitted asks for ``first``, the others for ``more``.
+
+    They hold most as their prompt's window is let go: two windows, and the tokens up to there.
+    """
+    demand, mix = BY_HAND.undecided_up_to(undecided), (Part(1000, 200),)
+    assert demand.of_new(1000, 200) == first
+    assert [requests_at_once(demand, units, mix) for units in (first - 1, first)] == [0, 1]
+    assert [requests_at_once(demand, first + 7 * more + few, mix) for few in (-1, 0)] == [7, 8]
+    assert requests_at_once(demand, first + 7 * more, mix, full_limit=5999) == 4
+
+
+def test_a_mix_by_hand() -> None:
+    """Half the requests output thrice as much, so of four that run three are such."""
+    mix = (Part(50, 30, 0.5), Part(1000, 90, 0.5))
+    assert running(mix) == [0.25, 0.75]
+    # All 80 tokens in both kinds; 1,090 and a prompt's window beside the output's; two and the sinks each.
+    mean = 0.25 * (2 * 80 + 6) + 0.75 * (1090 + (100 + 90) + 6)
+    first = 1000 + 500 + 6
+    assert [requests_at_once(BY_HAND, int(first + 5 * mean) + few, mix) for few in (-1, 1)] == [5, 6]
+
+
+def test_a_mix_of_equal_parts_is_one_length() -> None:
+    one, mixed = plan_length(deployment(), 8192, 200), plan_mix(deployment(), [Part(8192, 200, 0.5)] * 2)
+    assert (mixed.full_requests, mixed.hybrid_requests) == (one.full_requests, one.hybrid_requests)
+    assert mixed.decode_ratio == pytest.approx(one.decode_ratio)
+    assert mixed.total_ratio == pytest.approx(one.total_ratio)
+    assert (mixed.full_prefill, mixed.hybrid_prefill) == pytest.approx((one.full_prefill, one.hybrid_prefill))
+
+
+def test_a_mix_is_between_its_parts() -> None:
+    parts = [Part(512, 256, 0.8), Part(12000, 256, 0.2)]
+    mixed = plan_mix(deployment(), parts)
+    short, long = (plan_length(deployment(), part.input_tokens, part.output_tokens) for part in parts)
+    for name in ("full_requests", "hybrid_requests"):
+        assert getattr(long, name) < getattr(mixed, name) < getattr(short, name)
+    assert short.total_ratio is not None and long.total_ratio is not None and mixed.total_ratio is not None
+    assert short.total_ratio < mixed.total_ratio < long.total_ratio
+    with pytest.raises(LightTransferError, match=r"32000 \+ 1000 tokens are more"):
+        plan_mix(deployment(), [*parts, Part(32000, 1000, 0.1)])
+
+
+def test_undecided_prompts_take_their_memory() -> None:
+    """In dynamic mode the one in its prefill holds K and V of all layers: less than one request more."""
     dynamic = replace(HALF, mode="dynamic", keep=16)
-    plans = [plan_length(deployment(config=config), 16000, 384).split for config in (HALF, dynamic)]
-    static, less = plans
-    request = 4096 * 16 * (16384 + static.streaming_per_request + 4)
-    taken = 4096 * (16 * 16384 + 8192)
-    assert static.requests - less.requests == pytest.approx(taken / request)
+    static, less = (plan_length(deployment(config=config), 16000, 384) for config in (HALF, dynamic))
+    assert 0 <= static.hybrid_requests - less.hybrid_requests <= 1
+
+
+@pytest.mark.parametrize(
+    ("full", "layers", "proposed"), [(13, 32, 12), (15, 32, 16), (17, 32, 16), (8, 32, None), (10, 61, None)]
+)
+def test_a_number_of_full_layers_with_fewer_lists(full: int, layers: int, proposed: int | None) -> None:
+    """8 of 32 has longer units than all near it; of 61, a prime, no number shares any."""
+    assert better_split(full, layers) == proposed
 
 
 def test_bound_at_the_ends() -> None:
@@ -122,22 +176,23 @@ def test_weights_hide_the_gain_at_small_batches() -> None:
     assert small[0].weight_time > small[0].kv_time
 
 
-def test_plan_uses_the_servers_split() -> None:
+def test_plan_uses_the_servers_arithmetic() -> None:
     plan = plan_length(deployment(), 16384, 512)
-    given = SplitInput(
-        full_bytes=16 * 4096,
-        streaming_bytes=16 * 4096,
-        retained_tokens=1020,
-        sink_tokens=4,
-        expected_tokens=16896,
-        chunk_tokens=8192,
-        context_tokens=32768,
-        expected_output_tokens=512,
+    sizes = sizes_of(deployment(), 32768)
+    assert sizes.demand == Demand(
+        UnitShape(16, 16), 1, window=1020, interval=128, chunk=8192, context=32768, sink_tokens=4
     )
-    assert plan.split == split_budget(deployment().kv_budget, given)
-    assert plan.hybrid_requests == int(plan.split.requests)
+    rows = deployment().kv_budget // (16 * 4096)
+    assert 0.999 * rows < sizes.units < rows, "but for tables and padding"
+    assert plan.hybrid_requests == requests_at_once(sizes.demand, sizes.units, [Part(16384, 512)])
     assert plan.full_requests == deployment().kv_budget // (32 * 4096 * 16896)
     assert plan.limit == "reading KV"
+
+
+def test_kv_memory_can_be_limited() -> None:
+    limited = deployment(config=replace(HALF, kv_bytes=2**30))
+    assert limited.kv_budget == 2**30
+    assert deployment(config=replace(HALF, kv_bytes=2**30), kv_bytes=2**29).kv_budget == 2**29
 
 
 def test_kv_budget_is_what_a_server_was_seen_to_have() -> None:
@@ -146,30 +201,17 @@ def test_kv_budget_is_what_a_server_was_seen_to_have() -> None:
     assert tokens == pytest.approx(454_835, rel=0.02)
 
 
-def test_a_fixed_expectation_is_one_split_for_all_lengths() -> None:
-    fixed = deployment(config=replace(HALF, expected_tokens=16896, expected_output_tokens=512))
-    plans = {n: plan_length(fixed, n, 512) for n in (2048, 4096, 16384, 30000)}
-    assert len({(plan.split.full_tokens, plan.split.streaming_tokens) for plan in plans.values()}) == 1
-    best = plan_length(deployment(), 4096, 512)
-    assert plans[4096].hybrid_requests < best.hybrid_requests, "split for long requests, short ones fill it"
-    # Longer ones fill the full pool first.
-    assert plans[30000].hybrid_requests == plans[30000].split.full_tokens // 30512
-    assert plans[16384] == replace(plan_length(deployment(), 16384, 512), split=plans[16384].split)
-
-
 def test_requests_shorter_than_the_window() -> None:
-    fixed = deployment(config=replace(HALF, expected_tokens=16896))
-    plan = plan_length(fixed, 100, 28)
+    plan = plan_length(deployment(), 100, 28)
     assert plan.bound == 1
-    assert plan.split.streaming_per_request == 128
-    assert plan.hybrid_requests > 100
+    # The same bytes as full KV, and a page and a sink set each.
+    assert 0.95 * plan.full_requests < plan.hybrid_requests <= plan.full_requests
 
 
 def test_no_lazy_layer_is_stock() -> None:
     plan = plan_length(deployment(config=LightTransferConfig(())), 8192, 512)
     assert plan.full_requests == plan.hybrid_requests
     assert plan.bound == plan.decode_ratio == plan.total_ratio == 1
-    assert plan.split.streaming_tokens == 0
 
 
 def test_every_layer_lazy() -> None:
@@ -219,7 +261,7 @@ def test_report() -> None:
     assert "gain nothing" in text or plans[0].input_tokens + 512 > HALF.lazy_tokens
     assert max(len(line) for line in lines) <= 130
     data = as_dict(made, plans)
-    assert data["lengths"][2]["split"]["full_tokens"] == plans[2].split.full_tokens
+    assert data["lengths"][2]["hybrid_requests"] == plans[2].hybrid_requests and data["mix"] is None
     assert data["lighttransfer"]["lazy_layers"].startswith("1,3,5")
 
 

@@ -59,9 +59,7 @@
 
 {{- define "lt.checkTokens" -}}
 {{- $t := .Values.lightTransfer -}}
-{{- if and (eq $t.mode "static") (or $t.keep $t.score $t.decide $t.stagingTokens $t.checkTables) }}{{ fail "lightTransfer.mode: keep, score, decide, stagingTokens and checkTables are for dynamic" }}{{ end -}}
-{{- if and $t.expectedTokens $t.expectedOutputTokens (gt (int $t.expectedOutputTokens) (int $t.expectedTokens)) }}{{ fail "lightTransfer.expectedOutputTokens: more than expectedTokens, which counts prompt and output" }}{{ end -}}
-{{- if and $t.expectedTokens .Values.engine.contextLength (gt (int $t.expectedTokens) (int .Values.engine.contextLength)) }}{{ fail "lightTransfer.expectedTokens: more than engine.contextLength" }}{{ end -}}
+{{- if and (eq $t.mode "static") (or $t.keep $t.score $t.decide $t.checkTables) }}{{ fail "lightTransfer.mode: keep, score, decide and checkTables are for dynamic" }}{{ end -}}
 {{- end }}
 
 {{- define "lt.checkArgs" -}}

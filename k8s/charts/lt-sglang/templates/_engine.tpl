@@ -24,7 +24,7 @@
 {{- if $t.checkTables }}
 - --lt-check-tables=on
 {{- end }}
-{{- range $flag, $value := dict "staging-tokens" $t.stagingTokens "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "expected-tokens" $t.expectedTokens "expected-output-tokens" $t.expectedOutputTokens }}
+{{- range $flag, $value := dict "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "kv-bytes" $t.kvBytes }}
 {{- if not (kindIs "invalid" $value) }}
 - --lt-{{ $flag }}={{ int $value }}
 {{- end }}
