@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import readme_figure
+from loadtest import make_results, readme_figure
 from lt_sglang.cli import COMMANDS
 from lt_sglang.launch.options import LtOptions
 
@@ -150,7 +150,12 @@ def test_the_readme_shows_what_its_result_files_say(row: list[str]) -> None:
 
 def test_the_plot_is_of_the_result_files() -> None:
     drawn = readme_figure.svg()
-    assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python loadtest/readme_figure.py"
+    assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python -m loadtest.make_results"
+
+
+def test_the_tables_are_of_the_result_files() -> None:
+    shown = (make_results.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert shown == make_results.page(), "run python -m loadtest.make_results"
 
 
 def test_every_option_is_explained() -> None:
