@@ -11,8 +11,10 @@ import ast
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +148,40 @@ def test_the_readme_shows_what_its_result_files_say(row: list[str]) -> None:
         assert running == result[side]["requests_running"]
         assert speed == round(result[side][kind])
     assert ratio == f"{result['ratio'][kind]:.2f}x"
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """All numbers of a result file, at any depth."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(one)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def sentences(text: str) -> list[str]:
+    """Of running text: without code blocks and tables."""
+    text = re.sub(r"^(```.*?^```|\|.*?)$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    return [one for part in paragraphs for one in re.split(r"(?<=[.:])\s+(?=[A-Z`*\[])", part) if one]
+
+
+def test_measured_numbers_of_the_readme_are_in_the_files_that_their_sentences_link() -> None:
+    linked = 0
+    for sentence in sentences(text_of(REPOSITORY / "README.md")):
+        files = [link for link in LINK.findall(sentence) if re.search(r"loadtest/results/.*\.json$", link)]
+        if not files:
+            assert not re.search(r"\d\.\d+x|\d (?:tok/s|%)", sentence), (
+                f"no result file: {sentence}"
+            )
+            continue
+        linked += 1
+        known = [n for name in files for n in numbers_in(json.loads(text_of(REPOSITORY / name)))]
+        # Not of names: 16K, SmolLM2-135M.
+        for shown in re.findall(r"(?<![\w./-])(\d+(?:\.\d+)?)(?=x?[\s,.;:)])", LINK.sub("](", sentence)):
+            digits = len(shown.partition(".")[2])
+            assert any(round(n, digits) == float(shown) for n in known), f"{shown} is not in {files}"
+    assert linked >= 2
 
 
 def test_the_plot_is_of_the_result_files() -> None:
