@@ -20,7 +20,8 @@ import pytest
 
 from loadtest import make_results, readme_figure
 from lt_sglang.cli import COMMANDS
-from lt_sglang.launch.options import LtOptions
+from lt_sglang.launch import admin
+from lt_sglang.launch.options import OPTIONS_HELP, LtOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "lt_sglang"
@@ -171,9 +172,7 @@ def test_measured_numbers_of_the_readme_are_in_the_files_that_their_sentences_li
     for sentence in sentences(text_of(REPOSITORY / "README.md")):
         files = [link for link in LINK.findall(sentence) if re.search(r"loadtest/results/.*\.json$", link)]
         if not files:
-            assert not re.search(r"\d\.\d+x|\d (?:tok/s|%)", sentence), (
-                f"no result file: {sentence}"
-            )
+            assert not re.search(r"\d\.\d+x|\d (?:tok/s|%)", sentence), f"no result file: {sentence}"
             continue
         linked += 1
         known = [n for name in files for n in numbers_in(json.loads(text_of(REPOSITORY / name)))]
@@ -195,12 +194,10 @@ def test_the_tables_are_of_the_result_files() -> None:
 
 
 def test_every_option_is_explained() -> None:
-    text = text_of(REPOSITORY / "docs/serving.md")
-    rows = [
-        cells[0] for cells in (line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|")
-    ]
-    explained = {flag for cell in rows for flag in FLAG.findall(cell)}
-    assert explained >= {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+    flags = {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+    assert flags <= set(FLAG.findall(OPTIONS_HELP))
+    for shown in (OPTIONS_HELP, admin.HELP):
+        assert shown in text_of(REPOSITORY / "docs/serving.md"), f"docs/serving.md does not show:\n{shown}"
 
 
 def test_the_package_map_is_whole() -> None:
