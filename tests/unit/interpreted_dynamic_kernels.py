@@ -2,95 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from lt_sglang.attention.decode_plan import CHUNKS_PER_PLACE, DecodePlan, decode_plans, plan_bytes
-from lt_sglang.attention.flashinfer_private import PrefillPlanInfo, plan_info
-from lt_sglang.attention.indices import StreamingTables, Windows, decode_kv_indices_reference
+from lt_sglang.attention.indices import decode_kv_indices_reference
 from lt_sglang.attention.kernels import decode_dynamic
-from lt_sglang.attention.kernels.banks import LayerBanks
-from lt_sglang.attention.kernels.decode_plans import START_TOKENS
-from lt_sglang.attention.kernels.extend_dynamic import every_kv_indices, extend_kv_indices, extend_kv_indptr
 from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, Sinks, make_sink_tiles, merge_sinks
-from lt_sglang.attention.kernels.place import settle, store_new
-from lt_sglang.attention.kernels.requests import Requests
 from lt_sglang.attention.kernels.store import store_kv
-from lt_sglang.attention.kernels.tiles import make_tiles
-from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.queue import queue_step
 from lt_sglang.identify.queue_kernel import queue_step as queue_step_kernel
 from lt_sglang.layers.layer_sets import banks as banks_of
-from lt_sglang.layers.prefill import Kind, Prefill
-from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
 
-LAYERS, KEEP = 7, 3
-SINK, RECENT = 4, 12
-FULL, STREAMING, SETS = 300, 120, 5
-WINDOWS = Windows(SINK, RECENT, sink_base=STREAMING + 1)
-LAYOUT = BankLayout(
-    full_banks=KEEP,
-    streaming_banks=LAYERS - KEEP,
-    full_rows=FULL + 1,
-    streaming_rows=STREAMING + 1 + SETS * SINK,
-    staging_rows=90,
-    scratch_rows=128,
-    sink_base=STREAMING + 1,
+from .interpreted_dynamic_cases import (
+    KEEP,
+    LAYERS,
+    LAYOUT,
+    RECENT,
+    SINK,
+    STREAMING,
+    WINDOWS,
+    World,
 )
 
 
 def test_kernels_are_interpreted_here() -> None:
     assert type(decode_dynamic._decode_kv_indices).__name__ == "InterpretedFunction"
-
-
-class World:
-    """Requests of given lengths with random slots, sink sets and layer sets."""
-
-    def __init__(self, rng: random.Random, lengths: list[int]) -> None:
-        self.lengths = lengths
-        count = len(lengths)
-        self.rows = torch.tensor(rng.sample(range(1, 20), count), dtype=torch.int64)
-        slots = iter(rng.sample(range(1, FULL + 1), sum(lengths)))
-        streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
-        self.req_to_token = torch.zeros((20, 256), dtype=torch.int32)
-        self.full_to_streaming = torch.zeros(FULL + 2, dtype=torch.int64)
-        self.sink_set_of = torch.full((20,), -1, dtype=torch.int32)
-        for index, (row, length) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
-            taken = [next(slots) for _ in range(length)]
-            self.req_to_token[row, :length] = torch.tensor(taken, dtype=torch.int32)
-            if index < SETS and rng.random() < 0.7:
-                self.sink_set_of[row] = index
-            for position, slot in enumerate(taken):
-                sink = position < SINK and self.sink_set_of[row] < 0
-                if sink or position >= length - RECENT - 3:
-                    self.full_to_streaming[slot] = next(streaming)
-        self.bank_of = torch.full((12, LAYERS), -1, dtype=torch.int32)
-        self.set_of = torch.zeros(20, dtype=torch.int32)
-        sets = rng.sample(range(12), count)
-        for row, chosen in zip(self.rows.tolist(), sets, strict=True):
-            lazy = sorted(rng.sample(range(LAYERS), LAYERS - KEEP))
-            table = banks_of(lazy, LAYERS)
-            self.bank_of[chosen] = torch.tensor(table, dtype=torch.int32)
-            self.set_of[row] = chosen
-        self.tables = StreamingTables(self.req_to_token, self.full_to_streaming, self.sink_set_of)
-        self.banks = LayerBanks(self.bank_of, self.set_of, LAYOUT, WINDOWS)
-
-    def full(self, index: int) -> list[int]:
-        return self.req_to_token[self.rows[index], : self.lengths[index]].tolist()
-
-    def bank(self, index: int, layer: int) -> int:
-        return int(self.bank_of[self.set_of[self.rows[index]], layer])
-
-    def streaming(self, index: int) -> list[int]:
-        return [int(self.full_to_streaming[slot]) for slot in self.full(index)]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -163,213 +102,6 @@ def test_queue_step_equals_torch() -> None:
             assert sorted(ours[chosen].tolist()) == list(range(LAYERS)), "every bank has one owner"
 
 
-@dataclass
-class Chunk:
-    """A prefill batch over a world; the facts the kernels get."""
-
-    world: World
-    plans: list[Prefill]
-
-    def requests(self) -> Requests:
-        facts: list[list[int]] = []
-        token = offset = deciding = 0
-        for plan in self.plans:
-            number = deciding if plan.kind == Kind.SELECT else -1
-            facts.append([int(plan.kind), plan.layer_set, plan.prefix, token, offset, number])
-            token, offset, deciding = token + plan.extend, offset + plan.end, deciding + (number >= 0)
-        table = torch.tensor(facts, dtype=torch.int32).t().contiguous()
-        full = [slot for index in range(len(self.plans)) for slot in self.world.full(index)]
-        streaming = [slot for index in range(len(self.plans)) for slot in self.world.streaming(index)]
-        sink = self.world.sink_set_of[self.world.rows]
-        slots = (torch.tensor(full, dtype=torch.int32), torch.tensor(streaming, dtype=torch.int32))
-        return Requests(*table[:5], sink, table[5], *slots)
-
-
-def chunk(seed: int, short: bool) -> Chunk:
-    rng = random.Random(seed)
-    shapes = [(0, 30), (20, 45), (33, 50), (10, 26), (0, 9)]
-    kinds = [Kind.SELECT, Kind.SELECT, Kind.STAGED, Kind.KNOWN, Kind.KNOWN]
-    if short:  # decided requests that have not left their windows
-        shapes[3] = (9, 15)
-    world = World(rng, [end for _, end in shapes])
-    plans = []
-    for index, ((prefix, end), kind) in enumerate(zip(shapes, kinds, strict=True)):
-        row = int(world.rows[index])
-        plans.append(Prefill(kind, row, int(world.set_of[row]), prefix, end - prefix))
-    return Chunk(world, plans)
-
-
-def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bool) -> int:
-    """Where a position is before it is decided upon, in the order of memory/banks.py."""
-    plan, world = case.plans[index], case.world
-    if plan.kind == Kind.KNOWN:
-        bank = world.bank(index, layer)
-        slot = world.full(index)[position] if bank < KEEP else world.streaming(index)[position]
-        return LAYOUT.bank_start(bank) + slot
-    if layer < KEEP:
-        return LAYOUT.bank_start(layer) + world.full(index)[position]
-    if scratch and position >= plan.prefix:
-        before = sum(other.extend for other in case.plans[:index])
-        return LAYOUT.scratch_start + before + position - plan.prefix
-    return LAYOUT.staging_bank_start(layer) + position
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_extend_kv_indices(seed: int) -> None:
-    case = chunk(seed, short=False)
-    given, count = case.requests(), len(case.plans)
-    ends = [plan.end for plan in case.plans]
-    firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
-    for lazy, begin in ((False, [0] * count), (True, firsts)):
-        lengths = [end - first for first, end in zip(begin, ends, strict=True)]
-        sizes = torch.tensor(lengths, dtype=torch.int32)
-        pointers = extend_kv_indptr(case.world.banks, given, sizes, lazy=lazy)
-        out = extend_kv_indices(case.world.banks, given, begin, ends, pointers, lazy=lazy)
-        at = 0
-        for layer in range(LAYERS):
-            for index, plan in enumerate(case.plans):
-                full = plan.kind != Kind.KNOWN or case.world.bank(index, layer) < KEEP
-                positions = range(begin[index], ends[index]) if full != lazy else range(0)
-                expected = [expected_row(case, index, layer, p, scratch=True) for p in positions]
-                assert int(pointers[layer * count + index]) == at
-                assert out[at : at + len(expected)].tolist() == expected, (lazy, layer, index)
-                at += len(expected)
-        assert int(pointers[-1]) == at
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_prefix_lists(seed: int) -> None:
-    case = chunk(seed, short=True)
-    given, count = case.requests(), len(case.plans)
-    prefixes = [plan.prefix for plan in case.plans]
-    out = every_kv_indices(case.world.banks, given, [0] * count, prefixes)
-    for layer in range(LAYERS):
-        at = 0
-        for index, plan in enumerate(case.plans):
-            rows = [expected_row(case, index, layer, p, scratch=False) for p in range(plan.prefix)]
-            assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
-            at += len(rows)
-        assert out.shape == (LAYERS, at)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_lists_of_every_layer_from_somewhere_on(seed: int) -> None:
-    """Cached and new tokens; those of undecided requests are scratch rows from layer P on."""
-    case = chunk(seed, short=False)
-    given, ends = case.requests(), [plan.end for plan in case.plans]
-    firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
-    out = every_kv_indices(case.world.banks, given, firsts, ends)
-    for layer in range(LAYERS):
-        at = 0
-        for index, first in enumerate(firsts):
-            rows = [expected_row(case, index, layer, p, scratch=True) for p in range(first, ends[index])]
-            assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
-            at += len(rows)
-
-
-def test_prefix_lists_read_sinks_that_left_the_window() -> None:
-    world = World(random.Random(5), [SINK + RECENT])
-    row = int(world.rows[0])
-    world.sink_set_of[row] = 2
-    plan = Prefill(Kind.KNOWN, row, int(world.set_of[row]), SINK + RECENT - 1, 1)
-    case = Chunk(world, [plan])
-    out = every_kv_indices(world.banks, case.requests(), [0], [plan.prefix])
-    left = plan.prefix - RECENT
-    for layer in range(LAYERS):
-        bank = world.bank(0, layer)
-        if bank >= KEEP:
-            start = LAYOUT.bank_start(bank) + LAYOUT.sink_base + 2 * SINK
-            assert out[layer, :left].tolist() == list(range(start, start + left))
-
-
-@pytest.mark.parametrize("ragged", [True, False])
-@pytest.mark.parametrize("seed", range(3))
-def test_place(seed: int, ragged: bool) -> None:
-    """Two requests are decided, one is staged, two were decided before; every layer in turn."""
-    case = chunk(seed, short=ragged)
-    world, plans, given = case.world, case.plans, case.requests()
-    rng = random.Random(seed + 100)
-    pool_k = torch.arange(LAYOUT.total_rows * 6, dtype=torch.float32).view(-1, 2, 3).contiguous()
-    pool_v = -pool_k
-    tokens = sum(plan.extend for plan in plans)
-    new = [(i, plan.prefix, plan.end) for i, plan in enumerate(plans)]
-    cut = [
-        (i, 0 if plan.kind == Kind.SELECT else plan.prefix, plan.end)
-        for i, plan in enumerate(plans)
-        if plan.kind == Kind.SELECT or (ragged and plan.kind == Kind.KNOWN)
-    ]
-    stage = [run for run in new if plans[run[0]].kind == Kind.STAGED]
-    tiles = {
-        name: make_tiles(runs, 4, "cpu") for name, runs in (("new", new), ("cut", cut), ("stage", stage))
-    }
-    deciding = [plan for plan in plans if plan.kind == Kind.SELECT]
-    sets = torch.tensor([plan.layer_set for plan in deciding])
-    laziness = torch.zeros(world.bank_of.shape)
-    popped = torch.full((len(plans),), -1, dtype=torch.int32)
-    for layer in range(LAYERS):
-        k, v = torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3)
-        want_k, want_v = pool_k.clone(), pool_v.clone()
-
-        def put(row: int, source_k: Any, source_v: Any, want=(want_k, want_v)) -> None:
-            want[0][row], want[1][row] = source_k, source_v
-
-        def run(name: str, *done: torch.Tensor, parts=(k, v), number=layer) -> None:
-            put_where = settle if done else store_new
-            put_where(KV(pool_k, pool_v), KV(*parts), number, tiles[name], given, world.banks, *done)
-
-        token = [sum(plan.extend for plan in plans[:i]) for i in range(len(plans))]
-        source: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for index, plan in enumerate(plans):
-            fresh = slice(token[index], token[index] + plan.extend)
-            old_k, old_v = torch.empty(0, 2, 3), torch.empty(0, 2, 3)
-            if plan.prefix and layer >= KEEP:
-                start = LAYOUT.staging_bank_start(layer)
-                old_k = pool_k[start : start + plan.prefix].clone()
-                old_v = pool_v[start : start + plan.prefix].clone()
-            else:
-                old_k, old_v = torch.zeros(plan.prefix, 2, 3), torch.zeros(plan.prefix, 2, 3)
-            source[index] = (torch.cat([old_k, k[fresh]]), torch.cat([old_v, v[fresh]]))
-            early = plan.kind == Kind.KNOWN or layer < KEEP or not ragged
-            for position in range(plan.prefix, plan.end):
-                if early:
-                    row = expected_row(case, index, layer, position, scratch=True)
-                    put(row, source[index][0][position], source[index][1][position])
-        if not ragged:
-            run("new")
-            assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v)
-        elif layer < KEEP:
-            run("new")
-        laziness[sets, layer] = torch.tensor([rng.random() for _ in deciding])
-        popped[: len(deciding)] = queue_step(world.bank_of, laziness, sets, layer, KEEP).to(torch.int32)
-        if layer >= KEEP:
-            for index, plan in enumerate(plans):
-                streaming, full = world.streaming(index), world.full(index)
-                if plan.kind == Kind.SELECT:
-                    gone = int(popped[deciding.index(plan)])
-                    bank = world.bank(index, layer)
-                    cut_k, cut_v = (tensor.clone() for tensor in source[index])
-                    if gone != layer:
-                        rows = LAYOUT.bank_start(bank) + torch.tensor(full)
-                        cut_k, cut_v = pool_k[rows].clone(), pool_v[rows].clone()
-                        for position, row in enumerate(rows.tolist()):
-                            put(row, source[index][0][position], source[index][1][position])
-                    start = LAYOUT.bank_start(layer)
-                    for position, slot in enumerate(streaming):
-                        if slot:
-                            put(start + slot, cut_k[position], cut_v[position])
-                    sink_set = int(world.sink_set_of[world.rows[index]])
-                    for position in range(SINK if sink_set >= 0 else 0):
-                        row = start + LAYOUT.sink_base + sink_set * SINK + position
-                        put(row, cut_k[position], cut_v[position])
-                elif plan.kind == Kind.STAGED:
-                    for position in range(plan.prefix, plan.end):
-                        row = LAYOUT.staging_bank_start(layer) + position
-                        put(row, source[index][0][position], source[index][1][position])
-            run("cut", popped)
-            run("stage", popped)
-        assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v), layer
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     """With banks, only requests that are lazy in this layer get the windowed output and their sinks."""
@@ -396,81 +128,3 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
             weights = torch.softmax(torch.cat([lse[token, :, None] / 1.4426950408889634, scores], 1), 1)
             expected = weights[:, :1] * window[token] + weights[:, 1:] @ v
             torch.testing.assert_close(out[token], expected, atol=1e-4, rtol=1e-4)
-
-
-def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple[int, int]], list[int]]:
-    """The chunk size, (request, chunk) pairs in order, o_indptr."""
-    lengths = [max(length, 1) for length in lengths]
-    tokens, parts = sum(lengths), [*range(1, 17), *(int(16 * 2 ** (i / 8)) for i in range(1, 49))]
-    best = (math.inf, 0)
-    for size in [max(-(-max(lengths) // part), 128) for part in parts]:
-        count = sum(-(-length // size) for length in lengths)
-        if count * size < 1.15 * tokens:
-            time = -(-count // plan.places) * (size + START_TOKENS)
-        else:
-            time = (tokens + count * START_TOKENS) / plan.places + 0.7 * size
-        if count <= plan.chunks and time < best[0]:
-            best = (time, size)
-    size = best[1]
-    whole = [(request, tile) for request, length in enumerate(lengths) for tile in range(length // size)]
-    rest = [(request, length // size) for request, length in enumerate(lengths) if length % size]
-    return size, whole + rest, [0, *itertools.accumulate(-(-length // size) for length in lengths)]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "chunks"),
-    [
-        ([[5], [1]], 4),
-        ([[32768], [1024]], 33),
-        ([[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]], 12),
-        ([[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12], 144),
-        ([[7] * 21, [100000] + [1] * 20], 24),
-        ([[900 + i for i in range(17)]], 300),
-    ],
-)
-def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
-    """Every layer gets the plan of its own lists, whatever was there before."""
-    requests, layers = len(lengths[0]), len(lengths)
-    plan = DecodePlan(requests, chunks, tile=16, places=33, partial_bytes=0)
-    every = itertools.accumulate(length for layer in lengths for length in layer)
-    pointers = torch.tensor([0, *every], dtype=torch.int32)
-    out = torch.randint(0, 255, (layers, plan.end + 64), dtype=torch.uint8)
-    before = out.clone()
-    decode_plans(out, pointers, plan)
-    assert torch.equal(out[:, plan.end :], before[:, plan.end :])
-    for layer, given in enumerate(lengths):
-        size, pairs, indptr = expected_plan(given, plan)
-
-        def read(offset: int, count: int, row: torch.Tensor = out[layer]) -> list[int]:
-            return row[offset : offset + 4 * count].view(torch.int32).tolist()
-
-        assert read(plan.at.chunk_size, 1) == [size]
-        assert read(plan.at.total_rows, 1) == [requests]
-        assert list(zip(read(0, len(pairs)), read(plan.at.kv_tiles, len(pairs)), strict=True)) == pairs
-        assert read(plan.at.query_tiles, chunks) == [0] * chunks
-        assert read(plan.at.o_indptr, requests + 1) == read(plan.at.merge_indptr, requests + 1) == indptr
-        valid = out[layer, plan.at.valid : plan.at.valid + chunks].tolist()
-        assert valid == [1] * len(pairs) + [0] * (chunks - len(pairs))
-
-
-def test_decode_plans_that_do_not_fit_are_refused() -> None:
-    plan = DecodePlan(1, 33, tile=16, places=33, partial_bytes=0)
-    with pytest.raises(LightTransferError, match="does not fit"):
-        decode_plans(
-            torch.zeros((2, plan.end - 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), plan
-        )
-
-
-def test_plans_of_another_form_are_refused() -> None:
-    info = DecodePlan(7, 33, tile=16, places=33, partial_bytes=256).info
-    plan = DecodePlan.like(info, 7, heads=32, kv_heads=8, dim=128, processors=132)
-    assert plan.places == 33 and plan.chunks == CHUNKS_PER_PLACE * 33 + 7 and plan.tile == 16
-    assert plan.partial_bytes == 32 * plan.chunks * 128 * 4
-    assert plan.end <= plan_bytes(7, kv_heads=8, processors=132) <= plan_bytes(8, kv_heads=8, processors=132)
-    assert plan_info(SimpleNamespace(_plan_info=list(info))) == info
-    with pytest.raises(LightTransferError, match="is no PrefillPlanInfo"):
-        plan_info(SimpleNamespace(_plan_info=list(info[:10])))
-    eager = PrefillPlanInfo(*info[:13], 0, 1)
-    for other, requests, heads, kv_heads in ((eager, 7, 32, 8), (info, 8, 32, 8), (info, 7, 64, 2)):
-        with pytest.raises(LightTransferError, match="not of the known form"):
-            DecodePlan.like(other, requests, heads=heads, kv_heads=kv_heads, dim=128, processors=132)
