@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.parser import Parser, numbers, positive, seed, share
+from lt_sglang.cli.parser import Parser, positive, seed, share
 from lt_sglang.cli.preflight import check_engines
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.endpoint import Endpoint
@@ -222,7 +222,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--lengths",
-        type=numbers,
+        type=_numbers,
         default=(4096, 8192),
         help="prompt tokens, e.g. 4096,8192; answers take up to 128 more",
     )
@@ -268,3 +268,7 @@ def _some(text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
         if name not in allowed:
             raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
     return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive(part.strip()) for part in text.split(","))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lt_sglang.cli.parser import Parser, numbers, positive
-from lt_sglang.cli.train import add_job_options, recipe_overrides, refuse_dynamic
+from lt_sglang.cli.train import add_job_options, recipe_overrides
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import read_model_config
@@ -113,7 +113,8 @@ def _text(jobs: list[TrainJob], plans: list[TrainPlan]) -> str:
 
 
 def _model(args: argparse.Namespace, options: LtOptions) -> tuple[ModelShape, LightTransferConfig]:
-    refuse_dynamic(options)
+    if options.mode == "dynamic":
+        raise LightTransferError("--lt-mode dynamic: training needs one list of layers; leave it out")
     name = args.shape or RECIPE_SHAPES.get(args.model_path or "")
     if name is not None:
         shape = SHAPES[name]

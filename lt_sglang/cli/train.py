@@ -90,7 +90,8 @@ def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransfer
 
     The processes that a launcher starts find --lt-config on their command line, so that one list is chosen.
     """
-    refuse_dynamic(options)
+    if options.mode == "dynamic":
+        raise LightTransferError("--lt-mode dynamic: training needs one list of layers; leave it out")
     for flag, value in (("--lt-decide", options.decide), ("--lt-staging-tokens", options.staging_tokens)):
         if value is not None:
             raise LightTransferError(f"{flag}: only of dynamic mode, which is not trained")
@@ -238,12 +239,6 @@ def recipe_overrides(options: LtOptions, args: argparse.Namespace) -> dict[str, 
     if not args.lighttransfer or options.config is not None:
         return {}
     return {CONFIG_KEY: {**args.lighttransfer, "source": f"the recipe {args.recipe}"}}
-
-
-def refuse_dynamic(options: LtOptions) -> None:
-    """Raise LightTransferError if dynamic mode was asked for."""
-    if options.mode == "dynamic":
-        raise LightTransferError("--lt-mode dynamic: training needs one list of layers; leave it out")
 
 
 def _parser() -> Parser:
