@@ -34,7 +34,7 @@ CONTEXT = 20_000
 
 @dataclass
 class Rig:
-    """Memory of ``units`` units for one full and one lazy layer, and at most ``sets`` sets of ``sinks`` sinks.
+    """Memory of ``units`` units for one full and one lazy layer, at most ``sets`` sets of ``sinks`` sinks.
 
     window: SGLang's sliding_window_size, so w_recent - 1. hooked: whether hooks/table.py is in force.
     """
