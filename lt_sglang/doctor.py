@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -149,9 +150,12 @@ def check_arguments(argv: Iterable[str], on_gpu: bool) -> str:
 
 
 def check_starts(arguments: Mapping[str, Sequence[str]], on_gpu: bool) -> list[Check]:
-    """As check_arguments, for the server arguments of several engines, by name, in one process."""
-    lines = _child("starts", json.dumps(dict(arguments)), gpu=on_gpu)
-    fields = [line.split("|", 2) for line in lines]
+    """As check_arguments, for the server arguments of several engines, by name."""
+    # CUDA, which SGLang looks for as it is imported, does not survive a fork: a process for each.
+    together = [{name: argv} for name, argv in arguments.items()] if on_gpu else [dict(arguments)]
+    with ThreadPoolExecutor() as pool:
+        lines = pool.map(lambda some: _child("starts", json.dumps(some), gpu=on_gpu), together)
+        fields = [line.split("|", 2) for found in lines for line in found]
     return [Check(name, state == "ok", message) for name, state, message in fields]
 
 
@@ -204,8 +208,12 @@ def child_main(what: str, argv: list[str]) -> None:
         _emit("ok" if result.ok else "FAIL", result.message)
         return
     if what == "starts":
-        for name, given in json.loads(argv[0]).items():
-            result = _resolve_apart(name, given)
+        engines = json.loads(argv[0])
+        for name, given in engines.items():
+            alone = len(engines) == 1
+            result = (
+                run_check(name, partial(_resolve_arguments, given)) if alone else _resolve_apart(name, given)
+            )
             _emit(name, "ok" if result.ok else "FAIL", result.message)
         return
     if what == "gpu":

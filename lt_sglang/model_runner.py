@@ -211,7 +211,7 @@ class LightTransferModelRunner(ModelRunner):
         """As ModelRunner, after the sink rows this forward reads have been filled."""
         if self.sink_store is not None:
             assert self.flat_pool is not None
-            self.sink_store.flush(self.flat_pool.copy_streaming)
+            self.sink_store.flush(self.flat_pool.copy_rows)
         if self.dynamic is None:
             return super().forward(forward_batch, *args, **kwargs)
         self.dynamic.sets.flush()

@@ -103,7 +103,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--use-ray", "use_ray", _set, "its scheduler actors load no plug-ins; deploy/ray serves under Ray"
     ),
-    Refusal("--page-size", "page_size", _above_one, "windows move token by token; use 1"),
     Refusal(
         "--kv-cache-dtype",
         "kv_cache_dtype",

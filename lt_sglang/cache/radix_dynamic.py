@@ -53,6 +53,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         else:
             needed = had.full_rows
             prompt, sets = self._comes_back(req, had)
+        shared = 0
         for entry in sets:
             # A copy reads all but its last token from the cache and computes that one with streaming
             # attention, where the first run had full attention; and SGLang sends a request with n > 1 once
@@ -63,8 +64,12 @@ class DynamicRadixCache(LightTransferRadixCache):
             if result.device_prefix_len >= needed:
                 _bind(req, entry, prompt)
                 return result
+            shared = max(shared, result.swa_branching_seqlen or 0)
         _bind(req, None, None)
-        return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
+        missed = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
+        # It begins like another prompt, but the window there is gone. So SGLang keeps this one's window there,
+        # in this one's name space, and the next that begins alike has a hit.
+        return missed._replace(swa_branching_seqlen=shared if shared >= needed and had is None else None)
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.

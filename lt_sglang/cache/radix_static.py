@@ -58,6 +58,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         self.lazy_layers = lazy_layers
         self.finished_requests = 0
         super().__init__(params)
+        self.token_to_kv_pool_allocator.tree_cache = self
         window = self.sliding_window_size
         if window is None or window < 1:
             raise LightTransferError("radix cache: lazy layers need a sliding window, SGLang passed none")

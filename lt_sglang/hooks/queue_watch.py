@@ -66,13 +66,13 @@ def _end(scheduler: Any) -> AbortReq:
 
     req = scheduler.chunked_req if scheduler.chunked_req is not None else scheduler.waiting_queue[0]
     allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    free = len(allocator.units) + allocator.evictable_units(tree)
     full = allocator.full_available_size() + tree.full_evictable_size()
-    streaming = allocator.swa_available_size() + tree.swa_evictable_size()
+    limit = f" and {full} of at most {allocator.size_full} tokens" if allocator.full_is_limited else ""
     message = (
         f"Nothing else runs, and this request cannot start or go on: {len(req.origin_input_ids)} prompt "
-        f"tokens and up to {req.sampling_params.max_new_tokens} new ones, with {full} of "
-        f"{allocator.size_full} tokens free in the full pool and {streaming} of {allocator.size_swa} in the "
-        "streaming pool."
+        f"tokens and up to {req.sampling_params.max_new_tokens} new ones, with {free} of "
+        f"{allocator.units.size} units of KV memory free{limit}."
     )
     logger.error("LightTransfer: request %s is ended with 503: %s", req.rid, message)
     reason = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE)

@@ -120,6 +120,10 @@ class SlotAllocator(BaseTokenToKVPoolAllocator):
             alloc_decode_naive(seq_lens, last_loc, pages, out, self.page_size, new)
         return out
 
+    def rows_in_parts(self, slots: torch.Tensor) -> torch.Tensor:
+        """As UnitList, of slots of this kind."""
+        return self._units.rows_in_parts(slots, self.parts)
+
     def free(self, free_index: torch.Tensor) -> None:
         """As PagedTokenToKVPoolAllocator: a set of slots, whose whole pages are freed."""
         if free_index.numel() == 0:
@@ -169,6 +173,21 @@ class SlotAllocator(BaseTokenToKVPoolAllocator):
         self._units.give(pages, self.parts)
 
 
+class SinkAllocator(SlotAllocator):
+    """Slots of sink sets. They are taken between two steps, and leave alone what the next was promised."""
+
+    def __init__(self, owner: ElasticAllocator) -> None:
+        super().__init__(
+            owner.units, owner.shape.streaming_units, owner.dtype, owner.get_kvcache().swa_kv_pool
+        )
+        self._owner = owner
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """As SlotAllocator; cached tokens go for them."""
+        spare = self._owner.make_spare(-(-need_size // self.page_size) * self.parts)
+        return super().alloc(need_size) if spare else None
+
+
 @dataclass
 class Retractions:
     """Requests that gave their slots back before they were done, by cause.
@@ -198,6 +217,8 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         units, shape, demand: as given.
         sinks: allocates the rows of sink sets.
         sink_store: whose sets these are, once there is one.
+        tree_cache: the prefix cache, once there is one.
+        promised: units that the next batch was found to have.
         retractions: counters.
         full_is_limited: whether ``full_limit`` is given.
     """
@@ -221,6 +242,8 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         self._swa_req_ring, self._swa_ring_cost, self._req_to_token_pool = False, 0, None
         self._kvcache = kvcache
         self.sink_store = None
+        self.tree_cache: Any = None
+        self.promised = 0
         self.full_is_limited = full_limit is not None
         self.retractions = Retractions()
         self._short_of: str | None = None
@@ -237,7 +260,7 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
                 full_limit, dtype=dtype, device=device, kvcache=kvcache.full_kv_pool, need_sort=False
             )
         self.swa_attn_allocator: Any = SlotAllocator(units, shape.streaming_units, dtype, kvcache.swa_kv_pool)
-        self.sinks = SlotAllocator(units, shape.streaming_units, dtype, kvcache.swa_kv_pool)
+        self.sinks = SinkAllocator(self)
         self._size_full, self._size_swa = self.full_attn_allocator.size, self.swa_attn_allocator.size
         # The last -1 is SGLang's: a last_loc of -1 (no prefix) reads it.
         self.full_to_swa_index_mapping = torch.zeros(full_slots + 1, dtype=torch.int64, device=device)
@@ -273,10 +296,17 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """As SWATokenToKVPoolAllocator."""
+        self.promised = 0
         return super().alloc(need_size) if self.new_pages_available(need_size, need_size) else None
+
+    def alloc_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """As SWATokenToKVPoolAllocator."""
+        self.promised = 0
+        return super().alloc_extend(*args, **kwargs)
 
     def alloc_decode(self, seq_lens: Any, seq_lens_cpu: Any, last_loc: Any) -> torch.Tensor | None:
         """As SWATokenToKVPoolAllocator."""
+        self.promised = 0
         new = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
         if not self.new_pages_available(new, new):
             return None
@@ -291,6 +321,7 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> UnitBudget:
         """Both sides priced in units."""
+        self.promised = 0
         return UnitBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def evictable_units(self, tree_cache: Any) -> int:
@@ -319,6 +350,20 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         if len(self.units) < need and self.sink_store is not None:
             self.sink_store.trim(keep=0, until=lambda: len(self.units) >= need)
 
+    def make_spare(self, units: int) -> bool:
+        """Whether ``units`` can be taken now and the next batch still has its own; evicts cached tokens."""
+        need, tree = self.promised + units, self.tree_cache
+        if len(self.units) >= need or tree is None or not tree.supports_prefix_sharing():
+            return len(self.units) >= need
+        if len(self.units) + self.evictable_units(tree) >= need:
+            grouped = self.free_group is not None  # SGLang frees in groups to save launches
+            if grouped:
+                self.free_group_end()
+            self._evict(tree, need, full_slots=0)
+            if grouped:
+                self.free_group_begin()
+        return len(self.units) >= need
+
     def _evict(self, tree_cache: Any, need: int, full_slots: int) -> None:
         """A cached token that goes takes its window along, so full slots are asked for first."""
         short = need - len(self.units)
@@ -343,7 +388,9 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
     def check_decode_capacity(self, *, num_tokens: int, **given: Any) -> bool:
         """As BaseTokenToKVPoolAllocator; remembers what a step that must retract was short of."""
         fits = bool(super().check_decode_capacity(num_tokens=num_tokens, **given))
-        limited = self.full_is_limited and self.full_available_size() < num_tokens
+        pages = -(-num_tokens // self.page_size)
+        self.promised = self.shape.units(pages, pages)
+        limited = self.full_is_limited and self.size_full - self.full_used < num_tokens
         self._short_of = None if fits else "limit" if limited else "memory"
         return fits
 

@@ -19,8 +19,6 @@ from lt_sglang.memory.demand import Demand, expected_output
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from lt_sglang.memory.allocator import ElasticAllocator
-
 
 class UnitBudget(PrefillBudget):
     """One prefill pass over an ElasticAllocator.
@@ -29,9 +27,7 @@ class UnitBudget(PrefillBudget):
     some of them clipped.
     """
 
-    def __init__(
-        self, allocator: ElasticAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
-    ) -> None:
+    def __init__(self, allocator: Any, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         self._demand: Demand = allocator.demand
         self._per_token = self._demand.both / self.page_size
@@ -92,6 +88,7 @@ class UnitBudget(PrefillBudget):
 
     def reserve(self, extend_input_len: int, max_new_tokens: int, **given: Any) -> None:
         """Promise the request that is considered what it will take, later chunks included."""
+        self.allocator.promised += self._demand.both * (self._demand.pages(extend_input_len) + 1)
         self.total_offset += self._need() / self._per_token
         assert self._full_offset is not None, "a request was admitted that nobody considered"
         self._full_offset += self._extend + self._output
@@ -118,9 +115,9 @@ def output_of(req: Req, ratio: float, demand: Demand) -> int:
     )
 
 
-def running_offset(req: Req, ratio: float, allocator: ElasticAllocator) -> float:
-    """What a decoding request will take beyond what it holds, in SGLang's tokens."""
-    demand = allocator.demand
+def running_offset(req: Req, ratio: float, allocator: Any) -> float:
+    """What a decoding request will take beyond what it holds, in SGLang's tokens; of an ElasticAllocator."""
+    demand: Demand = allocator.demand
     prompt = req.seqlen - req.decode_batch_idx
     units = demand.of_running(prompt, req.decode_batch_idx, output_of(req, ratio, demand))
-    return units * allocator.page_size / demand.both
+    return float(units * allocator.page_size / demand.both)

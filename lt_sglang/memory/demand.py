@@ -75,14 +75,18 @@ class Demand:
 
     def of_new(self, extend: int, output: int) -> int:
         """Most units that a request will hold of its own: ``extend`` tokens to prefill, then ``output``."""
-        window, late = self.window, self.window + self.interval
         # Before it is decided, and at the end of its prefill.
         early = min(extend, self.undecided + self.chunk) if self.undecided else 0
-        prefill = max(self.units(early, early), self.units(extend, min(extend, self.chunk + window)))
+        prefill = max(self.units(early, early), self.units(extend, min(extend, self.chunk + self.window)))
+        return max(prefill + self.both + self._sinks, self.of_decoding(extend, output))
+
+    def of_decoding(self, extend: int, output: int) -> int:
+        """As ``of_new``, from the end of its prefill on."""
+        window, late = self.window, self.window + self.interval
         begun = min(output, late)
         decode = self.units(extend + begun, min(extend, window) + begun)
         end = self.units(extend + output, late) if output > late else 0
-        return max(prefill, decode, end) + self.both + self._sinks
+        return max(decode, end) + self.both + self._sinks
 
     def of_running(self, prompt: int, decoded: int, output: int) -> int:
         """Most units that a decoding request will take beyond what it holds.
@@ -90,14 +94,15 @@ class Demand:
         prompt: tokens it was prefilled with. decoded: since then. output: tokens to come.
         """
         window, late = self.window, self.window + self.interval
-        held = min(decoded, late)
-        growth = min(output, late - held)
-        if decoded >= window:
-            return self.units(output, growth) + self.both
+        # Its window slides whenever ``interval`` tokens were decoded.
+        slid = decoded - decoded % self.interval
+        if slid >= window:
+            return self.units(output, min(output, slid + self.interval - decoded)) + self.both
+        growth = min(output, late - decoded)
         begun = self.units(growth, growth)
         # By then its prompt's window has been let go.
         end = self.shape.full_units * self.pages(output)
-        end += self.shape.streaming_units * (self.pages(late) - self.pages(min(prompt, window) + held))
+        end += self.shape.streaming_units * (self.pages(late) - self.pages(min(prompt, window) + decoded))
         return max(begun, end if output > growth else 0, 0) + self.both
 
     def longest(self, units: int, full_slots: int) -> int:

@@ -75,15 +75,11 @@ class FlatPool:
         part = self.layout.shape.part_of(bank)
         return slots if part == 0 else self.units.rest[part - 1][slots].to(slots.dtype)
 
-    def copy_streaming(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy K and V of the streaming slots ``source`` to ``target`` (int64 [n]) in every lazy layer."""
-        shape, rows = self.layout.shape, self.layout.rows
-        for part in range(shape.streaming_units):
-            bank = shape.full_layers + part * shape.lanes
-            to, at = self.rows_of(bank, target), self.rows_of(bank, source)
-            for buffer in self.kv:
-                lanes = buffer.view(shape.lanes, rows, *buffer.shape[1:])
-                lanes[:, to] = lanes[:, at]
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy K and V of rows ``source`` to ``target`` (int64 [n]) in every lane; all are read first."""
+        for buffer in self.kv:
+            lanes = buffer.view(self.layout.shape.lanes, self.layout.rows, *buffer.shape[1:])
+            lanes[:, target] = lanes[:, source]
 
 
 def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
@@ -116,12 +112,15 @@ def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
             k_scale: Any = None,
             v_scale: Any = None,
             layer_id_override: int | None = None,
+            **given: Any,
         ) -> None:
             """As MHATokenToKVPool; ``loc_info`` holds slots."""
             number = layer.layer_id if layer_id_override is None else layer_id_override
             if isinstance(loc_info, torch.Tensor):
                 loc_info = flat.rows_of(self.lt_banks[number], loc_info)
-            super().set_kv_buffer(layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override)
+            super().set_kv_buffer(
+                layer, loc_info, cache_k, cache_v, k_scale, v_scale, layer_id_override, **given
+            )
 
     FlatKVPool.__name__ = FlatKVPool.__qualname__ = f"Flat{pool_class.__name__}"  # for SGLang's logs
     return FlatKVPool

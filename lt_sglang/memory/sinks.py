@@ -40,6 +40,10 @@ class SlotSource(Protocol):
         """Take them back."""
         ...
 
+    def rows_in_parts(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows of ``slots`` in each of their units now; int64 [units, n]."""
+        ...
+
 
 @dataclass
 class SinkSet:
@@ -57,7 +61,7 @@ class SinkSet:
 
 @dataclass
 class SinkStats:
-    """Counters since the start, for metrics and tests. refused: requests that asked while no slot was free."""
+    """Counters since the start, for metrics and tests. refused: requests that found no slot."""
 
     captured: int = 0
     shared: int = 0
@@ -159,7 +163,9 @@ class SinkStore:
             return False
         entry = SinkSet(taken[0], key, taken[1], kept)
         self._sets[key] = entry
-        self._pending_copies[entry.index] = (slots(), entry.slots[: self.sink_tokens])
+        # Rows, since another token may soon own the slots, and their units.
+        rows = [self._source.rows_in_parts(at) for at in (entry.slots[: self.sink_tokens], slots())]
+        self._pending_copies[entry.index] = (rows[0], rows[1])
         self._bind(request, entry, row)
         self.stats.captured += 1
         return True
@@ -197,18 +203,18 @@ class SinkStore:
     def flush(self, copy_rows: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         """Do the queued device work on the current stream.
 
-        copy_rows: ``copy_rows(target, source)`` with int64 streaming slots, for K and V of every lazy layer.
+        copy_rows: ``copy_rows(target, source)`` with int64 rows, for K and V; reads all before it writes.
         """
         if self._pending_copies:
             pending, self._pending_copies = self._pending_copies, {}
             for pair in pending.values():
-                for slots in pair:
-                    if slots.is_cuda:  # made on the scheduler's stream, read on this one
-                        slots.record_stream(torch.cuda.current_stream(slots.device))
-            source, target = (torch.cat(slots) for slots in zip(*pending.values(), strict=True))
+                for side in pair:
+                    if side.is_cuda:  # made on the scheduler's stream, read on this one
+                        side.record_stream(torch.cuda.current_stream(side.device))
+            target, source = (torch.stack(side) for side in zip(*pending.values(), strict=True))
             sets = torch.tensor(list(pending), dtype=torch.int64).to(self.device, non_blocking=True)
-            self.slots_of[sets] = target.view(len(pending), -1).to(torch.int32)
-            copy_rows(target, source)
+            self.slots_of[sets] = target[:, 0].to(torch.int32)
+            copy_rows(target.flatten(), source.flatten())
         if self._pending_rows:
             rows: dict[int, int] = {}
             for resolve, index in self._pending_rows:

@@ -45,8 +45,11 @@ class Sizes:
         return self.units // self.shape.full_units * self.demand.page_size
 
     def requests(self, prompt: int, output: int) -> float:
-        """How many requests of ``prompt`` + ``output`` tokens are admitted at once."""
-        return self.units / self.demand.of_new(prompt, output)
+        """How many requests of ``prompt`` + ``output`` tokens run at once, one of them in its prefill."""
+        first = self.demand.of_new(prompt, output)
+        if first > self.units:
+            return self.units / first
+        return 1 + (self.units - first) / self.demand.of_decoding(prompt, output)
 
     def describe(self) -> str:
         """For the log."""
@@ -55,8 +58,8 @@ class Sizes:
         lists = ""
         if shape.parts > 2:
             lists = (
-                f"; {shape.full_layers} and {shape.lazy_layers} have no common divisor above {shape.lanes}, so "
-                f"each step writes {shape.full_units + shape.streaming_units} index lists instead of 2"
+                f"; {shape.full_layers} and {shape.lazy_layers} have no common divisor above {shape.lanes}, "
+                f"so each step writes {shape.full_units + shape.streaming_units} index lists instead of 2"
             )
         return (
             f"{self.units} units of {page} x {shape.lanes} rows, "
@@ -105,7 +108,7 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
     )
     unit_bytes = page_size * shape.lanes * token_layer_bytes
     tables = page_size * (TABLE_BYTES + 4 * (shape.parts - 1))
-    units = budget_bytes // (unit_bytes + tables) - 1  # one is padding
+    units = max(budget_bytes // (unit_bytes + tables) - 1, 0)  # one is padding
     if full_limit is not None:
         # Every streaming slot, but those of sinks, belongs to a full one.
         full_limit = full_limit // page_size * page_size
@@ -116,8 +119,8 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
     if config.dynamic:
         demand = demand.undecided_up_to(_undecided(config, demand, units))
     most = units * page_size if full_limit is None else full_limit
-    longest = demand.longest(max(units, 0), most)
-    if longest < min(config.retained_tokens + chunk_tokens, context_tokens, most):
+    longest = demand.longest(units, most)
+    if longest < max(min(config.retained_tokens + chunk_tokens, context_tokens, most), 1):
         raise LightTransferError(
             f"KV memory: {budget_bytes / 2**20:.4g} MiB do not hold a prefill chunk of {chunk_tokens} tokens "
             "and a window; raise --mem-fraction-static or lower --chunked-prefill-size"

@@ -115,6 +115,10 @@ class UnitList:
             units.append(others.to(torch.int64).flatten())
         self.free = torch.cat((self.free, *units))
 
+    def rows_in_parts(self, slots: torch.Tensor, parts: int) -> torch.Tensor:
+        """Rows of ``slots`` (int64 [n]) in each of their ``parts`` units now; int64 [parts, n]."""
+        return torch.stack([slots, *(self.rest[part, slots].to(torch.int64) for part in range(parts - 1))])
+
     def clear(self) -> None:
         """All are free."""
         self.free = torch.arange(1, self.size + 1, dtype=torch.int64, device=self.device)

@@ -21,6 +21,8 @@ from lt_sglang.upstream.recorded import FINGERPRINTS, SIGNATURES
 # Modules with classes that extend SGLang's.
 SUBCLASS_MODULES = (
     "lt_sglang.model_runner",
+    "lt_sglang.memory.allocator",
+    "lt_sglang.memory.budget",
     "lt_sglang.memory.pools",
     "lt_sglang.cache.radix_static",
     "lt_sglang.memory.weights",
@@ -184,6 +186,8 @@ def _incompatible(override: Override) -> str | None:
     """Why a call that fits SGLang's method would not fit ours, or None."""
     ours = list(inspect.signature(override.function).parameters.values())
     stock = list(inspect.signature(inspect.unwrap(override.stock)).parameters.values())
+    if len(stock) > 1 and all(parameter.kind in _VARIADIC for parameter in stock[1:]):
+        return None  # a placeholder, which says nothing of what is passed
     args = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in ours)
     kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in ours)
     named = {parameter.name: parameter for parameter in ours if parameter.kind not in _VARIADIC}

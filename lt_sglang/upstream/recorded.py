@@ -82,11 +82,78 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache": "self, timeout_s=",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request=",
     "sglang.srt.managers.utils.is_health_check_generate_req": "recv_req",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.__init__": (
+        "self, size, page_size, dtype, device, kvcache, need_sort"
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.alloc": "self, need_size",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.alloc_decode": "self, *args, **kwargs",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.alloc_extend": "self, *args, **kwargs",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.available_size": "self",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.check_decode_capacity": (
+        "self, *, num_tokens, tree_cache, requests=, spec_algorithm="
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.clear": "self",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.free": "self, free_index",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.free_group_end": "self",
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.free_segment": (
+        "self, free_index, *, start_pos"
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_cpu_copy": (
+        "self, indices, mamba_indices=, req_pool_index="
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.load_cpu_copy": (
+        "self, kv_cache_cpu, indices, mamba_indices=, req_pool_index="
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.max_new_tokens_for_memory": (
+        "self, input_tokens, max_new_tokens, *, token_capacity, sliding_window_size, chunk_size"
+    ),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__": (
+        "self, size, page_size, dtype, device, kvcache, need_sort"
+    ),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode": (
+        "self, seq_lens, seq_lens_cpu, last_loc"
+    ),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (
+        "self, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, "
+        "extend_num_tokens, num_new_pages="
+    ),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.free_page_ids": "self, page_ids",
+    "sglang.srt.mem_cache.allocator.paged.alloc_decode_naive": (
+        "seq_lens, last_loc, free_pages, out_indices, page_size, num_new_pages"
+    ),
+    "sglang.srt.mem_cache.allocator.paged.alloc_extend_naive": (
+        "prefix_lens, seq_lens, last_loc, free_pages, out_indices, page_size, device"
+    ),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.__init__": (
         "self, size, size_swa, page_size, dtype, device, kvcache, need_sort, req_to_token_pool="
     ),
     "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.free_swa_segment": (
         "self, free_index, *, start_pos"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc": "self, need_size",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc_decode": (
+        "self, seq_lens, seq_lens_cpu, last_loc"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc_extend": (
+        "self, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.available_size": "self",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.clear": "self",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.create_prefill_budget": (
+        "self, tree_cache, *, num_mixed_decode_tokens="
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.evict_to_free_tokens": (
+        "self, tree_cache, num_tokens"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.new_pages_available": (
+        "self, num_full_pages, num_swa_pages"
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.resize": "self, config",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.swa_capacity_and_available": (
+        "self, *, full_capacity, swa_capacity"
+    ),
+    "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.__init__": (
+        "self, size, dtype, device, kvcache, need_sort"
     ),
     "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evict_sliding_windows": (
         "self, req, pre_len, *, eviction_interval="
@@ -103,11 +170,36 @@ SIGNATURES: dict[str, str] = {
     ),
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal": "self",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes": "self",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_kv_size_bytes": "self",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": (
+        "self, layer, loc_info, cache_k, cache_v, k_scale=, v_scale=, layer_id_override=, dcp_kv_mask="
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.__init__": (
+        "self, allocator, tree_cache, *, num_mixed_decode_tokens="
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens": "self, chunk_limit",
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.can_allocate_prefill": (
+        "self, *, paged_input, extend_input_len, max_new_tokens, chunk_limit"
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.check_prefill": (
+        "self, *, extend_input_len, total_tokens, max_new_tokens, input_tokens, "
+        "swa_host_hit_length, chunk_limit, auxiliary_swa_host_hit_length="
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.fit_chunk": (
+        "self, *, extend_input_len, max_new_tokens, chunk_limit"
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.has_capacity": "self",
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.reserve": (
+        "self, extend_input_len, max_new_tokens, *, extra_tokens=, chunk_limit=, is_chunked_continuation="
+    ),
     "sglang.srt.mem_cache.registry.create_unified_radix_cache": "ctx, *, cache_class=",
     "sglang.srt.mem_cache.registry.register_radix_cache_backend": "name, factory",
     "sglang.srt.mem_cache.registry.registered_radix_cache_backends": "",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.__init__": "self, params",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": "self, req, *, up_to, **kwargs",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.evict_for_alloc": (
+        "self, params, *, allocation_reclaim_satisfied="
+    ),
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": "self, params",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": "self, req, *, checkpointed",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": "self, req",
@@ -157,6 +249,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.runtime_context.get_schedule": "",
     "sglang.srt.server_args.ServerArgs.url": "self, port=",
     "sglang.srt.server_args.prepare_server_args": "argv",
+    "sglang.srt.utils.get_num_new_pages": "seq_lens, page_size, prefix_lens=, decode=",
     "sglang.srt.utils.hf_transformers_utils.get_config": (
         "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"
     ),
@@ -181,11 +274,11 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     ),
     "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent._maybe_split_leaf_for_swa_lock": (
         "f20e7a495178",
-        "no node of streaming slots is longer than a window; memory/demand.py counts on it.",
+        "no node with streaming slots is longer than a window; memory/demand.py counts on it.",
     ),
     "sglang.srt.mem_cache.unified_cache.components.swa.SWAComponent.acquire_component_lock": (
         "928265957ca4",
-        "a lock ends with the first node that covers the window; memory/split.py counts on it.",
+        "a lock ends with the first node that covers the window; memory/demand.py counts on it.",
     ),
     "sglang.srt.managers.scheduler.Scheduler.ingest_requests": (
         "ebd93fa1e567",
@@ -232,6 +325,62 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
         "7be9a8b0ab22",
         "dynamic mode finds a layer set by the first tokens of the key it matches, so the key must hold the "
         "whole prompt, and only its limit be shorter.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.__init__": (
+        "e60f867c6cef",
+        "it adds _get_running_request_total_token_offset to total_offset before it asks the budget.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": (
+        "d528940d72c4",
+        "it asks available_chunk_tokens, then fit_chunk, and reserves; None from either parks the request.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req_ignore_eos": (
+        "5e3df470acfb",
+        "it asks can_allocate_prefill and reserves; its token rule is skipped where is_hybrid_swa.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder._update_prefill_budget": (
+        "8c546f9408f5",
+        "it reserves once for each request it admits, which hooks/wrappers.py has named before.",
+    ),
+    "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.check_decode_capacity": (
+        "d4692942b5ec",
+        "every step that may retract asks here; its verdict is why a retraction is counted.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc": (
+        "63bb6c156ea7",
+        "it takes both kinds after the sizes were checked; ElasticAllocator.alloc checks them together.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc_extend": (
+        "ddc9698aaa38",
+        "it asks new_pages_available for both kinds, then allocates each from the sub-allocators.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.alloc_decode": (
+        "04d0c678f1ed",
+        "it allocates from both sub-allocators, and loses slots if only one of them has room.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.clear": (
+        "0939238b83c7",
+        "it clears the sub-allocators and the mapping; sink sets and units are ElasticAllocator's to clear.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator.free_group_end": (
+        "e744f8c2e33e",
+        "frees of a group reach the sub-allocators as pages; SlotAllocator gives their units back once.",
+    ),
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator._free_swa_pages": (
+        "d9d4ca20a434",
+        "its assertions read available_size and size of the streaming sub-allocator.",
+    ),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": (
+        "b4e7966d68d0",
+        "loc_info is a tensor of slots, whose rows flat_pool.py finds, or an object with one.",
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.evict_for_alloc": (
+        "2dc5ebf7f324",
+        "with allocation_reclaim_satisfied, its numbers are quotas, not availability to reach.",
+    ),
+    "sglang.srt.mem_cache.allocation.alloc_for_extend": (
+        "bc5a0e7dffef",
+        "it allocates what admission promised a batch; nothing but sink sets may be taken in between.",
     ),
     "sglang.cli.serve._run_llm": (
         "88dfe52fc8a9",

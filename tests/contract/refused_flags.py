@@ -30,7 +30,6 @@ VALUES = {
     "--radix-cache-backend": ["flexkv"],
     "--kv-canary": ["log"],
     "--model-impl": ["transformers"],
-    "--page-size": ["16"],
     "--kv-cache-dtype": ["mxfp8"],
     "--dllm-algorithm": ["LowConfidence"],
     "--lora-paths": ["a=/tmp"],

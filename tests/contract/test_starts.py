@@ -31,7 +31,10 @@ def test_each_engine_has_its_verdict() -> None:
             [*ours, dynamic.replace("{", '{"architectures": ["LlamaForSequenceClassification"], ', 1)],
             "LlamaForSequenceClassification: dynamic mode needs a model that generates",
         ),
-        "refused": ([*ours, static, "--page-size", "16"], "--page-size 16: not supported with lazy layers"),
+        "refused": (
+            [*ours, static, "--enable-mixed-chunk"],
+            "--enable-mixed-chunk: not supported with lazy layers",
+        ),
         "unknown": ([*common, "--nonsense"], "SGLang does not accept these flags: "),
         "static again": ([*ours, static], ""),
     }

@@ -247,12 +247,12 @@ def _score(server: Server, job: Job) -> Answer:
 
 
 def state(server: Server) -> dict[str, Any]:
-    """What must be as it was once nothing runs: pools, sink and layer sets, processes. Empties the cache."""
+    """What must be as it was once nothing runs: memory, sink and layer sets, processes. Empties the cache."""
     storm.assert_all_returned(server)
     shown = server.lighttransfer()
     sets = shown.get("layer_sets", {})
     return {
-        "pools": shown["pools"],
+        "memory": shown["memory"],
         "layer_sets": {name: sets[name] for name in ("requests", "stored") if name in sets},
         "processes": sorted(process.name() for process in server.processes()),
     }

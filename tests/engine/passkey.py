@@ -57,7 +57,6 @@ class Engine:
             "decide": self.decide,
             "sink_tokens": SINKS,
             "recent_tokens": RECENT,
-            "expected_tokens": CONTEXT,
         }
 
 

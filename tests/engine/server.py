@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,13 @@ class Server(ServerProcess):
     def lighttransfer(self) -> dict[str, Any]:
         """What /server_info says of lazy layers."""
         return self.info()["internal_states"][0]["lighttransfer"]
+
+    def room(self) -> int:
+        """Tokens that its KV memory holds in all layers at once; more where lazy ones keep a window only."""
+        memory = self.lighttransfer()["memory"]
+        full, lazy = (memory["demand"]["shape"][kind] for kind in ("full_layers", "lazy_layers"))
+        pages = memory["units"] * gcd(full, lazy) // (full + lazy)
+        return int(pages * memory["demand"]["page_size"])
 
     def stream(self, prompt: Sequence[int], new_tokens: int, **body: Any) -> Iterator[list[int]]:
         """As ``generate``, streamed: all tokens so far, again and again. Closing it drops the connection."""

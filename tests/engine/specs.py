@@ -43,13 +43,12 @@ SMOLLM2_FLAGS = (
     "0.5",
 )
 
-# 32 running requests compete for 18 sink sets.
 REUSE_FLAGS = (
     *("--chunked-prefill-size", str(CHUNK)),
     *("--max-running-requests", "32"),
     *("--context-length", "4096"),
 )
-# Pools for one request that fills them.
+# Memory for one request that fills it.
 TIGHT_POOL = 800
 TIGHT_FLAGS = (
     *("--chunked-prefill-size", "32"),
@@ -83,6 +82,8 @@ RADIX = "llama"
 NO_RADIX = "mistral"
 REUSE = "llama-reuse"
 TIGHT = "llama-tight"
+PAGES = "llama-pages"
+ONE_FULL = "qwen3-one-full"
 TENSOR_PARALLEL = "qwen2-tp2"
 FUZZED = "llama-fuzzed"
 FUZZED_DYNAMIC = "dynamic-fuzzed"
@@ -93,6 +94,8 @@ DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
 DYNAMIC_CHURN = "dynamic-churn"
+DYNAMIC_PAGES = "dynamic-pages"
+DYNAMIC_ONE_FULL = "dynamic-one-full"
 DYNAMIC_TP = "dynamic-tp2"
 DYNAMIC_SMOLLM2 = "dynamic-smollm2"
 DYNAMIC_RETRACT = "dynamic-retract"
@@ -102,7 +105,7 @@ COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
 
 
 def kv_bytes(tokens: int | None, tp: int) -> int | None:
-    """KV memory of a rank for ``tokens`` tokens in all layers of a tiny model: K and V of 16 floats a head."""
+    """KV memory of a rank for ``tokens`` tokens in all layers of a tiny model, 16 floats a head."""
     heads = max(1, COMMON["num_key_value_heads"] // tp)
     return None if tokens is None else tokens * NUM_LAYERS * heads * 2 * COMMON["head_dim"] * 4
 
@@ -182,6 +185,7 @@ ALTERNATING = tuple(range(1, NUM_LAYERS, 2))
 FIRST_AND_LAST = (0, NUM_LAYERS - 1)
 MIDDLE = tuple(range(1, NUM_LAYERS - 1))
 ALL = tuple(range(NUM_LAYERS))
+ALL_BUT_THREE = tuple(layer for layer in ALL if layer != 3)
 SMOLLM2_ODD = tuple(range(1, 30, 2))
 
 
@@ -206,6 +210,17 @@ LAZY_SERVERS = {
             env=RESTLESS,
         ),
         _tiny(TIGHT, "llama", ALTERNATING, 4, 60, flags=TIGHT_FLAGS, kv_tokens=620),
+        # Units of 16 tokens; and tokens of five units, one in the full layer.
+        _tiny(
+            PAGES,
+            "llama",
+            ALTERNATING,
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, "--page-size", "16"),
+            kv_tokens=3000,
+        ),
+        _tiny(ONE_FULL, "qwen3", ALL_BUT_THREE, 4, 60, kv_tokens=3000),
         _tiny(
             NO_RADIX,
             "mistral",
@@ -341,6 +356,22 @@ DYNAMIC_SERVERS = {
             recent=28,
             flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
             env=RESTLESS,
+        ),
+        DynamicServer(
+            DYNAMIC_PAGES,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "lighttransfer",
+            flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5", "--page-size", "16"),
+        ),
+        DynamicServer(
+            DYNAMIC_ONE_FULL,
+            partial(ensure_model, "llama"),
+            1,
+            (0, 1, 2, 4, 5),
+            "lighttransfer",
+            flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5"),
         ),
         DynamicServer(
             DYNAMIC_LIST,

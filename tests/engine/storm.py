@@ -65,13 +65,15 @@ def run(server: Server, jobs: Sequence[Job], clients: int = 24) -> list[list[int
 def assert_all_returned(server: Server) -> None:
     """No request is left, every slot and sink set is free, and SGLang's own checks have found no fault."""
     deadline = time.monotonic() + IDLE_TIMEOUT
-    while (pools := server.lighttransfer()["pools"])["sink_requests"] or pools["sink_sets_in_use"]:
-        assert time.monotonic() < deadline, f"requests still hold sink sets: {pools}"
+    while (memory := server.lighttransfer()["memory"])["sink_requests"] or memory["sink_sets_in_use"]:
+        assert time.monotonic() < deadline, f"requests still hold sink sets: {memory}"
         time.sleep(0.2)
     server.flush_cache()
     server.assert_healthy()
-    pools = server.lighttransfer()["pools"]
-    assert pools["sink_sets_used"] == pools["sink_sets_in_use"] == pools["sink_requests"] == 0, pools
+    memory = server.lighttransfer()["memory"]
+    assert memory["sink_sets_used"] == memory["sink_sets_in_use"] == memory["sink_requests"] == 0, memory
+    assert memory["full_slots_used"] == memory["streaming_slots_used"] == 0, memory
+    assert memory["units_free"] == memory["units"], memory
     faults = [line for line in server.log_text().splitlines() if FAULTS.search(line)]
     assert not faults, faults[:5]
 

@@ -259,7 +259,7 @@ def test_evicted_and_back(ask: Asker, server: Server) -> None:
 def test_more_beginnings_than_sink_sets(ask: Asker, server: Server) -> None:
     """Whose sinks were given to another, is decided again."""
     rng = random.Random(8)
-    sets = server.lighttransfer()["pools"]["sink_sets"]
+    sets = server.lighttransfer()["memory"]["sink_sets"]
     prompts = [random_prompt(80, rng) for _ in range(sets + 4)]
     for prompt in prompts:
         ask.decided(prompt)

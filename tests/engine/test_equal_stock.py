@@ -59,7 +59,7 @@ def test_no_lazy_layer(host: Host) -> None:
 def test_no_lazy_layer_has_stock_pools(server: Server) -> None:
     """With no lazy layer there is no streaming pool, no sink store, and SGLang's own prefix cache."""
     shown = server.lighttransfer()
-    assert shown["lazy_layers"] == "none" and "pools" not in shown
+    assert shown["lazy_layers"] == "none" and "memory" not in shown
     assert "impl=LightTransferRadixCache" not in server.log_text()
 
 

@@ -91,12 +91,12 @@ def some_prompts(seed: int, count: int = 24) -> list[list[int]]:
 def test_ten_times_more_requests_than_fit(server: Server, reference: Reference, before: None) -> None:
     """All are answered, in turn and right; nothing is refused, and throughput is then what it was."""
     speed = max(check(server, reference, some_prompts(seed), 32) for seed in (1, 2))
-    pools = server.lighttransfer()["pools"]
+    room = server.room()
     rng = random.Random(3)
     flood = [random_prompt(rng.randint(200, 500), rng) for _ in range(160)]
     new_tokens = 8
     held = sum(map(len, flood)) + len(flood) * new_tokens
-    assert held > 8 * pools["full_tokens"] and len(flood) > 4 * 32, (held, pools)
+    assert held > 8 * room and len(flood) > 4 * 32, (held, room)
     with ThreadPoolExecutor(len(flood)) as pool:
         replies = list(pool.map(lambda prompt: server.generate(prompt, new_tokens), flood))
     assert {reply.finish for reply in replies} == {"length"}

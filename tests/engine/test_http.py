@@ -105,7 +105,7 @@ def test_completions_streamed(server: Server, text: tuple[str, list[int]]) -> No
 
 
 def test_server_info(server: Server) -> None:
-    """/server_info shows what is served: mode, layers, windows, pools, sinks."""
+    """/server_info shows what is served: mode, layers, windows, memory, sinks."""
     lazy = LAZY_SERVERS[RADIX]
     shown = server.lighttransfer()
     assert shown["mode"] == "static"
@@ -113,13 +113,17 @@ def test_server_info(server: Server) -> None:
         ALTERNATING
     )
     assert (shown["sink_tokens"], shown["recent_tokens"]) == (lazy.sinks, lazy.recent)
-    assert shown["expected_tokens"] == lazy.expected
+    assert shown["kv_bytes"] == lazy.spec.lazy["kv_bytes"]
     assert shown["attention_backend"] == "LightTransferTorchBackend"
-    pools = shown["pools"]
-    assert pools["full_tokens"] == FULL_POOL
-    assert CHUNK + lazy.recent < pools["streaming_tokens"] < FULL_POOL / 4
-    assert (
-        pools["sink_sets"] >= 8 and pools["sink_sets"] >= pools["sink_sets_used"] >= pools["sink_sets_in_use"]
-    )
+    memory = shown["memory"]
+    assert memory["full_limit"] == FULL_POOL and memory["units"] >= memory["units_free"] > 0
+    assert 0.9 * shown["kv_bytes"] < memory["units"] * memory["unit_bytes"] <= shown["kv_bytes"]
+    # Half the layers keep a window only, so it is much longer than what all layers would hold.
+    assert 1.4 * server.room() < memory["longest_request"] <= FULL_POOL
+    demand = memory["demand"]
+    assert demand["shape"] == {"full_layers": 3, "lazy_layers": 3} and demand["page_size"] == 1
+    assert (demand["window"], demand["chunk"], demand["undecided"]) == (lazy.recent, CHUNK, 0)
+    assert memory["sink_sets"] >= 8
+    assert memory["sink_sets"] >= memory["sink_sets_used"] >= memory["sink_sets_in_use"]
     assert set(shown["sinks"]) == {"captured", "shared", "evicted", "refused"}
     assert server.info()["attention_backend"] == "lighttransfer"

@@ -48,7 +48,7 @@ def test_no_sink_outlives_its_weights_without_a_prefix_cache(server: Server, oth
     rng = random.Random(41)
     prompts = [random_prompt(length, rng) for length in (60, 200, 600)]
     old = [reply.tokens for reply in server.generate_all(prompts, NEW_TOKENS)]
-    assert server.lighttransfer()["pools"]["sink_sets_used"] == 0, "nobody uses them, nobody keeps them"
+    assert server.lighttransfer()["memory"]["sink_sets_used"] == 0, "nobody uses them, nobody keeps them"
     try:
         update(server, other_weights)
         new = [reply.tokens for reply in server.generate_all(prompts, NEW_TOKENS)]

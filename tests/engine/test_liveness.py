@@ -1,4 +1,4 @@
-"""Nothing a client sends parks the scheduler, and what fits the full pool is answered.
+"""Nothing a client sends parks the scheduler, and what fits the memory is answered.
 
 Every request here has a time within which it, and one beside it, must be answered: a scheduler that is parked
 answers nobody until a client hangs up.
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 PLACEHOLDER = 3
 SECONDS = 150.0
-# Its scheduler parks the request as soon as the streaming pool is full.
+# Its scheduler parks the request as soon as the memory is full.
 NO_SLIDING = """
 def register():
     from lt_sglang.cache.radix_static import LightTransferRadixCache
@@ -61,12 +61,12 @@ def in_time(work: Callable[[], Any]) -> Any:
     return result
 
 
-def longer_than_the_pool(server: Server) -> int:
-    """Tokens of a prompt that fills the streaming pool unless its window slides."""
-    pools = server.lighttransfer()["pools"]
-    length = pools["streaming_tokens"] * 2
-    assert length < pools["full_tokens"] / 2, pools
-    return int(length)
+def longer_than_all_layers_hold(server: Server) -> int:
+    """Tokens of a prompt that fills the memory unless its window slides."""
+    memory = server.lighttransfer()["memory"]
+    length = server.room() + 100
+    assert length < min(memory["longest_request"], memory["demand"]["context"] - 10), memory
+    return length
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def longer_than_the_pool(server: Server) -> int:
 def test_a_long_prompt_that_is_barred_from_the_tree(server: Server, name: str) -> None:
     """Alone, and with others beside it."""
     rng = random.Random(31)
-    length = longer_than_the_pool(server)
+    length = longer_than_all_layers_hold(server)
     for _ in range(2):
         with ThreadPoolExecutor(2) as pool:
             barred = pool.submit(score, server, length, rng)
@@ -91,13 +91,15 @@ def test_a_long_prompt_that_is_barred_from_the_tree(server: Server, name: str) -
 
 
 @pytest.mark.served_by(TIGHT)
-def test_a_request_that_fits_the_full_pool_is_answered(server: Server) -> None:
-    """Pools for one request: alone it fills the full pool, and is not ended for memory of the other."""
+def test_a_request_that_fits_the_memory_is_answered(server: Server) -> None:
+    """Memory for one request: alone it fills it, with a long prompt or a long output."""
     lazy = LAZY_SERVERS[TIGHT]
     reference = Reference(lazy.model(), lazy.layers, lazy.sinks, lazy.recent)
     rng = random.Random(33)
-    assert server.lighttransfer()["pools"]["full_tokens"] == TIGHT_POOL
-    for prompt_tokens, new_tokens in ((300, 400), (760, 20)):
+    longest = server.lighttransfer()["memory"]["longest_request"]
+    assert server.room() < longest <= TIGHT_POOL
+    for new_tokens in (longest - 301, 20):
+        prompt_tokens = longest - 1 - new_tokens
         server.flush_cache()
         prompt = random_prompt(prompt_tokens, rng)
         reply = in_time(lambda prompt=prompt, new=new_tokens: server.generate(prompt, new))
@@ -106,7 +108,7 @@ def test_a_request_that_fits_the_full_pool_is_answered(server: Server) -> None:
     # A second turn holds its cached prefix, too, whose last nodes are locked whole.
     server.flush_cache()
     history = random_prompt(100, rng)
-    for new_tokens in (59, 130, 200):
+    for new_tokens in (59, 130, longest - 400):
         reply = in_time(lambda prompt=list(history), new=new_tokens: server.generate(prompt, new))
         assert len(reply.tokens) == new_tokens
         history = [*history, *reply.tokens, *random_prompt(30, rng)]
@@ -115,15 +117,16 @@ def test_a_request_that_fits_the_full_pool_is_answered(server: Server) -> None:
 @pytest.mark.served_by(TIGHT)
 def test_a_request_that_never_fits_is_refused_with_the_numbers(server: Server) -> None:
     rng = random.Random(34)
-    body = {"input_ids": random_prompt(TIGHT_POOL + 1, rng), "sampling_params": {"max_new_tokens": 4}}
+    longest = server.lighttransfer()["memory"]["longest_request"]
+    body = {"input_ids": random_prompt(longest + 1, rng), "sampling_params": {"max_new_tokens": 4}}
     answer = in_time(lambda: server.post("/generate", body))
     assert answer.status_code == 400
-    assert f"{TIGHT_POOL + 1} tokens" in answer.text and "maximum allowed length" in answer.text
+    assert f"{longest + 1} tokens" in answer.text and "maximum allowed length" in answer.text
     assert len(in_time(lambda: server.generate(random_prompt(40, rng), 4)).tokens) == 4
 
 
 @pytest.mark.served_by(TIGHT)
-def test_many_that_each_fill_the_pool_take_turns(server: Server) -> None:
+def test_many_that_each_fill_the_memory_take_turns(server: Server) -> None:
     rng = random.Random(35)
     prompts = [random_prompt(rng.randrange(100, 400), rng) for _ in range(6)]
     replies = in_time(lambda: server.generate_all(prompts, 100))
@@ -142,12 +145,12 @@ def test_a_queue_that_can_never_move_is_ended(mode: str, tmp_path: Path) -> None
     rng = random.Random(36)
     with running(spec, tmp_path) as server, ThreadPoolExecutor(2) as pool:
         began = time.monotonic()
-        barred = pool.submit(score, server, longer_than_the_pool(server), rng)
+        barred = pool.submit(score, server, longer_than_all_layers_hold(server), rng)
         time.sleep(2.0)
         beside = pool.submit(server.generate, random_prompt(40, rng), 8)
         answer = barred.result()
         assert answer.status_code == 503, answer.text
-        assert "cannot start or go on" in answer.text and "in the streaming pool" in answer.text
+        assert "cannot start or go on" in answer.text and "of KV memory free" in answer.text
         assert len(beside.result().tokens) == 8
         assert time.monotonic() - began < STUCK_SECONDS + 30
         assert "is ended with 503" in server.log_text()

@@ -105,7 +105,7 @@ def test_a_retracted_request_answers_as_if_it_had_not_been(cold: Server, referen
         result.assert_equal()
     info = cold.lighttransfer()
     assert info["layer_sets"]["resumed"] > resumed, "all found their K and V still cached"
-    assert info["pools"]["sink_requests"] == info["layer_sets"]["requests"] == 0
+    assert info["memory"]["sink_requests"] == info["layer_sets"]["requests"] == 0
 
 
 def test_what_an_answer_says_on_every_route(cold: Server) -> None:

@@ -113,7 +113,7 @@ def test_warm_up(tmp_path: Path) -> None:
         sets = state["layer_sets"]
         assert 2 <= sets["decided"] <= 2 + clients.late and sets["inherited"] == 2 and sets["short"] == 1
         assert sets["stored"] <= clients.late, "the cache was emptied"
-        assert state["pools"]["sink_sets_used"] <= clients.late
+        assert state["memory"]["sink_sets_used"] <= clients.late
         assert len(server.generate(HOSTILE[0][1]["input_ids"], 4).tokens) == 4  # type: ignore[arg-type]
     finally:
         server.stop()

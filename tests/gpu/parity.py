@@ -36,12 +36,7 @@ QUICK: dict[str, Any] = {"disable_prefill_cuda_graph": True, "cuda_graph_bs_deco
 FP8 = {**QUICK, "kv_cache_dtype": "fp8_e4m3"}
 FORCE_FA2 = {"LT_FORCE_FA2": "1"}
 STATIC: dict[str, Any] = {"lazy_layers": ",".join(map(str, LAZY))}
-DYNAMIC = {
-    "mode": "dynamic",
-    "keep": ref.KEEP,
-    "score": "lighttransfer",
-    "check_tables": True,
-}
+DYNAMIC = {"mode": "dynamic", "keep": ref.KEEP, "score": "lighttransfer", "check_tables": True}
 SCORE = {"kind": "score", "prompts": ref.prompts(), "new_tokens": ref.NEW_TOKENS}
 HITS = {"kind": "continuations", "prompts": ref.prompts(), "continuations": ref.continuations(), "top": 0}
 COPIES = {**SCORE, "kind": "copies", "copies": 4}

@@ -62,15 +62,23 @@ class Reads:
             before = written.base[-1] if position else crc32(owner.encode())
             # A token that was sampled, but whose result is not processed yet.
             token = tokens[position] if position < len(tokens) else self._next(written)
-            written.base.append(hash((before, token)) & ((1 << 54) - 1))
+            written.base.append(hash((before, token)) & ((1 << 47) - 1))
         if len(written.version) < cached:
             full, _ = self._slots(req, cached)
-            found = self.caches.full[full, 0, 0].tolist()
+            found = self._cached(req, cached, full).tolist()
             assert [tag // VERSIONS for tag in found] == written.base[:cached], "a hit on another's prefix"
             written.version = [tag % VERSIONS for tag in found]
         written.version += [self.version] * (length - len(written.version))
         pairs = zip(written.base[:length], written.version[:length], strict=True)
         return torch.tensor([base * VERSIONS + version for base, version in pairs])
+
+    def _cached(self, req: Req, cached: int, full: torch.Tensor) -> torch.Tensor:
+        """What the rows of its cached positions hold; without a full layer, what they should hold."""
+        if self.caches.sizes.full:
+            return self.caches.read(False, full)
+        return torch.tensor([base * VERSIONS + self.version for base in self.written[request_id(req)].base])[
+            :cached
+        ]
 
     def _next(self, written: Written) -> int:
         return written.base[-1] % 5
@@ -79,8 +87,8 @@ class Reads:
         self, prefix: int, tags: torch.Tensor, streaming: torch.Tensor, sinks: torch.Tensor
     ) -> None:
         windows, count = self.caches.windows, len(tags) - prefix
-        rows, mask = block_keys(streaming, prefix, count, sinks, windows)
-        values = self.caches.streaming[rows, 0, 0]
+        slots, mask = block_keys(streaming, prefix, count, sinks, windows)
+        values = self.caches.read(True, slots)
         for query in range(count):
             seen = visible(prefix + query, windows.sink_tokens, windows.recent_tokens)
             self._compare(values[mask[query]], tags[seen])

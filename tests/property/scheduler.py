@@ -18,12 +18,12 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache, touch_waiting_prefix
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from lt_sglang.attention.indices import sink_rows
-from lt_sglang.attention.static_torch import decode_row_lists
+from lt_sglang.attention.indices import sink_slots
+from lt_sglang.attention.static_torch import decode_slot_lists
 from lt_sglang.hooks import wrappers
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.kv_keys import request_id
-from tests.property.cpu import CONTEXT, Sizes, audit
+from tests.property.cpu import Sizes, audit
 from tests.property.reads import VERSIONS, Reads, Written
 from tests.unit.streaming import visible
 
@@ -44,7 +44,6 @@ class Scheduler(Reads):
         self.chunked: Req | None = None
         self.doomed: Req | None = None
         self.launched: list[tuple[Req, int | None, bool]] | None = None
-        self.staging = torch.zeros(CONTEXT, dtype=torch.int64)
         self.events: Counter[str] = Counter()
         self.ended: dict[str, Req] = {}  # by rid
 
@@ -158,9 +157,9 @@ class Scheduler(Reads):
         """Flush everything; every slot must be free then."""
         caches = self.caches
         if not caches.sizes.disable:
-            self.evict(caches.sizes.full, caches.sizes.streaming)
-        assert caches.allocator.full_available_size() == caches.sizes.full
-        assert caches.allocator.swa_available_size() == caches.sizes.streaming
+            self.evict(1 << 20, 1 << 20)
+        caches.sinks.trim(keep=0)
+        assert len(caches.allocator.units) == caches.sizes.units
         caches.clear()
         self._flush()
         assert caches.sinks.used == caches.sinks.requests == 0
@@ -174,8 +173,8 @@ class Scheduler(Reads):
         if self.chunked is not None:
             req = self.chunked
             req.refresh_fill_ids()
-            size = min(budget, len(req.full_untruncated_fill_ids) - req.prefix_len)
-            if not self._room(size):
+            size = self._whole_pages(req, min(budget, len(req.full_untruncated_fill_ids) - req.prefix_len))
+            if not size or not self._room(size):
                 self.events["chunk waits"] += 1
                 return []
             req.extend_end = req.prefix_len + size
@@ -189,9 +188,9 @@ class Scheduler(Reads):
             total = len(req.full_untruncated_fill_ids)
             size = min(budget, total - req.prefix_len)
             limit = getattr(tree, "chunk_limit", lambda _: None)(req)
-            size = size if limit is None else min(size, limit)
+            size = self._whole_pages(req, size if limit is None else min(size, limit))
             lock = tree.lock(req.last_node)
-            if not self._room(need + size):
+            if not size or not self._room(need + size, len(batch) + 1):
                 tree.unlock(lock)
                 break
             req.lock, req.extend_end = lock, req.prefix_len + size
@@ -202,20 +201,36 @@ class Scheduler(Reads):
             self.events["long hit"] += req.prefix_len > self.caches.config.retained_tokens
             if req.extend_end < total:
                 self.chunked = req
+        self._promise(need, len(batch))
         return batch
 
-    def _room(self, tokens: int) -> bool:
-        tree, allocator = self.caches.tree, self.caches.allocator
-        if self.caches.sizes.disable:
-            return bool(allocator.available_size() >= tokens)
-        full = allocator.full_available_size() + tree.full_evictable_size()
-        streaming = allocator.swa_available_size() + tree.swa_evictable_size()
-        return bool(min(full, streaming) >= tokens)
+    def _promise(self, tokens: int, requests: int) -> None:
+        """As SGLang's admission and its check before each decode step."""
+        allocator, page = self.caches.allocator, self.caches.sizes.page
+        pages = -(-tokens // page) + (requests if page > 1 else 0)
+        allocator.promised = allocator.shape.units(pages, pages) if requests else 0
+
+    def _whole_pages(self, req: Req, size: int) -> int:
+        """A chunk that others follow ends with a page."""
+        end, page = req.prefix_len + size, self.caches.sizes.page
+        if end < len(req.full_untruncated_fill_ids):
+            end = end // page * page
+        return max(end - req.prefix_len, 0)
+
+    def _room(self, tokens: int, requests: int = 1) -> bool:
+        tree, allocator, page = self.caches.tree, self.caches.allocator, self.caches.sizes.page
+        pages = -(-tokens // page) + (requests if page > 1 else 0)
+        free, full = len(allocator.units), allocator.full_available_size()
+        if not self.caches.sizes.disable:
+            free += allocator.evictable_units(tree)
+            full += tree.full_evictable_size()
+        return bool(free >= allocator.shape.units(pages, pages) and full >= pages * page)
 
     def _make_room(self) -> None:
-        while self.running and not self._room(len(self.running)):
+        while self.running and not self._room(len(self.running), len(self.running)):
             assert len(self.running) > 1 or self.chunked, "a request that fits does not fit"
             self._retract(self.running[-1])
+        self._promise(len(self.running), len(self.running))
 
     def _batch(self, reqs: list[Req], mode: ForwardMode) -> ScheduleBatch:
         batch = ScheduleBatch(
@@ -247,28 +262,24 @@ class Scheduler(Reads):
             plans = caches.prefills.begin([(request_id(req), req) for req in reqs])
         self._flush()
         rows = torch.tensor([req.kv.req_pool_idx for req in reqs])
-        sinks = sink_rows(rows, caches.tables, caches.windows)
+        sinks = sink_slots(rows, caches.tables, caches.windows)
         self.launched = [(None, None, False)] * len(reqs)  # type: ignore[list-item]
         for index in sorted(range(len(reqs)), key=lambda i: plans[i].kind == Kind.STAGED):
             req, plan = reqs[index], plans[index]
             tags = self._tags(req, req.extend_end, req.prefix_len)
             full, streaming = self._slots(req, req.extend_end)
             prefix = req.prefix_len
-            caches.full[full[prefix:], 0, 0] = tags[prefix:]
+            caches.write(False, full[prefix:], tags[prefix:])
             assert (streaming[prefix:] > 0).all()
+            caches.write(True, streaming[prefix:], tags[prefix:])
             if plan.kind == Kind.KNOWN:
-                caches.streaming[streaming[prefix:], 0, 0] = tags[prefix:]
                 self._check_extend(prefix, tags, streaming, sinks[index])
             else:
-                assert torch.equal(self.staging[:prefix], tags[:prefix]), "another's staging rows"
-                self.staging[prefix : plan.end] = tags[prefix:]
+                # Nothing is known of its layers, so all of them have all tokens.
+                assert (streaming > 0).all(), "an undecided request lost a window"
+                self._compare(caches.read(True, streaming), tags, "full")
                 self.events[plan.kind.name] += 1
-            if plan.kind == Kind.SELECT:
-                held = streaming > 0
-                caches.streaming[streaming[held], 0, 0] = tags[held]
-                count = min(caches.sizes.sink, plan.end)
-                caches.streaming[sinks[index][:count], 0, 0] = tags[:count]
-            self._compare(caches.full[full, 0, 0], tags, "full")
+            self._compare_full(full, tags)
             if caches.prefills is not None:
                 caches.prefills.sets.bring()
             done = req is not self.chunked
@@ -289,19 +300,23 @@ class Scheduler(Reads):
             req.decode_batch_idx += 1
         self._flush()
         lengths = lengths + 1
-        all_rows = decode_row_lists(batch.req_pool_indices, lengths, caches.tables, caches.windows)
+        read = decode_slot_lists(batch.req_pool_indices, lengths, caches.tables, caches.windows)
         self.launched = []
-        for req, length, rows in zip(reqs, lengths.tolist(), all_rows, strict=True):
+        for req, length, slots in zip(reqs, lengths.tolist(), read, strict=True):
             tags = self._tags(req, length, length - 1)
             full, streaming = self._slots(req, length)
-            caches.full[full[-1], 0, 0] = tags[-1]
+            caches.write(False, full[-1:], tags[-1:])
             assert streaming[-1] > 0
-            caches.streaming[streaming[-1], 0, 0] = tags[-1]
+            caches.write(True, streaming[-1:], tags[-1:])
             seen = visible(length - 1, caches.sizes.sink, caches.sizes.recent)
-            self._compare(caches.streaming[rows, 0, 0], tags[seen])
-            self._compare(caches.full[full, 0, 0], tags, "full")
+            self._compare(caches.read(True, slots), tags[seen])
+            self._compare_full(full, tags)
             self.launched.append((req, self._next(self.written[request_id(req)]), False))
         self.events["decode"] += 1
+
+    def _compare_full(self, full: torch.Tensor, tags: torch.Tensor) -> None:
+        if self.caches.sizes.full:
+            self._compare(self.caches.read(False, full), tags, "full")
 
     def _process(self, launched: list[tuple[Req, int | None, bool]] | None) -> None:
         tree = self.caches.tree

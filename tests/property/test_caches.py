@@ -33,12 +33,30 @@ SEED = int(os.environ.get("LT_SEED", "0")) or random.randrange(1, 1 << 30)
 PHASES = (Phase.generate,) if os.environ.get("LT_NO_SHRINK") else (Phase.generate, Phase.shrink)
 
 SIZES = {
-    # Streaming pool for three requests that hold two windows, and one chunk.
+    # Memory for the longest request and a chunk, or a little more.
     "static": [Sizes(), Sizes(sink=4, recent=5, rows=4), Sizes(sink=0, recent=7), Sizes(sink=1, recent=1)],
-    # More beginnings than sink sets: some requests keep their slots, and stay out of the tree.
-    "few sink sets": [Sizes(sets=1, streaming=160), Sizes(sets=3, streaming=160, sink=4, recent=4)],
+    "few sink sets": [Sizes(sets=1), Sizes(sets=3, sink=4, recent=4)],
     "no tree": [Sizes(disable=True), Sizes(disable=True, sink=3, recent=4, sets=6)],
-    "dynamic": [Sizes(dynamic=True), Sizes(dynamic=True, sink=4, recent=5, layer_sets=7, full=200)],
+    # Tokens of more than one unit, none of a full layer, or at most so many.
+    "shapes": [
+        Sizes(full=1, lazy=3, units=560),
+        Sizes(full=3, lazy=1, units=450),
+        Sizes(full=2, lazy=3, units=700),
+        Sizes(full=0, lazy=2, units=150, limit=300),
+        Sizes(limit=110, units=300),
+    ],
+    "pages": [
+        Sizes(page=4, chunk=12, units=80),
+        Sizes(page=16, chunk=32, units=30, sink=3),
+        Sizes(page=4, chunk=12, units=260, full=2, lazy=3, sink=0),
+        Sizes(page=4, chunk=12, units=100, sink=5, recent=9, disable=True),
+    ],
+    "dynamic": [
+        Sizes(dynamic=True),
+        Sizes(dynamic=True, sink=4, recent=5, layer_sets=7, units=260),
+        Sizes(dynamic=True, full=1, lazy=2, units=390),
+        Sizes(dynamic=True, page=4, chunk=12, units=80),
+    ],
 }
 
 

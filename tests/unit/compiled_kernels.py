@@ -20,7 +20,7 @@ from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.attention.kernels import decode_dynamic, decode_static, extend_dynamic
 from lt_sglang.attention.kernels.banks import LayerBanks
 from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, Sinks, make_sink_tiles, merge_sinks
-from lt_sglang.attention.kernels.place import settle, store_new
+from lt_sglang.attention.kernels.place import exchange, store_new
 from lt_sglang.attention.kernels.requests import Requests
 from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.kernels.tiles import make_tiles
@@ -29,11 +29,13 @@ from lt_sglang.identify.scores import attend_kernel, mass_kernel, row_kernels
 from lt_sglang.identify.scores.evidence import Evidence
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
+from lt_sglang.memory.units import UnitShape
 
-LAYERS, KEEP = 32, 16
+LAYERS = 32
 TOKENS, HEADS, KV_HEADS, DIM = 96, 32, 8, 128
-WINDOWS = Windows(4, 1020, sink_base=99000)
-LAYOUT = BankLayout(KEEP, LAYERS - KEEP, 300000, 100000, 16384, 8192, sink_base=99000)
+WINDOWS = Windows(4, 1020)
+# Tokens of one unit, and of several: kernels differ.
+LAYOUTS = [BankLayout(UnitShape(keep, LAYERS - keep), 300000) for keep in (16, 8, 13)]
 
 
 class Driver:
@@ -75,13 +77,29 @@ def attention() -> None:
     fused = torch.zeros(TOKENS, (HEADS + 2 * KV_HEADS) * DIM, dtype=torch.bfloat16)
     query, *new = fused.view(TOKENS, -1, DIM).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
     pool = KV(*(torch.zeros(64, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2)))
-    tables = StreamingTables(ints(64, 32768), longs(1000), ints(64))
-    banks = LayerBanks(ints(4100, LAYERS), ints(64), LAYOUT, WINDOWS)
-    given = Requests(*(ints(4) for _ in range(7)), ints(100), ints(100))
-    tiles, firsts, ends = make_tiles([(0, 0, 50)], 8, "cpu"), [0] * 4, [20] * 4
+    tables = StreamingTables(ints(64, 32768), longs(1000), ints(64), ints(9, 4))
     store_kv(pool, ints(TOKENS), KV(*new))
-    store_new(pool, KV(*new), 17, tiles, given, banks)
-    settle(pool, KV(*new), 17, tiles, given, banks, ints(4))
+    decode_static.decode_kv_indices(ints(1000), ints(5), ints(4), ints(4), tables, WINDOWS)
+    out, lse = torch.zeros(TOKENS, HEADS, DIM, dtype=torch.bfloat16), torch.zeros(TOKENS, HEADS)
+    sinks = Sinks(longs(1, 4), make_sink_tiles([2000], [TOKENS], WINDOWS, "cpu"), WINDOWS)
+    merge_sinks(out, lse, query, pool, sinks, Scales(0.1))
+    plan = DecodePlan(4, 400, 16, 33, 1 << 20)
+    decode_plans(torch.zeros(LAYERS, plan.end + 64, dtype=torch.uint8), ints(LAYERS * 4 + 1), plan)
+    for layout in LAYOUTS:
+        rest = ints(layout.shape.parts - 1, 1000)
+        banks = LayerBanks(ints(4100, LAYERS), ints(64), layout, rest, WINDOWS)
+        dynamic(pool, KV(*new), tables, banks)
+        column = BankColumn.of_layer(banks, ints(4, LAYERS)[:, 3])
+        of_banks = (column, layout.shape)
+        merge_sinks(out, lse, query, pool, sinks, Scales(0.1), window=out.clone(), banks=of_banks)
+
+
+def dynamic(pool: KV, new: KV, tables: StreamingTables, banks: LayerBanks) -> None:
+    """Kernels that read the layer table."""
+    given = Requests(*(ints(4) for _ in range(5)), ints(4, 4), ints(4), ints(100), ints(100))
+    tiles, firsts, ends = make_tiles([(0, 0, 50)], 8, "cpu"), [0] * 4, [20] * 4
+    store_new(pool, new, 17, tiles, given, banks)
+    exchange(pool, 17, tiles, given, banks, ints(4))
     for lazy in (False, True):
         kv_indptr = extend_dynamic.extend_kv_indptr(banks, given, ints(4), lazy=lazy)
         extend_dynamic.extend_kv_indices(banks, given, firsts, ends, kv_indptr, lazy=lazy)
@@ -90,14 +108,6 @@ def attention() -> None:
     decode_dynamic.decode_kv_indptr(kv_indptr, banks, ints(4), ints(4))
     decode_dynamic.decode_kv_indices(ints(1000), kv_indptr, banks, tables, ints(4), ints(4), longest=3000)
     decode_dynamic.decode_out_cache_loc(ints(LAYERS, 4), banks, ints(4), longs(4), longs(4))
-    decode_static.decode_kv_indices(ints(1000), ints(5), ints(4), ints(4), tables, WINDOWS)
-    plan = DecodePlan(4, 400, 16, 33, 1 << 20)
-    decode_plans(torch.zeros(LAYERS, plan.end + 64, dtype=torch.uint8), kv_indptr, plan)
-    out, lse = torch.zeros(TOKENS, HEADS, DIM, dtype=torch.bfloat16), torch.zeros(TOKENS, HEADS)
-    sinks = Sinks(longs(1, 4), make_sink_tiles([2000], [TOKENS], WINDOWS, "cpu"), WINDOWS)
-    merge_sinks(out, lse, query, pool, sinks, Scales(0.1))
-    column = BankColumn.of_layer(banks, ints(4, LAYERS)[:, 3])
-    merge_sinks(out, lse, query, pool, sinks, Scales(0.1), window=out.clone(), banks=(column, KEEP))
 
 
 def scores() -> None:
@@ -126,7 +136,7 @@ def scores() -> None:
     row_kernels.negative_ratio(evidence, rows, laziness)
     row_kernels.mean_cosine(evidence, rows)
     sets, laziness = ints(4), torch.zeros(4100, LAYERS)
-    queue_kernel.queue_step(ints(4100, LAYERS), laziness, sets, torch.zeros(4), ints(4), 17, KEEP)
+    queue_kernel.queue_step(ints(4100, LAYERS), laziness, sets, torch.zeros(4), ints(4), 17, 16)
 
 
 if __name__ == "__main__":

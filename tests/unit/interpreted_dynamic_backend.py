@@ -26,6 +26,7 @@ from lt_sglang.identify.state import DynamicState, Ranks
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.units import UnitList, UnitShape
 from lt_sglang.memory.flat_pool import FlatPool
 
 # SGLang defines its FlashInfer backend only where it sees a GPU.
@@ -43,23 +44,16 @@ from lt_sglang.attention.prefix import PrefixAttention  # noqa: E402
 
 LAYERS, KEEP = 5, 2
 SINK, RECENT = 4, 12
-FULL, STREAMING, SETS = 400, 300, 6
+UNITS, SETS = 2400, 6
 HEADS, KV_HEADS, DIM, HIDDEN = 4, 2, 8, 16
 LOG2E = 1.4426950408889634
 # Two backends may differ by so much in an output or a score; so two layers' scores must lie well apart for
 # both to choose the same.
 NOISE = 2e-5
 CLEAR = 10 * NOISE
-WINDOWS = Windows(SINK, RECENT, sink_base=STREAMING + 1)
-LAYOUT = BankLayout(
-    full_banks=KEEP,
-    streaming_banks=LAYERS - KEEP,
-    full_rows=FULL + 1,
-    streaming_rows=STREAMING + 1 + SETS * SINK,
-    staging_rows=64,
-    scratch_rows=128,
-    sink_base=STREAMING + 1,
-)
+WINDOWS = Windows(SINK, RECENT)
+SHAPE = UnitShape(KEEP, LAYERS - KEEP)  # tokens of two and of three units
+LAYOUT = BankLayout(SHAPE, UNITS + 1)
 
 
 def attention(
@@ -292,12 +286,13 @@ class World:
         monkeypatch.setattr(gathered, "GATHER_BYTES", {5: 0, 7: 90}.get(seed, 65536) * row_bytes)
         torch.manual_seed(100 * draw + seed)
         rng = random.Random(seed)
-        self.full = iter(rng.sample(range(1, FULL + 1), FULL))
-        self.streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
+        self.units = UnitList(UNITS, 1, SHAPE.parts, "cpu")
+        self.units.free = torch.tensor(rng.sample(range(1, UNITS + 1), UNITS))
         self.tables = StreamingTables(
             torch.zeros((16, 128), dtype=torch.int32),
-            torch.zeros(FULL + 2, dtype=torch.int64),
+            torch.zeros(UNITS + 2, dtype=torch.int64),
             torch.full((16,), -1, dtype=torch.int32),
+            self.units.take(SETS * SINK, SHAPE.streaming_units).view(SETS, SINK).int(),
         )
         self.projections = [torch.randn(HIDDEN, HEADS * DIM) / 8 for _ in range(LAYERS)]
         self.plans: list[Prefill] = []
@@ -310,9 +305,9 @@ class World:
         config = LightTransferConfig(
             (0, 1, 2), mode="dynamic", keep=KEEP, score=score, sink_tokens=SINK, recent_tokens=RECENT
         )
-        pool = FlatPool(LAYOUT)
-        pool.take(KEEP, LAYOUT.full_rows, (KV_HEADS, DIM), torch.float32, "cpu")
-        pool.take(LAYERS - KEEP, LAYOUT.streaming_rows, (KV_HEADS, DIM), torch.float32, "cpu")
+        pool = FlatPool(LAYOUT, self.units)
+        for banks in (KEEP, LAYERS - KEEP):
+            pool.take(banks, (KV_HEADS, DIM), torch.float32, "cpu")
         sets = LayerSetStore(12, config.lazy_layers, LAYERS, 16, "cpu")
 
         def same(tensor: torch.Tensor) -> torch.Tensor:
@@ -382,9 +377,9 @@ class World:
     def grow(self, request: Request, tokens: int) -> None:
         """Give a request slots for ``tokens`` more positions."""
         for position in range(request.tokens, request.tokens + tokens):
-            slot = next(self.full)
-            self.tables.req_to_token[request.row, position] = slot
-            self.tables.full_to_streaming[slot] = next(self.streaming)
+            slot = self.units.take(1, SHAPE.full_units)
+            self.tables.req_to_token[request.row, position] = slot.int()
+            self.tables.full_to_streaming[slot] = self.units.take(1, SHAPE.streaming_units)
         request.tokens += tokens
         for state in (self.torch_state, self.cuda_state):
             state.sets.set_of[request.row] = request.layer_set
@@ -395,16 +390,14 @@ class World:
         self.tables.sink_set_of[request.row] = self.tables.sink_set_of[other.row]
         request.tokens, request.layer_set = tokens, other.layer_set
 
-    def slide(self, request: Request, sink_set: int, copy: bool) -> None:
+    def slide(self, request: Request, sink_set: int) -> None:
         """Let the window leave the first positions; keep the sinks in ``sink_set``."""
         slots = self.tables.req_to_token[request.row, : request.tokens].long()
-        streaming = self.tables.full_to_streaming[slots]
-        for state in (self.torch_state, self.cuda_state) if copy else ():
-            for bank in range(KEEP, LAYERS):
-                start = LAYOUT.bank_start(bank)
-                target = start + LAYOUT.sink_base + sink_set * SINK + torch.arange(SINK)
-                for tensor in state.pool.kv:
-                    tensor[target] = tensor[start + streaming[:SINK]]
+        streaming, parts = self.tables.full_to_streaming[slots], SHAPE.streaming_units
+        target = self.units.rows_in_parts(self.tables.sink_slots_of[sink_set].long(), parts)
+        source = self.units.rows_in_parts(streaming[:SINK], parts)
+        for state in (self.torch_state, self.cuda_state):
+            state.pool.copy_rows(target.flatten(), source.flatten())
         self.tables.sink_set_of[request.row] = sink_set
         self.tables.full_to_streaming[slots[: request.tokens - RECENT]] = 0
 
@@ -494,9 +487,8 @@ class World:
         torch.testing.assert_close(ours.sets.laziness, theirs.sets.laziness, atol=NOISE, rtol=NOISE)
         if function == "forward_extend" and self.kernels == "fa3":
             self._no_work_where_lazy(number)
-        used = slice(0, LAYOUT.scratch_start)
         for name in ("k", "v"):
-            a, b = getattr(ours.pool.kv, name)[used], getattr(theirs.pool.kv, name)[used]
+            a, b = getattr(ours.pool.kv, name), getattr(theirs.pool.kv, name)
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=f"{name} after layer {number}")
 
     def _no_work_where_lazy(self, layer: int) -> None:
@@ -544,11 +536,11 @@ def test_backends_agree(score: str, seed: int, draw: int, monkeypatch: pytest.Mo
     )
     meta = world.prefill([(Kind.STAGED, a, 40, 0), (Kind.SELECT, b, 30, 6), (Kind.SELECT, f, 22, 6)])
     assert not meta.windowed and meta.prefix_kv_indices is None
-    world.slide(a, 1, copy=False)  # reserved: written when it is decided
     # The end of a staged prompt is shorter than the queries that are scored; the next is staged beside it.
     meta = world.prefill([(Kind.SELECT, a, 3, 6), (Kind.STAGED, c, 20, 0), (Kind.KNOWN, d, 10, 0)])
     assert not meta.windowed and meta.prefix_kv_indices is not None
-    world.slide(b, 2, copy=True)
+    world.slide(a, 1)
+    world.slide(b, 2)
     world.decode([a, b, d, f])
     world.share(e, b, 28)
     # Staged, inherited and new requests in one batch: full and windowed attention in every layer.
@@ -579,32 +571,18 @@ def test_backends_agree(score: str, seed: int, draw: int, monkeypatch: pytest.Mo
         assert [layer for layer, bank in enumerate(banks) if bank >= KEEP] == [0, 1, 2]
 
 
-def test_a_prefill_holds_p_full_layers_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows written, counted: P full layers and what has a streaming slot; never a full layer more.
-
-    The layer that contends is the batch's own K and V. Only a staged prompt waits in rows of its own.
-    """
+def test_an_undecided_prompt_holds_every_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows written, counted: one a token and layer, staged or not; nothing is written beside them."""
     world = World(4, "lighttransfer", monkeypatch)
     pool = world.cuda_state.pool.kv
     for tensor in (*pool, *world.torch_state.pool.kv):
         tensor.fill_(7.0)
 
-    def written() -> dict[str, int]:
-        rows = (pool.k != 7.0).flatten(1).any(1)
-        edges = (0, LAYOUT.streaming_start, LAYOUT.staging_start, LAYOUT.scratch_start, LAYOUT.total_rows)
-        names = ("full", "streaming", "staging", "scratch")
-        return {name: int(rows[a:b].sum()) for name, a, b in zip(names, edges, edges[1:], strict=False)}
+    def written() -> int:
+        return int((pool.k != 7.0).flatten(1).any(1).sum())
 
     request = Request(1, 3)
-    # SGLang has let the window slide over all but the last tokens and the sinks.
-    tokens, held = 60, SINK + RECENT
-    world.grow(request, tokens)
-    slots = world.tables.req_to_token[request.row, :tokens].long()
-    world.tables.full_to_streaming[slots[SINK : tokens - RECENT]] = 0
-    request.tokens = 0
-    monkeypatch.setattr(world, "grow", lambda request, extend: setattr(request, "tokens", extend))
-    for state in (world.torch_state, world.cuda_state):
-        state.sets.set_of[request.row] = request.layer_set
-    world.prefill([(Kind.SELECT, request, tokens, 6)])
-    lazy = LAYERS - KEEP
-    assert written() == {"full": KEEP * tokens, "streaming": lazy * held, "staging": 0, "scratch": 0}
+    world.prefill([(Kind.STAGED, request, 40, 0)])
+    assert written() == LAYERS * 40
+    world.prefill([(Kind.SELECT, request, 20, 6)])
+    assert written() == LAYERS * 60

@@ -20,7 +20,7 @@ from lt_sglang.attention.kernels.banks import LayerBanks
 from lt_sglang.attention.kernels.decode_plans import START_TOKENS
 from lt_sglang.attention.kernels.extend_dynamic import every_kv_indices, extend_kv_indices, extend_kv_indptr
 from lt_sglang.attention.kernels.merge_sinks import BankColumn, Scales, Sinks, make_sink_tiles, merge_sinks
-from lt_sglang.attention.kernels.place import settle, store_new
+from lt_sglang.attention.kernels.place import exchange, store_new
 from lt_sglang.attention.kernels.requests import Requests
 from lt_sglang.attention.kernels.store import store_kv
 from lt_sglang.attention.kernels.tiles import make_tiles
@@ -31,20 +31,23 @@ from lt_sglang.layers.layer_sets import banks as banks_of
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
+from lt_sglang.memory.units import UnitList, UnitShape
 
 LAYERS, KEEP = 7, 3
 SINK, RECENT = 4, 12
-FULL, STREAMING, SETS = 300, 120, 5
-WINDOWS = Windows(SINK, RECENT, sink_base=STREAMING + 1)
-LAYOUT = BankLayout(
-    full_banks=KEEP,
-    streaming_banks=LAYERS - KEEP,
-    full_rows=FULL + 1,
-    streaming_rows=STREAMING + 1 + SETS * SINK,
-    staging_rows=90,
-    scratch_rows=128,
-    sink_base=STREAMING + 1,
-)
+UNITS, SETS = 2000, 5
+WINDOWS = Windows(SINK, RECENT)
+LAYOUT = BankLayout(UnitShape(KEEP, LAYERS - KEEP), UNITS + 1)
+
+
+@pytest.fixture(params=[(7, 3), (6, 3), (8, 6)], ids=["parts-3-4", "one-part", "parts-3-1"], autouse=True)
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with tokens of one and of several units."""
+    number, keep = request.param
+    monkeypatch.setitem(globals(), "LAYERS", number)
+    monkeypatch.setitem(globals(), "KEEP", keep)
+    shape = UnitShape(keep, number - keep)
+    monkeypatch.setitem(globals(), "LAYOUT", BankLayout(shape, UNITS + 1))
 
 
 def test_kernels_are_interpreted_here() -> None:
@@ -56,22 +59,23 @@ class World:
 
     def __init__(self, rng: random.Random, lengths: list[int]) -> None:
         self.lengths = lengths
-        count = len(lengths)
+        count, shape = len(lengths), LAYOUT.shape
         self.rows = torch.tensor(rng.sample(range(1, 20), count), dtype=torch.int64)
-        slots = iter(rng.sample(range(1, FULL + 1), sum(lengths)))
-        streaming = iter(rng.sample(range(1, STREAMING + 1), STREAMING))
+        self.units = UnitList(UNITS, 1, shape.parts, "cpu")
+        self.units.free = torch.tensor(rng.sample(range(1, UNITS + 1), UNITS))
         self.req_to_token = torch.zeros((20, 256), dtype=torch.int32)
-        self.full_to_streaming = torch.zeros(FULL + 2, dtype=torch.int64)
+        self.full_to_streaming = torch.zeros(UNITS + 2, dtype=torch.int64)
         self.sink_set_of = torch.full((20,), -1, dtype=torch.int32)
+        self.sink_slots_of = self.units.take(SETS * SINK, shape.streaming_units).view(SETS, SINK).int()
         for index, (row, length) in enumerate(zip(self.rows.tolist(), lengths, strict=True)):
-            taken = [next(slots) for _ in range(length)]
-            self.req_to_token[row, :length] = torch.tensor(taken, dtype=torch.int32)
+            taken = self.units.take(length, shape.full_units)
+            self.req_to_token[row, :length] = taken.to(torch.int32)
             if index < SETS and rng.random() < 0.7:
                 self.sink_set_of[row] = index
-            for position, slot in enumerate(taken):
+            for position, slot in enumerate(taken.tolist()):
                 sink = position < SINK and self.sink_set_of[row] < 0
                 if sink or position >= length - RECENT - 3:
-                    self.full_to_streaming[slot] = next(streaming)
+                    self.full_to_streaming[slot] = self.units.take(1, shape.streaming_units)
         self.bank_of = torch.full((12, LAYERS), -1, dtype=torch.int32)
         self.set_of = torch.zeros(20, dtype=torch.int32)
         sets = rng.sample(range(12), count)
@@ -80,8 +84,20 @@ class World:
             table = banks_of(lazy, LAYERS)
             self.bank_of[chosen] = torch.tensor(table, dtype=torch.int32)
             self.set_of[row] = chosen
-        self.tables = StreamingTables(self.req_to_token, self.full_to_streaming, self.sink_set_of)
-        self.banks = LayerBanks(self.bank_of, self.set_of, LAYOUT, WINDOWS)
+        self.tables = StreamingTables(
+            self.req_to_token, self.full_to_streaming, self.sink_set_of, self.sink_slots_of
+        )
+        self.banks = LayerBanks(self.bank_of, self.set_of, LAYOUT, self.units.rest, WINDOWS)
+
+    def row(self, bank: int, slot: int) -> int:
+        """Where a slot is in a bank."""
+        return int(LAYOUT.bank_rows(bank, torch.tensor([slot]), self.units.rest))
+
+    def keep_windows(self, index: int) -> None:
+        """Give every token of a request a streaming slot, as before its layers are known."""
+        for slot in self.full(index):
+            if not self.full_to_streaming[slot]:
+                self.full_to_streaming[slot] = self.units.take(1, LAYOUT.shape.streaming_units)
 
     def full(self, index: int) -> list[int]:
         return self.req_to_token[self.rows[index], : self.lengths[index]].tolist()
@@ -112,7 +128,7 @@ def test_decode_kv_indices(seed: int) -> None:
         for index in range(count):
             bank = world.bank(index, layer)
             rows = world.full(index) if bank < KEEP else lazy[index].tolist()
-            expected = [LAYOUT.bank_start(bank) + row for row in rows]
+            expected = [world.row(bank, slot) for slot in rows]
             assert int(pointers[layer * count + index]) == at
             assert out[at : at + len(rows)].tolist() == expected, (layer, index)
             at += len(rows)
@@ -126,14 +142,14 @@ def test_out_cache_loc_and_store() -> None:
     full = torch.tensor([world.full(i)[-1] for i in range(3)] + [0])
     streaming = torch.tensor([world.streaming(i)[-1] for i in range(3)] + [0])
     rows = torch.cat([world.rows, torch.tensor([0])])
-    world.bank_of[0] = torch.tensor(banks_of([0, 1, 2, 3], LAYERS), dtype=torch.int32)
+    world.bank_of[0] = torch.tensor(banks_of(list(range(LAYERS - KEEP)), LAYERS), dtype=torch.int32)
     out = torch.full((LAYERS, 6), -9, dtype=torch.int32)
     decode_dynamic.decode_out_cache_loc(out, world.banks, rows, full, streaming)
     for layer in range(LAYERS):
         for index in range(4):
             bank = int(world.bank_of[world.set_of[rows[index]], layer])
             slot = int(full[index] if bank < KEEP else streaming[index])
-            assert int(out[layer, index]) == LAYOUT.bank_start(bank) + slot
+            assert int(out[layer, index]) == world.row(bank, slot)
     assert (out[:, 4:] == -9).all()
     keys, values = torch.zeros(50, 2, 3), torch.zeros(50, 2, 3)
     wide = torch.randn(4, 20)
@@ -180,9 +196,10 @@ class Chunk:
         table = torch.tensor(facts, dtype=torch.int32).t().contiguous()
         full = [slot for index in range(len(self.plans)) for slot in self.world.full(index)]
         streaming = [slot for index in range(len(self.plans)) for slot in self.world.streaming(index)]
-        sink = self.world.sink_set_of[self.world.rows]
+        sets = self.world.sink_set_of[self.world.rows].long()
+        sinks = torch.where(sets[:, None] >= 0, self.world.sink_slots_of[sets], -1).int()
         slots = (torch.tensor(full, dtype=torch.int32), torch.tensor(streaming, dtype=torch.int32))
-        return Requests(*table[:5], sink, table[5], *slots)
+        return Requests(*table[:5], sinks, table[5], *slots)
 
 
 def chunk(seed: int, short: bool) -> Chunk:
@@ -196,22 +213,17 @@ def chunk(seed: int, short: bool) -> Chunk:
     for index, ((prefix, end), kind) in enumerate(zip(shapes, kinds, strict=True)):
         row = int(world.rows[index])
         plans.append(Prefill(kind, row, int(world.set_of[row]), prefix, end - prefix))
+        if kind != Kind.KNOWN:
+            world.keep_windows(index)
     return Chunk(world, plans)
 
 
-def expected_row(case: Chunk, index: int, layer: int, position: int, scratch: bool) -> int:
-    """Where a position is before it is decided upon, in the order of memory/banks.py."""
+def expected_row(case: Chunk, index: int, layer: int, position: int) -> int:
+    """Where a position is: until a request's layers are known, each is in the bank of its number."""
     plan, world = case.plans[index], case.world
-    if plan.kind == Kind.KNOWN:
-        bank = world.bank(index, layer)
-        slot = world.full(index)[position] if bank < KEEP else world.streaming(index)[position]
-        return LAYOUT.bank_start(bank) + slot
-    if layer < KEEP:
-        return LAYOUT.bank_start(layer) + world.full(index)[position]
-    if scratch and position >= plan.prefix:
-        before = sum(other.extend for other in case.plans[:index])
-        return LAYOUT.scratch_start + before + position - plan.prefix
-    return LAYOUT.staging_bank_start(layer) + position
+    bank = world.bank(index, layer) if plan.kind == Kind.KNOWN else layer
+    slot = world.full(index)[position] if bank < KEEP else world.streaming(index)[position]
+    return world.row(bank, slot)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -230,7 +242,7 @@ def test_extend_kv_indices(seed: int) -> None:
             for index, plan in enumerate(case.plans):
                 full = plan.kind != Kind.KNOWN or case.world.bank(index, layer) < KEEP
                 positions = range(begin[index], ends[index]) if full != lazy else range(0)
-                expected = [expected_row(case, index, layer, p, scratch=True) for p in positions]
+                expected = [expected_row(case, index, layer, p) for p in positions]
                 assert int(pointers[layer * count + index]) == at
                 assert out[at : at + len(expected)].tolist() == expected, (lazy, layer, index)
                 at += len(expected)
@@ -246,7 +258,7 @@ def test_prefix_lists(seed: int) -> None:
     for layer in range(LAYERS):
         at = 0
         for index, plan in enumerate(case.plans):
-            rows = [expected_row(case, index, layer, p, scratch=False) for p in range(plan.prefix)]
+            rows = [expected_row(case, index, layer, p) for p in range(plan.prefix)]
             assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
             at += len(rows)
         assert out.shape == (LAYERS, at)
@@ -254,7 +266,7 @@ def test_prefix_lists(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_lists_of_every_layer_from_somewhere_on(seed: int) -> None:
-    """Cached and new tokens; those of undecided requests are scratch rows from layer P on."""
+    """Cached and new tokens."""
     case = chunk(seed, short=False)
     given, ends = case.requests(), [plan.end for plan in case.plans]
     firsts = [max(plan.prefix - RECENT + 1, 0) for plan in case.plans]
@@ -262,7 +274,7 @@ def test_lists_of_every_layer_from_somewhere_on(seed: int) -> None:
     for layer in range(LAYERS):
         at = 0
         for index, first in enumerate(firsts):
-            rows = [expected_row(case, index, layer, p, scratch=True) for p in range(first, ends[index])]
+            rows = [expected_row(case, index, layer, p) for p in range(first, ends[index])]
             assert out[layer, at : at + len(rows)].tolist() == rows, (layer, index)
             at += len(rows)
 
@@ -278,96 +290,52 @@ def test_prefix_lists_read_sinks_that_left_the_window() -> None:
     for layer in range(LAYERS):
         bank = world.bank(0, layer)
         if bank >= KEEP:
-            start = LAYOUT.bank_start(bank) + LAYOUT.sink_base + 2 * SINK
-            assert out[layer, :left].tolist() == list(range(start, start + left))
+            sinks = world.sink_slots_of[2, :left].tolist()
+            assert out[layer, :left].tolist() == [world.row(bank, slot) for slot in sinks]
 
 
-@pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_place(seed: int, ragged: bool) -> None:
-    """Two requests are decided, one is staged, two were decided before; every layer in turn."""
-    case = chunk(seed, short=ragged)
+def test_store_and_exchange(seed: int) -> None:
+    """Two requests are selected for, one is staged, two were decided before; every layer in turn."""
+    case = chunk(seed, short=False)
     world, plans, given = case.world, case.plans, case.requests()
     rng = random.Random(seed + 100)
-    pool_k = torch.arange(LAYOUT.total_rows * 6, dtype=torch.float32).view(-1, 2, 3).contiguous()
-    pool_v = -pool_k
+    pool = KV(*(torch.randn(LAYOUT.total_rows, 2, 3) for _ in range(2)))
     tokens = sum(plan.extend for plan in plans)
-    new = [(i, plan.prefix, plan.end) for i, plan in enumerate(plans)]
-    cut = [
-        (i, 0 if plan.kind == Kind.SELECT else plan.prefix, plan.end)
-        for i, plan in enumerate(plans)
-        if plan.kind == Kind.SELECT or (ragged and plan.kind == Kind.KNOWN)
-    ]
-    stage = [run for run in new if plans[run[0]].kind == Kind.STAGED]
-    tiles = {
-        name: make_tiles(runs, 4, "cpu") for name, runs in (("new", new), ("cut", cut), ("stage", stage))
-    }
-    deciding = [plan for plan in plans if plan.kind == Kind.SELECT]
-    sets = torch.tensor([plan.layer_set for plan in deciding])
+    new = make_tiles([(i, plan.prefix, plan.end) for i, plan in enumerate(plans)], 4, "cpu")
+    selecting = [(i, plan) for i, plan in enumerate(plans) if plan.kind == Kind.SELECT]
+    every = make_tiles([(i, 0, plan.end) for i, plan in selecting], 4, "cpu")
+    sets = torch.tensor([plan.layer_set for _, plan in selecting])
     laziness = torch.zeros(world.bank_of.shape)
     popped = torch.full((len(plans),), -1, dtype=torch.int32)
+    # What each layer of the selected requests holds, whichever bank that is in.
+    held = {i: {} for i, _ in selecting}  # type: dict[int, dict[int, KV]]
     for layer in range(LAYERS):
-        k, v = torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3)
-        want_k, want_v = pool_k.clone(), pool_v.clone()
-
-        def put(row: int, source_k: Any, source_v: Any, want=(want_k, want_v)) -> None:
-            want[0][row], want[1][row] = source_k, source_v
-
-        def run(name: str, *done: torch.Tensor, parts=(k, v), number=layer) -> None:
-            put_where = settle if done else store_new
-            put_where(KV(pool_k, pool_v), KV(*parts), number, tiles[name], given, world.banks, *done)
-
-        token = [sum(plan.extend for plan in plans[:i]) for i in range(len(plans))]
-        source: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        fresh = KV(torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3))
+        want = KV(*(part.clone() for part in pool))
+        at = 0
         for index, plan in enumerate(plans):
-            fresh = slice(token[index], token[index] + plan.extend)
-            old_k, old_v = torch.empty(0, 2, 3), torch.empty(0, 2, 3)
-            if plan.prefix and layer >= KEEP:
-                start = LAYOUT.staging_bank_start(layer)
-                old_k = pool_k[start : start + plan.prefix].clone()
-                old_v = pool_v[start : start + plan.prefix].clone()
-            else:
-                old_k, old_v = torch.zeros(plan.prefix, 2, 3), torch.zeros(plan.prefix, 2, 3)
-            source[index] = (torch.cat([old_k, k[fresh]]), torch.cat([old_v, v[fresh]]))
-            early = plan.kind == Kind.KNOWN or layer < KEEP or not ragged
             for position in range(plan.prefix, plan.end):
-                if early:
-                    row = expected_row(case, index, layer, position, scratch=True)
-                    put(row, source[index][0][position], source[index][1][position])
-        if not ragged:
-            run("new")
-            assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v)
-        elif layer < KEEP:
-            run("new")
-        laziness[sets, layer] = torch.tensor([rng.random() for _ in deciding])
-        popped[: len(deciding)] = queue_step(world.bank_of, laziness, sets, layer, KEEP).to(torch.int32)
+                row = expected_row(case, index, layer, position)
+                for target, source in zip(want, fresh, strict=True):
+                    target[row] = source[at]
+                at += 1
+        store_new(pool, fresh, layer, new, given, world.banks)
+        assert all(torch.equal(*pair) for pair in zip(pool, want, strict=True)), layer
+        for index, plan in selecting:
+            rows = [expected_row(case, index, layer, position) for position in range(plan.end)]
+            held[index][layer] = KV(*(part[rows].clone() for part in pool))
+        laziness[sets, layer] = torch.tensor([rng.random() for _ in selecting])
+        found = queue_step(world.bank_of, laziness, sets, layer, KEEP).to(torch.int32)
+        popped[: len(selecting)] = found
         if layer >= KEEP:
-            for index, plan in enumerate(plans):
-                streaming, full = world.streaming(index), world.full(index)
-                if plan.kind == Kind.SELECT:
-                    gone = int(popped[deciding.index(plan)])
-                    bank = world.bank(index, layer)
-                    cut_k, cut_v = (tensor.clone() for tensor in source[index])
-                    if gone != layer:
-                        rows = LAYOUT.bank_start(bank) + torch.tensor(full)
-                        cut_k, cut_v = pool_k[rows].clone(), pool_v[rows].clone()
-                        for position, row in enumerate(rows.tolist()):
-                            put(row, source[index][0][position], source[index][1][position])
-                    start = LAYOUT.bank_start(layer)
-                    for position, slot in enumerate(streaming):
-                        if slot:
-                            put(start + slot, cut_k[position], cut_v[position])
-                    sink_set = int(world.sink_set_of[world.rows[index]])
-                    for position in range(SINK if sink_set >= 0 else 0):
-                        row = start + LAYOUT.sink_base + sink_set * SINK + position
-                        put(row, cut_k[position], cut_v[position])
-                elif plan.kind == Kind.STAGED:
-                    for position in range(plan.prefix, plan.end):
-                        row = LAYOUT.staging_bank_start(layer) + position
-                        put(row, source[index][0][position], source[index][1][position])
-            run("cut", popped)
-            run("stage", popped)
-        assert torch.equal(pool_k, want_k) and torch.equal(pool_v, want_v), layer
+            exchange(pool, layer, every, given, world.banks, popped)
+        for index, plan in selecting:
+            for number, kv in held[index].items():
+                bank = world.bank(index, number)
+                slots = world.full(index) if bank < KEEP else world.streaming(index)
+                rows = [world.row(bank, slot) for slot in slots[: plan.end]]
+                assert torch.equal(pool.k[rows], kv.k) and torch.equal(pool.v[rows], kv.v), (layer, number)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
@@ -375,21 +343,24 @@ def test_merge_sinks_leaves_full_requests_alone(dtype: torch.dtype) -> None:
     """With banks, only requests that are lazy in this layer get the windowed output and their sinks."""
     torch.manual_seed(2)
     prefixes, extends = [30, 0, 40], [5, 9, 6]
-    of = torch.tensor([[0, KEEP + 1], [0, 1], [0, KEEP]], dtype=torch.int32)[:, 1]
+    of = torch.tensor([[0, LAYERS - 1], [0, 1], [0, KEEP]], dtype=torch.int32)[:, 1]
     tokens, heads = sum(extends), 2
     keys, values = (torch.randn(LAYOUT.total_rows, 1, 16).to(dtype) for _ in range(2))
     query, out, window = (torch.randn(tokens, heads, 16) for _ in range(3))
     lse = torch.randn(tokens, heads)
-    rows = torch.randint(1, STREAMING, (3, SINK))
+    units = UnitList(UNITS, 1, LAYOUT.shape.parts, "cpu")
+    units.free = torch.randperm(UNITS) + 1
+    slots = units.take(3 * SINK, LAYOUT.shape.streaming_units).view(3, SINK)
     tiles = make_sink_tiles(prefixes, extends, WINDOWS, "cpu", every=[True] * 3)
     untouched = out.clone()
-    column = BankColumn(of, of.stride(0), LAYOUT.streaming_start, LAYOUT.streaming_rows)
-    sinks = Sinks(rows, tiles, WINDOWS)
-    merge_sinks(out, lse, query, KV(keys, values), sinks, Scales(0.25), window=window, banks=(column, KEEP))
+    rest = units.rest if len(units.rest) else of
+    column = BankColumn(of, of.stride(0), rest, LAYOUT.rows)
+    sinks, banks = Sinks(slots, tiles, WINDOWS), (column, LAYOUT.shape)
+    merge_sinks(out, lse, query, KV(keys, values), sinks, Scales(0.25), window=window, banks=banks)
     assert torch.equal(out[5:14], untouched[5:14])
     for index, where in ((0, range(5)), (2, range(14, 20))):
-        start = LAYOUT.bank_start(int(of[index]))
-        k, v = (part.float()[start + rows[index], 0] for part in (keys, values))
+        rows = LAYOUT.bank_rows(int(of[index]), slots[index], units.rest)
+        k, v = (part.float()[rows, 0] for part in (keys, values))
         for offset, token in enumerate(where):
             seen = prefixes[index] + offset - torch.arange(SINK) >= RECENT
             scores = torch.where(seen, query[token] @ k.T * 0.25, -torch.inf)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lt_sglang.attention.indices import decode_kv_indices_reference, lazy_lengths, sink_rows
+from lt_sglang.attention.indices import decode_kv_indices_reference, lazy_lengths, sink_slots
 from lt_sglang.attention.kernels import merge_sinks as kernels
 from lt_sglang.attention.kernels.decode_static import decode_kv_indices
 from lt_sglang.attention.kernels.merge_sinks import TILE_QUERIES, Scales, Sinks, make_sink_tiles, merge_sinks
@@ -178,7 +178,7 @@ def test_tiles_cover_every_query_that_sees_a_sink_once(seed: int) -> None:
 
 
 def sinks_of(batch: Batch, prefixes: Sequence[int], extends: Sequence[int]) -> Sinks:
-    rows = sink_rows(batch.rows, batch.tables, batch.windows)
+    rows = sink_slots(batch.rows, batch.tables, batch.windows)
     tiles = make_sink_tiles(list(prefixes), list(extends), batch.windows, "cpu")
     return Sinks(rows, tiles, batch.windows)
 
@@ -192,5 +192,5 @@ def _row(batch: Batch, index: int, position: int) -> int:
     """Where a prefill reads a position: every sink in its set once there is one."""
     stored = int(batch.tables.sink_set_of[batch.rows[index]])
     if position < batch.sink and stored >= 0:
-        return batch.windows.sink_base + stored * batch.sink + position
+        return int(batch.tables.sink_slots_of[stored, position])
     return batch.slot_of_position(index, position)

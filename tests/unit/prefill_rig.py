@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
@@ -23,6 +24,7 @@ from lt_sglang.config import LightTransferConfig
 from lt_sglang.hooks.wrappers import slide_after_chunk
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
+from lt_sglang.memory.budget import UnitBudget
 from lt_sglang.memory.kv_keys import request_id
 from tests.pools import make_pools
 
@@ -32,13 +34,12 @@ CONTEXT = 20_000
 
 @dataclass
 class Rig:
-    """Pools of ``full`` and ``streaming`` tokens, and ``sets`` sink sets of ``sinks`` rows.
+    """Memory of ``units`` units for one full and one lazy layer, and at most ``sets`` sets of ``sinks`` sinks.
 
     window: SGLang's sliding_window_size, so w_recent - 1. hooked: whether hooks/table.py is in force.
     """
 
-    full: int
-    streaming: int
+    units: int
     window: int = 15
     sinks: int = 4
     sets: int = 8
@@ -51,7 +52,13 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.pools = make_pools(
-            self.full, self.streaming, self.sets, self.sinks, requests=ROWS, context=CONTEXT
+            self.units,
+            self.sets,
+            self.sinks,
+            requests=ROWS,
+            context=CONTEXT,
+            window=self.window + 1,
+            chunked_prefill_size=self.chunk,
         )
         self.rows, self.allocator, self.store = self.pools.rows, self.pools.allocator, self.pools.sinks
         self.tree = self.make_tree(self.pools.cache_params(self.window, self.disabled))
@@ -64,8 +71,8 @@ class Rig:
     @property
     def streaming_used(self) -> int:
         """Streaming slots that cannot be had by eviction."""
-        free = self.allocator.swa_available_size() + self.tree.swa_evictable_size()
-        return self.streaming - free
+        used: int = self.allocator.swa_attn_allocator.used
+        return used - self.tree.swa_evictable_size()
 
     def request(self, prompt: Sequence[int], new_tokens: int = 64, *, barred: bool = False) -> Req:
         """A request that waits; ``barred``: as SGLang bars one from the tree."""
@@ -90,23 +97,21 @@ class Rig:
 
     def is_admitted(self, req: Req) -> bool:
         """Whether SGLang starts ``req``, matched and locked (PrefillAdder.add_one_req); nothing else runs."""
-        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
-        new = req.sampling_params.max_new_tokens - len(req.output_ids)
-        fits, limit = self.allocator.create_prefill_budget(self.tree).check_prefill(
-            extend_input_len=extend,
-            total_tokens=extend + new + 1,
-            max_new_tokens=new,
-            input_tokens=len(req.full_untruncated_fill_ids),
-            swa_host_hit_length=0,
-            chunk_limit=self.chunk,
-        )
-        return bool(fits) and limit is not None and limit > 0
+        fits, limit = self._budget(req).check_prefill(chunk_limit=self.chunk)
+        return fits and limit is not None and limit > 0
 
     def chunk_fits(self, req: Req) -> int:
         """Tokens of the next chunk; 0 where SGLang parks the request (PrefillAdder.add_chunked_req)."""
         left = len(req.full_untruncated_fill_ids) - req.prefix_len
-        limit = self.allocator.create_prefill_budget(self.tree).available_chunk_tokens(self.chunk)
+        limit = self._budget(req).fit_chunk(
+            extend_input_len=left, max_new_tokens=0, chunk_limit=self.chunk
+        )
         return min(left, limit or 0)
+
+    def _budget(self, req: Req) -> UnitBudget:
+        budget = self.allocator.create_prefill_budget(self.tree)
+        budget.consider(req, SimpleNamespace(running_batch=None, new_token_ratio=1.0))
+        return budget
 
     def run_chunk(self, req: Req) -> bool:
         """One chunk, and the scheduler's bookkeeping behind it; False if the request is parked."""
@@ -164,12 +169,7 @@ class Rig:
 
     def flush(self) -> None:
         """What the next forward does first."""
-        rows = torch.zeros(self.streaming + 1 + self.sets * self.sinks)
-
-        def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
-            rows[target] = rows[source]
-
-        self.store.flush(self.streaming + 1, copy_rows)
+        self.store.flush(self.pools.flat.copy_rows)
 
     def check(self) -> None:
         """Every slot has one owner: tree, running request, free list. Raises AssertionError."""
@@ -184,15 +184,19 @@ class Rig:
         full, streaming = self.tree.full_evictable_size(), self.tree.swa_evictable_size()
         full += self.tree.full_protected_size()
         streaming += self.tree.swa_protected_size()
-        assert owned_full + full + self.allocator.full_available_size() == self.full
-        assert owned_streaming + streaming + self.allocator.swa_available_size() == self.streaming
+        assert owned_full + full == self.allocator.full_used
+        assert owned_streaming + streaming == self.allocator.swa_attn_allocator.used
+        sinks = self.store.used * self.sinks
+        assert owned_full + full + owned_streaming + streaming + sinks == self.units - len(
+            self.allocator.units
+        )
 
     def sinks_of(self, req: Req) -> list[int]:
-        """Streaming slots, or rows of the set, that a lazy layer reads for the first positions; 0: none."""
+        """Streaming slots that a lazy layer reads for the first positions; 0: none."""
         row = req.kv.req_pool_idx
         sink_set = int(self.store.set_of[row])
         if sink_set >= 0:
-            return [self.streaming + 1 + sink_set * self.sinks + i for i in range(self.sinks)]
+            return list(self.store.slots_of[sink_set].tolist())
         slots = self.rows.req_to_token[row, : self.sinks].to(torch.int64)
         found: list[int] = self.allocator.full_to_swa_index_mapping[slots].tolist()
         return found
@@ -220,9 +224,9 @@ class Rig:
 
 @dataclass
 class DynamicRig(Rig):
-    """The same in dynamic mode: six layers, three lazy, decided at the prompt's end or past ``staging``."""
+    """The same in dynamic mode: six layers, three lazy, decided at the prompt's end or past ``undecided``."""
 
-    staging: int = CONTEXT
+    undecided: int = CONTEXT
 
     def make_tree(self, params: CacheInitParams) -> DynamicRadixCache:
         """The tree of dynamic mode."""
@@ -232,10 +236,9 @@ class DynamicRig(Rig):
             sink_tokens=self.sinks,
             recent_tokens=self.window + 1,
             keep=3,
-            staging_tokens=self.staging,
         )
         sets = LayerSetStore(4 * ROWS, config.lazy_layers, 6, ROWS + 1, "cpu")
-        self.prefills = PrefillTracker(config, CONTEXT, sets)
+        self.prefills = PrefillTracker(config, sets, self.undecided)
         return DynamicRadixCache(params, self.store, self.prefills)
 
     def begin_forward(self, req: Req) -> None:

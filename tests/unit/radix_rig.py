@@ -21,8 +21,9 @@ class Rig:
     """The cache, its pools, and requests that move through them a prefill chunk or a token at a time."""
 
     def __init__(self, *, disable: bool = False, sets: int = 6) -> None:
-        pools = make_pools(600, 600, sets, SINKS, requests=10, context=512)
+        pools = make_pools(1200, sets, SINKS, requests=10, context=512, window=WINDOW + 1)
         self.rows, self.allocator, self.sinks = pools.rows, pools.allocator, pools.sinks
+        self.flat = pools.flat
         params = pools.cache_params(WINDOW, disable)
         self.cache = self._build(params)
 
@@ -81,7 +82,7 @@ class Rig:
 
     def set_of(self, req: Req) -> int:
         """Index of its sink set on the device, or -1."""
-        self.sinks.flush(0, lambda target, source: None)
+        self.sinks.flush(self.flat.copy_rows)
         return int(self.sinks.set_of[req.kv.req_pool_idx])
 
     def _extend(self, req: Req, chunk: int | None) -> None:

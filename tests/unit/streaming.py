@@ -30,8 +30,11 @@ class Batch:
         full = rng.sample(range(1, total + 20), total)
         streaming = rng.sample(range(1, total + 20), total)
         sets = rng.sample(range(count + 4), count)
-        self.windows = Windows(sink, recent, sink_base=total + 20)
-        self.buffer_rows = self.windows.sink_base + (count + 4) * sink
+        self.windows = Windows(sink, recent)
+        self.buffer_rows = total + 20 + (count + 4) * sink
+        sink_slots_of = torch.tensor(
+            rng.sample(range(total + 20, self.buffer_rows), (count + 4) * sink), dtype=torch.int32
+        ).view(count + 4, sink)
         req_to_token = torch.zeros(count + 3, context, dtype=torch.int32)
         full_to_streaming = torch.zeros(total + 22, dtype=torch.int64)
         sink_set_of = torch.full((count + 3,), -1, dtype=torch.int32)
@@ -47,7 +50,7 @@ class Batch:
                 full_to_streaming[slot] = streaming.pop() if kept else 0
         self.rows = torch.tensor(rows)
         self.lengths = torch.tensor(lengths)
-        self.tables = StreamingTables(req_to_token, full_to_streaming, sink_set_of)
+        self.tables = StreamingTables(req_to_token, full_to_streaming, sink_set_of, sink_slots_of)
 
     def slot_of_position(self, index: int, position: int) -> int:
         """The allocator's streaming slot of a position, 0 if it was freed."""
@@ -59,5 +62,5 @@ class Batch:
         stored = int(self.tables.sink_set_of[self.rows[index]])
         outside = position < int(self.lengths[index]) - self.windows.recent_tokens
         if position < self.sink and outside and stored >= 0:
-            return self.windows.sink_base + stored * self.sink + position
+            return int(self.tables.sink_slots_of[stored, position])
         return self.slot_of_position(index, position)

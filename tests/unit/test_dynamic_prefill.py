@@ -15,11 +15,11 @@ from lt_sglang.layers.chosen import remember
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
 
-SINKS, RECENT, CONTEXT = 4, 60, 4096
+SINKS, RECENT = 4, 60
 BLOCK = SINKS + RECENT
 
 
-def tracker(decide: str = "prompt", staging: int = 3000) -> PrefillTracker:
+def tracker(decide: str = "prompt", undecided: int = 3000) -> PrefillTracker:
     config = LightTransferConfig(
         (0, 4, 5),
         mode="dynamic",
@@ -27,9 +27,10 @@ def tracker(decide: str = "prompt", staging: int = 3000) -> PrefillTracker:
         recent_tokens=RECENT,
         keep=3,
         decide=decide,
-        staging_tokens=staging,
     )
-    return PrefillTracker(config, CONTEXT, LayerSetStore(12, config.lazy_layers, 6, 16, "cpu"))
+    if decide == "first-chunk":
+        undecided = config.decide_tokens - 1
+    return PrefillTracker(config, LayerSetStore(12, config.lazy_layers, 6, 16, "cpu"), undecided)
 
 
 class Request:
@@ -113,18 +114,18 @@ def test_in_chunks_it_waits_for_the_prompts_end(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("staging", "decided_at"), [(255, 256), (256, 512), (511, 512), (512, 768), (900, 1000), (10, 256)]
+    ("undecided", "decided_at"), [(255, 256), (256, 512), (511, 512), (512, 768), (900, 1000), (10, 256)]
 )
-def test_staging_memory_bounds_the_wait(staging: int, decided_at: int) -> None:
-    """A chunk that would not fit is the one that decides; what follows is streamed."""
-    prefills = tracker(staging=staging)
+def test_memory_bounds_the_wait(undecided: int, decided_at: int) -> None:
+    """A chunk that would pass the limit is the one that decides; what follows is streamed."""
+    prefills = tracker(undecided=undecided)
     request = Request("a", tokens(1000))
     for _ in range(4):
         (plan,) = prefills.begin([request.chunk(256)])
         expected = Kind.STAGED if plan.end < decided_at else Kind.KNOWN
         assert plan.kind == (Kind.SELECT if plan.end == decided_at else expected)
         if plan.kind == Kind.STAGED:
-            assert plan.end <= staging
+            assert plan.end <= undecided
         if plan.kind == Kind.SELECT:
             assert plan.last_queries == 32
     assert prefills.staged is None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
@@ -15,11 +14,18 @@ from tests.property.cpu import Sizes, request
 from tests.property.scheduler import Scheduler
 from tests.unit.test_radix import hit, key, run
 
-SIZES = Sizes(dynamic=True, full=300, streaming=120)
-AT_ONCE = Sizes(dynamic=True, full=300, streaming=120, chunk=80)
+SIZES = Sizes(dynamic=True, units=420)
+AT_ONCE = Sizes(dynamic=True, units=420, chunk=80)
 BLOCK = SIZES.config.lazy_tokens
 LONG = list(range(100, 130))
 OTHER = list(range(200, 230))
+
+
+class Found(NamedTuple):
+    """What SGLang's tree has of a prefix."""
+
+    device_prefix_len: int
+    swa_branching_seqlen: int | None = None
 
 
 def match(scheduler: Scheduler, tokens: list[int], req: Any = None) -> Any:
@@ -61,9 +67,9 @@ def test_what_is_left_of_a_prefix_must_cover_the_first_block(
     run(scheduler, request("a", LONG))
     asked: Any = request("b", LONG)
 
-    def left(self: Any, params: Any) -> Any:
+    def left(self: Any, params: Any) -> Found:
         here = 0 if params.key.extra_key == NOWHERE else found
-        return SimpleNamespace(device_prefix_len=here)
+        return Found(here)
 
     monkeypatch.setattr(UnifiedRadixCache, "match_prefix", left)
     assert match(scheduler, LONG, asked).device_prefix_len == (found if found == BLOCK else 0)
@@ -108,7 +114,7 @@ def test_what_was_evicted_is_looked_for_in_the_next_set() -> None:
 
 
 def test_no_more_than_a_few_sets_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = Scheduler(Sizes(dynamic=True, full=400, streaming=160, layer_sets=20, rows=8, chunk=80))
+    scheduler = Scheduler(Sizes(dynamic=True, units=560, layer_sets=20, rows=8, chunk=80))
     run(scheduler, *[request(f"r{n}", LONG[:10] + [n], output=1) for n in range(8)])
     tried: list[str] = []
 
@@ -163,30 +169,43 @@ def test_an_undecided_request_stays_out_of_the_tree() -> None:
     assert scheduler.caches.prefills is not None
     assert scheduler.caches.prefills.staged == request_id(req) and hit(scheduler, LONG) == 0
     assert req.kv.cache_protected_len == 0
-    _, streaming = scheduler._slots(req, 10)
-    assert not streaming.all(), "its window slides all the same"
+    _, streaming = scheduler._slots(req, 20)
+    assert streaming.all(), "any layer may turn out full, so all keep all"
+    assert scheduler.caches.sinks.used == 0
     run(scheduler)
     assert hit(scheduler, LONG) == len(LONG)
 
 
-def test_the_sinks_of_an_undecided_request_are_written_by_the_forward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Which layers their rows belong to is not known yet: they are reserved, and nothing is copied."""
+def test_the_window_slides_once_the_request_is_decided() -> None:
+    """In the same step: its banks hold what they did, its lazy layers need their window alone."""
+    scheduler = Scheduler(SIZES)
+    req = request("a", LONG, output=20)
+    run(scheduler, req, until=lambda: req in scheduler.running and len(req.output_ids) > 0)
+    _, streaming = scheduler._slots(req, len(LONG))
+    window = SIZES.config.retained_tokens - 1
+    assert streaming[-window:].all() and not streaming[: -window - 1].any()
+    assert scheduler.caches.sinks.used == 1
+    run(scheduler)
+
+
+def test_the_sinks_of_a_request_are_kept_once_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied from its slots, where the popped layers have them by then."""
     scheduler = Scheduler(SIZES)
     sinks, taken = scheduler.caches.sinks, []
     capture = sinks.capture
 
     def spy(name: str, key: Any, row: Any, slots: Any, **more: Any) -> bool:
-        taken.append(slots)
+        entry = sets(scheduler).of(name)
+        assert entry is not None and entry.known
+        taken.append(slots().tolist())
         return capture(name, key, row, slots, **more)
 
     monkeypatch.setattr(sinks, "capture", spy)
     run(scheduler, request("long", LONG, output=1))
-    assert taken[0] is None
+    assert taken and all(all(slots) for slots in taken)
     taken.clear()
     run(scheduler, request("short", [1], output=20))
-    assert taken[0] is not None, "of a decided one they are in its slots"
+    assert taken and all(all(slots) for slots in taken)
 
 
 def test_sinks_belong_to_a_layer_set() -> None:

@@ -27,10 +27,10 @@ class DynamicRig(Rig):
 
     def _build(self, params: Any) -> DynamicRadixCache:
         config = LightTransferConfig(
-            (0, 4, 5), mode="dynamic", sink_tokens=SINKS, recent_tokens=WINDOW, keep=3, staging_tokens=500
+            (0, 4, 5), mode="dynamic", sink_tokens=SINKS, recent_tokens=WINDOW, keep=3
         )
         self.sets = LayerSetStore(40, config.lazy_layers, LAYERS, self.rows.req_to_token.shape[0], "cpu")
-        self.tracker = PrefillTracker(config, 512, self.sets)
+        self.tracker = PrefillTracker(config, self.sets, 500)
         return DynamicRadixCache(params, self.sinks, self.tracker)
 
     def forward(self, req: Req, scores: Sequence[float] = (1, 2, 3, 4, 5, 6)) -> Prefill:

@@ -17,6 +17,7 @@ from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.flat_pool import FlatPool
+from lt_sglang.memory.units import UnitList, UnitShape
 
 LAYERS, KEEP = 6, 3
 DECIDED = [Prefill(Kind.SELECT, row=1, layer_set=2, prefix=0, extend=99, last_queries=32)]
@@ -25,10 +26,11 @@ DECIDED = [Prefill(Kind.SELECT, row=1, layer_set=2, prefix=0, extend=99, last_qu
 def one_of_two_ranks(other: list[int], check: bool = True) -> DynamicState:
     """The state of a rank that chose banks 0 to 5 for layer set 2, where the other rank chose ``other``."""
     config = LightTransferConfig((0, 2, 4), mode="dynamic", keep=KEEP, check_tables=check)
-    layout = BankLayout(KEEP, LAYERS - KEEP, 8, 8, 4, 1, sink_base=8)
-    pool = FlatPool(layout)
-    pool.take(KEEP, layout.full_rows, (1, 2), torch.float32, "cpu")
-    pool.take(LAYERS - KEEP, layout.streaming_rows, (1, 2), torch.float32, "cpu")
+    shape = UnitShape(KEEP, LAYERS - KEEP)
+    units = UnitList(7, 1, shape.parts, "cpu")
+    pool = FlatPool(BankLayout(shape, units.rows), units)
+    for banks in (shape.full_layers, shape.lazy_layers):
+        pool.take(banks, (1, 2), torch.float32, "cpu")
     sets = LayerSetStore(4, config.lazy_layers, LAYERS, 16, "cpu")
     sets.bank_of[2] = torch.arange(LAYERS)
     theirs = torch.tensor([other])

@@ -15,6 +15,7 @@ from lt_sglang.identify.selector import _Gathered
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
+from lt_sglang.memory.units import UnitShape
 
 SCALE, FP8 = 0.05, torch.float8_e4m3fn
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -52,7 +53,8 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
     backend.prefill_wrapper_ragged = SimpleNamespace(forward=forward)
     backend.kv_cache_quant_method = SimpleNamespace(needs_global_scale=lambda: False)
     backend.forward_metadata = SimpleNamespace(use_ragged=True, swa_out_cache_loc=None)
-    backend.prefill = SimpleNamespace(whole_kv_indices=None, prefix_kv_indices=None)
+    backend.prefill = SimpleNamespace(whole=None, prefix=None)
+    backend.parts = SimpleNamespace(of=lambda layer: 0)
     scale = torch.tensor(SCALE)
     layer = SimpleNamespace(
         layer_id=0,
@@ -78,22 +80,25 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
     torch.testing.assert_close(stored, projected[0].float(), rtol=0.1, atol=0.01)
 
 
-@pytest.mark.parametrize("layer_id", [0, 2], ids=["full bank", "staging bank"])
+@pytest.mark.parametrize("layer_id", [0, 2], ids=["full bank", "streaming bank"])
 def test_scores_read_staged_keys_with_their_scale(layer_id: int) -> None:
-    layout = BankLayout(2, 2, 300, 100, 200, 64, 90)
+    layout = BankLayout(UnitShape(2, 2), 400)
     rows = (layout.total_rows, 1, DIM)
     pool = KV(*(torch.zeros(rows, dtype=torch.uint8) for _ in range(2)))
     config = LightTransferConfig((1,), mode="dynamic", sink_tokens=4, recent_tokens=60)
     prefix, extend = 100, 20
     true = torch.randn(prefix + extend, 1, DIM)
-    slots = torch.arange(1, prefix + extend + 1)
+    full = torch.arange(1, prefix + extend + 1)
+    streaming = full + 200
     stored = (true / SCALE).to(FP8).view(torch.uint8)
     for part in pool:
-        part[layout.bank_start(0) + slots] = stored
-        part[layout.staging_bank_start(2) : layout.staging_bank_start(2) + prefix] = stored[:prefix]
-    state: Any = SimpleNamespace(config=config, layout=layout, pool=SimpleNamespace(kv=pool), kv_dtype=FP8)
+        part[layout.bank_start(0) + full] = stored
+        part[layout.bank_start(2) + streaming] = stored
+    units = SimpleNamespace(rest=torch.zeros(0, 400, dtype=torch.int32))
+    flat = SimpleNamespace(kv=pool, units=units)
+    state: Any = SimpleNamespace(config=config, layout=layout, pool=flat, kv_dtype=FP8)
     plan = Prefill(Kind.SELECT, 1, 1, prefix, extend, extend)
-    gathered = _Gathered(state, plan, 0, slots.to(torch.int32), "cpu")
+    gathered = _Gathered(state, plan, 0, (full.int(), streaming.int()), "cpu")
     layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=SCALE, v_scale_float=SCALE)
     new = true[prefix:].bfloat16()
     wanted = true[gathered.positions.long()]

@@ -112,7 +112,8 @@ def test_the_leak_check_knows_our_stores(leak: bool) -> None:
         return wrappers.check_pools(original, checker(**caches), 1, x=2)
 
     assert check() == (leak, ["stock"])
-    good, bad = SinkStore(3, 1, 4, "cpu"), SinkStore(3, 1, 4, "cpu")
+    source: Any = SimpleNamespace(page_size=1)
+    good, bad = (SinkStore(3, 1, 4, "cpu", source) for _ in range(2))
     bad._free.pop()
     assert check(sinks=good) == (leak, ["stock"])
     found, messages = check(sinks=bad)

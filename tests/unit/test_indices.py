@@ -12,7 +12,7 @@ from lt_sglang.attention.indices import (
     Windows,
     decode_kv_indices_reference,
     lazy_lengths,
-    sink_rows,
+    sink_slots,
     span_slots,
 )
 from tests.unit.streaming import Batch, visible
@@ -58,14 +58,16 @@ def test_attention_over_the_rows_is_streaming_attention() -> None:
 
 
 @pytest.mark.parametrize(("sink", "recent"), SIZES)
-def test_sink_rows(sink: int, recent: int) -> None:
+def test_sink_slots(sink: int, recent: int) -> None:
     batch = Batch(random.Random(9), sink, recent, lengths=[300, 301, 302])
-    rows = sink_rows(batch.rows, batch.tables, batch.windows)
-    assert rows.shape == (3, sink)
+    slots = sink_slots(batch.rows, batch.tables, batch.windows)
+    assert slots.shape == (3, sink)
     for index in range(3):
         # Once a request has a set, its sinks are read there, wherever the window is.
         stored = int(batch.tables.sink_set_of[batch.rows[index]])
-        assert (rows[index] >= batch.windows.sink_base).all() == (stored >= 0 or sink == 0)
+        own = [batch.slot_of_position(index, position) for position in range(sink)]
+        expected = batch.tables.sink_slots_of[stored].tolist() if stored >= 0 else own
+        assert slots[index].tolist() == expected
 
 
 def test_span_slots() -> None:
@@ -81,7 +83,7 @@ def test_span_slots() -> None:
 
 
 def test_lazy_lengths_keep_dtype() -> None:
-    windows = Windows(sink_tokens=4, recent_tokens=6, sink_base=0)
+    windows = Windows(sink_tokens=4, recent_tokens=6)
     for dtype in (torch.int32, torch.int64):
         got = lazy_lengths(torch.tensor([1, 9, 10, 11, 1000], dtype=dtype), windows)
         assert got.dtype == dtype
@@ -93,8 +95,9 @@ def test_tables_are_read_at_the_requests_rows_only() -> None:
         req_to_token=torch.tensor([[0, 0, 0], [1, 2, 3]], dtype=torch.int32),
         full_to_streaming=torch.tensor([0, 7, 8, 9]),
         sink_set_of=torch.tensor([-1, -1], dtype=torch.int32),
+        sink_slots_of=torch.tensor([[5]], dtype=torch.int32),
     )
-    windows = Windows(sink_tokens=1, recent_tokens=1, sink_base=100)
+    windows = Windows(sink_tokens=1, recent_tokens=1)
     got = decode_kv_indices_reference(torch.tensor([1]), torch.tensor([3]), tables, windows)
     assert got.tolist() == [7, 9]
 
@@ -110,10 +113,13 @@ def test_everything_stays_on_the_device_of_the_tables(monkeypatch: pytest.Monkey
         return torch.empty(shape, dtype=dtype, device="meta")
 
     tables = StreamingTables(
-        on_device(4, 30, dtype=torch.int32), on_device(99, dtype=torch.int64), on_device(4, dtype=torch.int32)
+        on_device(4, 30, dtype=torch.int32),
+        on_device(99, dtype=torch.int64),
+        on_device(4, dtype=torch.int32),
+        on_device(7, 4, dtype=torch.int32),
     )
     rows, counts = on_device(2, dtype=torch.int64), on_device(2, dtype=torch.int64)
-    found = [*span_slots(rows, counts, counts, 7, tables), sink_rows(rows, tables, Windows(4, 8, 50))]
+    found = [*span_slots(rows, counts, counts, 7, tables), sink_slots(rows, tables, Windows(4, 8))]
     assert {tensor.device.type for tensor in (*found, *made)} == {"meta"} and len(made) >= 3
     assert [(tuple(tensor.shape), tensor.dtype) for tensor in found] == [
         ((7,), torch.int32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.layers.prefill_plans import PrefillPlans
 from lt_sglang.memory.sinks import SinkStore
-from lt_sglang.model_runner import LightTransferModelRunner
+from lt_sglang.memory.sizes import Sizes as MemorySizes
+from lt_sglang.model_runner import STORED_SINKS, LightTransferModelRunner
 from tests.property.cpu import Caches, Sizes, request
 
 CONFIG = LightTransferConfig((1, 3), sink_tokens=2, recent_tokens=6)
@@ -44,6 +46,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, sizes: Sizes | None = None) -> Any:
         "prefill_plans": PrefillPlans(),
         "token_to_kv_pool": caches.allocator.get_kvcache(),
         "token_to_kv_pool_allocator": caches.allocator,
+        "kv_cache_configurator": SimpleNamespace(flat_pool=caches.flat),
         "req_to_token_pool": caches.rows,
         "page_size": 1,
         "attn_backend": Backend(),
@@ -69,8 +72,7 @@ def batch(mode: ForwardMode = ForwardMode.DECODE, **fields: Any) -> Any:
 
 def capture(made: Any, row: int = 3) -> None:
     """A request takes a set: its sinks are in streaming slots 5 and 6."""
-    streaming = made.caches.streaming
-    streaming[5], streaming[6] = 55, 66
+    made.caches.write(True, torch.tensor([5, 6]), torch.tensor([55, 66]))
     made.sink_store.capture("a", ("key",), lambda: row, lambda: torch.tensor([5, 6]))
 
 
@@ -91,12 +93,10 @@ def test_sinks_are_filled_before_the_forward_that_reads_them(monkeypatch: pytest
     capture(made)
     given = batch()
     assert made.forward(given, 1, two=2) == (given, (1,), {"two": 2})
-    base = made.windows().sink_base
-    assert base == made.caches.sizes.streaming + 1
     index = int(made.sink_store.set_of[3])
     assert index >= 0
-    rows = slice(base + 2 * index, base + 2 * index + 2)
-    assert made.caches.streaming[rows].flatten().tolist() == [55, 66]
+    slots = made.sink_store.slots_of[index].to(torch.int64)
+    assert made.caches.read(True, slots).tolist() == [55, 66] and not {5, 6} & set(slots.tolist())
 
 
 def test_layer_sets_are_flushed_before_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +218,12 @@ def test_in_static_mode_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_windows_and_tables_are_those_of_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     made = runner(monkeypatch)
-    made.page_size = 16
-    assert vars(made.windows()) == {"sink_tokens": 2, "recent_tokens": 6, "sink_base": 64 + 16}
+    assert vars(made.windows()) == {"sink_tokens": 2, "recent_tokens": 6}
     tables = made.streaming_tables()
     assert tables.req_to_token is made.caches.rows.req_to_token
     assert tables.full_to_streaming is made.caches.allocator.full_to_swa_index_mapping
     assert tables.sink_set_of is made.sink_store.set_of
+    assert tables.sink_slots_of is made.sink_store.slots_of
 
 
 def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,23 +236,41 @@ def test_another_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         made.init_attention_backends()
 
 
-def allocated(monkeypatch: pytest.MonkeyPatch, config: LightTransferConfig, streaming: list[int]) -> Any:
+COMPLETE = SimpleNamespace(complete=True)
+
+
+def allocated(
+    monkeypatch: pytest.MonkeyPatch,
+    config: LightTransferConfig,
+    streaming: list[int],
+    flat_pool: Any = COMPLETE,
+) -> Any:
     made = runner(monkeypatch)
     made.sink_store, made.lt_config = None, config
     made.layer_info = SimpleNamespace(swa_attention_layer_ids=streaming)
-    made.kv_cache_configurator = SimpleNamespace(split=SimpleNamespace(sink_sets=5))
+    made.kv_cache_configurator = SimpleNamespace(flat_pool=flat_pool)
     monkeypatch.setattr(ModelRunner, "alloc_memory_pool", lambda self, *a, **k: self.events.append("alloc"))
     monkeypatch.setattr(LightTransferModelRunner, "_init_dynamic", lambda self: self.events.append("dynamic"))
     made.alloc_memory_pool()
     return made
 
 
+@pytest.mark.parametrize("flat_pool", [None, SimpleNamespace(complete=False)])
+def test_pools_that_are_not_in_the_memory_of_lazy_layers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, flat_pool: Any
+) -> None:
+    with pytest.raises(LightTransferError, match="did not build its pools in the memory of lazy layers"):
+        allocated(monkeypatch, CONFIG, [1, 3], flat_pool)
+
+
 def test_sink_sets_are_made_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     made = allocated(monkeypatch, CONFIG, [1, 3])
     store = made.sink_store
     assert isinstance(store, SinkStore) and made.events == ["alloc"]
-    assert (store.capacity, store.sink_tokens, store.device) == (5, 2, "cpu")
-    assert len(store.set_of) == made.caches.rows.req_to_token.shape[0]
+    rows = made.caches.rows.req_to_token.shape[0]
+    assert (store.capacity, store.sink_tokens, store.device) == (STORED_SINKS * rows, 2, "cpu")
+    assert len(store.set_of) == rows and made.caches.allocator.sink_store is store
+    assert store._source is made.caches.allocator.sinks
     assert allocated(monkeypatch, LightTransferConfig(()), []).sink_store is None
     dynamic = LightTransferConfig((1, 3), mode="dynamic", keep=2)
     assert allocated(monkeypatch, dynamic, [1, 3]).events == ["alloc", "dynamic"]
@@ -277,27 +295,32 @@ def test_the_configurator_is_ours_where_layers_are_lazy(monkeypatch: pytest.Monk
 def test_what_server_info_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     made = runner(monkeypatch)
     capture(made)
-    made.full_max_total_num_tokens, made.swa_max_total_num_tokens = 160, 64
-    split = SimpleNamespace(expected_tokens=99, requests=1.23456)
-    made.kv_cache_configurator = SimpleNamespace(split=split)
+    allocator = made.caches.allocator
+    sizes = MemorySizes(allocator.shape, 220, 8, allocator.demand, None, 90)
+    made.kv_cache_configurator.sizes = sizes
+    allocator.alloc(3)
     shown = made.describe()
     assert shown["num_lazy_layers"] == 1 and shown["attention_backend"] == "Backend"
     assert shown["sink_tokens"] == 2 and shown["sinks"]["captured"] == 1 and "layer_sets" not in shown
-    assert shown["pools"] == {
-        "full_tokens": 160,
-        "streaming_tokens": 64,
+    assert shown["memory"] == {
+        "units": 220,
+        "units_free": 220 - 2 * 3 - 2,
+        "unit_bytes": 8,
+        "demand": allocator.demand.to_dict(),
+        "full_slots_used": 3,
+        "streaming_slots_used": 3,
+        "longest_request": 90,
+        "full_limit": None,
         "sink_sets": 8,
         "sink_sets_used": 1,
         "sink_sets_in_use": 1,
         "sink_requests": 1,
-        "expected_tokens": 99,
-        "expected_requests": 1.23,
     }
+    json.dumps(shown)
     sets = LayerSetStore(4, (1,), 2, 8, "cpu")
     sets.use_default("b")
-    made.dynamic = SimpleNamespace(sets=sets, layout=SimpleNamespace(staging_rows=77))
+    made.dynamic = SimpleNamespace(sets=sets)
     shown = made.describe()
-    assert shown["pools"]["staging_tokens"] == 77
     assert shown["layer_sets"]["short"] == shown["layer_sets"]["requests"] == 1
     made.sink_store = made.dynamic = None
-    assert "pools" not in made.describe()
+    assert "memory" not in made.describe()

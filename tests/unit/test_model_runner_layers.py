@@ -107,8 +107,9 @@ def dynamic(monkeypatch: pytest.MonkeyPatch, score: str = "residual-error", **fa
     made.model = torch.nn.ModuleList([layer(number) for number in range(4)])
     for number, one in enumerate(made.model):
         one.tp_q_head_num, one.tp_k_head_num = facts.get("heads", [6, 6, 6, 6])[number], 2
-    pool = SimpleNamespace(complete=facts.get("complete", True))
-    made.kv_cache_configurator = SimpleNamespace(flat_pool=facts.get("flat_pool", pool))
+    made.kv_cache_configurator = SimpleNamespace(
+        flat_pool=SimpleNamespace(complete=True), sizes=SimpleNamespace(demand=SimpleNamespace(undecided=77))
+    )
     made.kv_cache_dtype = torch.bfloat16
     text = SimpleNamespace(**facts.get("text", {}))
     made.model_config = SimpleNamespace(
@@ -140,7 +141,7 @@ def test_the_parts_of_dynamic_mode_get_what_they_need(monkeypatch: pytest.Monkey
     rows = made.caches.rows.req_to_token.shape[0]
     assert handed["LayerSetStore"] == ((rows + STORED_SETS, (1, 3), 4, rows, "cpu"), {})
     assert handed["tp_ranks"] == ((6, 12), {})
-    assert handed["PrefillTracker"] == ((made.lt_config, 99, "LayerSetStore"), {})
+    assert handed["PrefillTracker"] == ((made.lt_config, "LayerSetStore", 77), {})
     (config, pool, dtype, sets, score, ranks, projections), named = handed["DynamicState"]
     assert (config, pool) == (made.lt_config, made.kv_cache_configurator.flat_pool) and not named
     assert (dtype, sets, ranks) == (torch.bfloat16, "LayerSetStore", "tp_ranks")
@@ -162,8 +163,6 @@ def test_only_scores_that_read_the_residual_stream_need_projections(monkeypatch:
     ("facts", "message"),
     [
         ({"generates": False}, "mode: dynamic needs a model that generates"),
-        ({"flat_pool": None}, "did not build its pools from the banks"),
-        ({"complete": False}, "did not build its pools from the banks"),
         (
             {"heads": [6, 6, 5, 6]},
             r"different shapes \[\(5, 2, 8\), \(6, 2, 8\)\] cannot change",

@@ -78,8 +78,10 @@ def test_a_static_decode_step_waits_for_both_plans_of_the_last_one(monkeypatch: 
     updater: Any = object.__new__(LazyDecodeUpdater)
     vars(updater).update(vars(UPDATER), kv_indptr=torch.zeros(2, 3, dtype=torch.int32))
     updater.kv_last_page_len = torch.ones(2, dtype=torch.int32)
-    updater.attn_backend = SimpleNamespace(graph_plans=None)
-    updater.runner = SimpleNamespace(windows=lambda: Windows(4, 12, 4), streaming_tables=lambda: None)
+    lists = SimpleNamespace(fill=lambda *_, **__: None)
+    updater.attn_backend = SimpleNamespace(graph_plans=None, full_lists=lists, lazy_lists=lists)
+    updater.runner = SimpleNamespace(windows=lambda: Windows(4, 12), streaming_tables=lambda: None)
+    monkeypatch.setattr(static_plans, "kv_indices_buffer", lambda _: None)
     updater.call_begin_forward = lambda wrapper, *_, **__: wrapper.begin_forward()
     wrappers = [Wrapper(log), Wrapper(log)]
     lengths = torch.tensor([40, 9])

@@ -11,13 +11,21 @@ import torch
 
 from lt_sglang.attention import gathered
 from lt_sglang.attention.gathered import GatheredAttention
+from lt_sglang.attention.parts import DecodeLists, LayerParts
 from lt_sglang.attention.static_plans import FULL, LAZY, LazyPrefillUpdater
+from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
+from lt_sglang.memory.units import UnitShape
 from tests.unit.streaming import Batch, visible
 
 SINK, RECENT = 4, 8
 # Tokens before the chunk, and with it: none, less than a window, more, and a chunk of one token.
 PREFIXES, LENGTHS = [0, 5, 40, 30], [20, 12, 60, 31]
+# Three full and two lazy layers: a token takes three units, or two in a window. Layers 1 and 3 are lazy.
+REST = torch.randperm(400).view(2, 200).to(torch.int32)
+SHAPE = UnitShape(3, 2)
+FLAT: Any = SimpleNamespace(layout=BankLayout(SHAPE, 200), units=SimpleNamespace(rest=REST))
+PARTS = LayerParts(FLAT, (1, 3))
 
 
 class Recorder:
@@ -67,7 +75,11 @@ def plan(
     updater: Any = object.__new__(LazyPrefillUpdater)
     updater.runner = SimpleNamespace(windows=lambda: batch.windows, streaming_tables=lambda: batch.tables)
     updater.attn_backend = SimpleNamespace(
-        prefill="of the batch before", prefix=Prefix(kernels), whole=Gathered(), window=Gathered()
+        prefill="of the batch before",
+        prefix=Prefix(kernels),
+        whole=Gathered(),
+        window=Gathered(),
+        parts=PARTS,
     )
     updater.prefill_wrapper_ragged = ragged
     updater.num_qo_heads, updater.num_kv_heads, updater.head_dim = 4, 2, 16
@@ -108,13 +120,14 @@ def test_full_layers_read_the_cached_prefix_and_new_tokens_ragged() -> None:
     assert ragged.options["causal"] is True
     assert backend.prefix.planned == (extends, PREFIXES)
     expected = [slot for i, end in enumerate(PREFIXES) for slot in full_slots(batch, i, end)]
-    assert backend.prefill.prefix_kv_indices.tolist() == expected and backend.prefill.whole_kv_indices is None
+    assert backend.prefill.prefix[0].tolist() == expected and backend.prefill.whole is None
+    assert len(backend.prefill.prefix) == 3
     assert not hasattr(paged[FULL], "given")
 
 
 def test_without_ragged_full_layers_read_everything_causally() -> None:
     batch, ragged, paged, backend = plan(PREFIXES, use_ragged=False)
-    assert not hasattr(ragged, "given") and backend.prefill.prefix_kv_indices is None
+    assert not hasattr(ragged, "given") and backend.prefill.prefix is None
     assert paged[FULL].spans() == [full_slots(batch, i, end) for i, end in enumerate(LENGTHS)]
     assert paged[FULL].options["causal"] is True and paged[FULL].options["window_left"] == -1
 
@@ -123,15 +136,49 @@ def test_nothing_cached_is_nothing_paged() -> None:
     _, ragged, paged, backend = plan([0, 0, 0, 0], use_ragged=True)
     assert ragged.given[0].diff().tolist() == LENGTHS
     assert not hasattr(paged[FULL], "given")
-    assert backend.prefix.planned is None and backend.prefill.prefix_kv_indices is None
+    assert backend.prefix.planned is None and backend.prefill.prefix is None
 
 
 @pytest.mark.parametrize("use_ragged", [True, False])
 def test_lazy_layers_read_the_window_before_the_chunk_and_the_chunk(use_ragged: bool) -> None:
     batch, _, paged, backend = plan(PREFIXES, use_ragged)
-    assert paged[LAZY].spans() == windows_of(batch) and backend.prefill.window_kv_indices is None
+    assert paged[LAZY].spans() == windows_of(batch) and backend.prefill.window_paged
     assert paged[LAZY].options["causal"] is True and paged[LAZY].options["window_left"] == RECENT - 1
-    assert backend.prefill.sinks.rows.shape == (len(LENGTHS), SINK)
+    first, second = backend.prefill.sinks
+    assert first.slots.shape == (len(LENGTHS), SINK)
+    assert torch.equal(second.slots, REST[0][first.slots].to(second.slots.dtype))
+
+
+def test_layers_in_other_units_read_lists_of_their_own() -> None:
+    _, _, _, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
+    for lists in (backend.prefill.whole, backend.prefill.window):
+        for number, rows in enumerate(lists[1:]):
+            assert torch.equal(rows, REST[number][lists[0].long()]) and rows.dtype == torch.int32
+    assert [PARTS.of(layer) for layer in range(5)] == [0, 0, 1, 1, 2], "full: 0, 2, 4; lazy: 1, 3"
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_decode_lists_of_other_units(graph: bool) -> None:
+    slots = torch.randperm(190)[:50].to(torch.int32)
+    lists, wrapper = DecodeLists(PARTS, 3), SimpleNamespace()
+    if graph:
+        buffer = torch.zeros(80, dtype=torch.int32)
+        buffer[:50] = slots
+        lists.init_graphs(buffer)
+        slots = buffer
+    seen = {}
+    for _ in range(2):  # a graph reads where it was captured
+        lists.fill(slots, 50, graph=graph)
+        for layer, part in ((0, 0), (2, 1), (4, 2)):
+            lists.use(wrapper, layer)
+            read = wrapper._paged_kv_indices_buf
+            assert seen.setdefault(layer, read.data_ptr()) == read.data_ptr() or not graph
+            wanted = slots[:50] if part == 0 else REST[part - 1][slots[:50].long()]
+            assert torch.equal(read[:50], wanted)
+    one = DecodeLists(PARTS, 1)
+    one.fill(slots, 50, graph=graph)
+    one.use(wrapper := SimpleNamespace(), 0)
+    assert not vars(wrapper), "a token of one unit needs no other list"
 
 
 def test_fa3_gathers_for_all_layers() -> None:
@@ -139,10 +186,10 @@ def test_fa3_gathers_for_all_layers() -> None:
     extends = [length - prefix for length, prefix in zip(LENGTHS, PREFIXES, strict=True)]
     assert backend.whole.planned[0] == backend.window.planned[0] == extends
     expected = [full_slots(batch, i, end) for i, end in enumerate(LENGTHS)]
-    assert backend.whole.lists(backend.prefill.whole_kv_indices) == expected
-    assert backend.window.lists(backend.prefill.window_kv_indices) == windows_of(batch)
+    assert backend.whole.lists(backend.prefill.whole[0]) == expected
+    assert backend.window.lists(backend.prefill.window[0]) == windows_of(batch)
     assert not any(hasattr(wrapper, "given") for wrapper in [ragged, *paged])
-    assert backend.prefix.planned is None and backend.prefill.prefix_kv_indices is None
+    assert backend.prefix.planned is None and backend.prefill.prefix is None
 
 
 def test_fa3_does_not_copy_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +198,11 @@ def test_fa3_does_not_copy_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> 
     row_bytes = 2 * 2 * 16 * 2  # of both, 2 KV heads of 16
     monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes)
     _, ragged, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
-    assert backend.prefill.whole_kv_indices is None and backend.prefix.planned and hasattr(ragged, "given")
-    assert backend.prefill.window_kv_indices is not None and not hasattr(paged[LAZY], "given")
+    assert backend.prefill.whole is None and backend.prefix.planned and hasattr(ragged, "given")
+    assert not backend.prefill.window_paged and not hasattr(paged[LAZY], "given")
     monkeypatch.setattr(gathered, "GATHER_BYTES", windows * row_bytes - 1)
     *_, paged, backend = plan(PREFIXES, use_ragged=True, kernels="fa3")
-    assert backend.prefill.window_kv_indices is None and hasattr(paged[LAZY], "given")
+    assert backend.prefill.window_paged and hasattr(paged[LAZY], "given")
 
 
 class Dense:

@@ -146,12 +146,12 @@ def test_the_prompts_window_is_let_go_once_the_output_fills_one() -> None:
     assert tree.swa_protected_size() == window, "not yet: its first queries still read it"
     run(scheduler, until=lambda: req.decode_batch_idx == window + INTERVAL + 1)
     assert tree.swa_protected_size() == 0
-    held = sizes.streaming - allocator.swa_available_size() - tree.swa_evictable_size()
+    held = allocator.swa_attn_allocator.used - tree.swa_evictable_size()
     assert held <= window + INTERVAL + 1
 
 
 def test_a_request_without_a_set_keeps_its_first_tokens_and_stays_out_of_the_tree() -> None:
-    scheduler = Scheduler(Sizes(sets=1, streaming=160))
+    scheduler = Scheduler(Sizes(sets=1, units=320))
     first, second = request("a", LONG, output=40), request("b", OTHER, output=10)
     run(scheduler, first, until=lambda: first in scheduler.running)
     run(scheduler, second, until=lambda: second.decode_batch_idx == 8)
@@ -165,7 +165,7 @@ def test_a_request_without_a_set_keeps_its_first_tokens_and_stays_out_of_the_tre
 
 def test_a_lock_is_kept_while_the_sinks_have_no_set() -> None:
     """A short cached prefix is locked; its first tokens are read from there until a set holds them."""
-    scheduler = Scheduler(Sizes(sets=1, streaming=160))
+    scheduler = Scheduler(Sizes(sets=1, units=320))
     run(scheduler, request("s", OTHER[:4], output=1))
     first, second = request("a", LONG, output=24), request("b", OTHER[:5], output=20)
     run(scheduler, first, until=lambda: first in scheduler.running)
@@ -184,7 +184,7 @@ def test_without_a_tree_the_window_slides_between_chunks() -> None:
     while not scheduler.idle:
         scheduler.step()
         scheduler.check()
-        held.append(sizes.streaming - scheduler.caches.allocator.swa_available_size())
+        held.append(scheduler.caches.allocator.swa_attn_allocator.used)
     assert held[-1] == 0 and max(held) <= sizes.config.retained_tokens + sizes.chunk
 
 
@@ -228,13 +228,16 @@ def test_a_request_that_comes_back_is_the_same_and_a_used_id_is_not() -> None:
 
 
 def test_without_a_window_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SinkStore(1, 1, 1, "cpu", SimpleNamespace(page_size=1))  # type: ignore[arg-type]
+    allocator = SimpleNamespace()
+    monkeypatch.setattr(LightTransferRadixCache, "token_to_kv_pool_allocator", allocator, raising=False)
     for window in (None, 0):
         monkeypatch.setattr(UnifiedRadixCache, "__init__", lambda self, params: None)
         monkeypatch.setattr(LightTransferRadixCache, "sliding_window_size", window)
         with pytest.raises(LightTransferError, match="need a sliding window"):
-            LightTransferRadixCache(SimpleNamespace(), SinkStore(1, 1, 1, "cpu"))  # type: ignore[arg-type]
+            LightTransferRadixCache(SimpleNamespace(), store)  # type: ignore[arg-type]
     monkeypatch.setattr(LightTransferRadixCache, "sliding_window_size", 1)
-    LightTransferRadixCache(SimpleNamespace(), SinkStore(1, 1, 1, "cpu"))  # type: ignore[arg-type]
+    LightTransferRadixCache(SimpleNamespace(), store)  # type: ignore[arg-type]
 
 
 def test_which_cache_a_server_gets(monkeypatch: pytest.MonkeyPatch) -> None:

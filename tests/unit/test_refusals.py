@@ -26,7 +26,6 @@ BAD: dict[str, Any] = {
     "dcp_size": 2,
     "attn_cp_size": 2,
     "attn_dp_size": 2,
-    "page_size": 16,
     "kv_cache_dtype": "fp4_e2m1",
     "kv_canary": "log",
     "model_impl": "transformers",
@@ -53,7 +52,6 @@ def good_args(**changes: Any) -> SimpleNamespace:
         "dcp_size": 1,
         "attn_cp_size": 1,
         "attn_dp_size": 1,
-        "page_size": None,
         "kv_canary": "none",
         "model_impl": "auto",
         "kv_cache_dtype": "auto",
@@ -114,11 +112,6 @@ def test_flags_and_fields_are_unique_and_match() -> None:
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2", None])
 def test_supported_kv_dtypes(dtype: str | None) -> None:
     check_server_args(good_args(kv_cache_dtype=dtype))
-
-
-@pytest.mark.parametrize("page_size", [1, None])
-def test_page_size_one(page_size: int | None) -> None:
-    check_server_args(good_args(page_size=page_size))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from lt_sglang.memory.sinks import SinkKey, SinkStore
 
 SLOTS = 60
-BASE = SLOTS + 1
+OTHERS = 1000  # a slot's row in the second of its units, less the slot
 
 
 @dataclass
@@ -28,18 +28,50 @@ class Request:
         return self.row
 
 
+class Source:
+    """Slots behind those of requests; each has a row in two units."""
+
+    def __init__(self, slots: int, page_size: int = 1) -> None:
+        self.page_size = page_size
+        first = -(-(SLOTS + 1) // page_size) * page_size
+        self.all = list(range(first, first + slots, page_size))
+        self.free = list(self.all)
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        """Whole pages; None if there are fewer."""
+        assert need_size and need_size % self.page_size == 0
+        pages = need_size // self.page_size
+        if pages > len(self.free):
+            return None
+        taken, self.free = self.free[:pages], self.free[pages:]
+        return torch.tensor([slot + i for slot in taken for i in range(self.page_size)])
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int) -> None:
+        """Take them back."""
+        assert start_pos == 0
+        pages = free_index[:: self.page_size].tolist()
+        assert not set(pages) & set(self.free) and set(pages) <= set(self.all)
+        self.free += pages
+
+    def rows_in_parts(self, slots: torch.Tensor) -> torch.Tensor:
+        """Their rows in both units."""
+        return torch.stack([slots, slots + OTHERS])
+
+
 class Device:
     """One streaming buffer of whole numbers, and the store under test."""
 
-    def __init__(self, capacity: int, sink_tokens: int, rows: int = 16) -> None:
-        self.store = SinkStore(capacity, sink_tokens, rows, "cpu")
-        self.buffer = torch.zeros(BASE + capacity * sink_tokens, dtype=torch.int64)
+    def __init__(self, capacity: int, sink_tokens: int, rows: int = 16, slots: int | None = None) -> None:
+        self.source = Source(capacity * sink_tokens if slots is None else slots)
+        self.store = SinkStore(capacity, sink_tokens, rows, "cpu", self.source)
+        self.buffer = torch.zeros(2 * OTHERS, dtype=torch.int64)
         self.copies = 0
 
     def write(self, request: Request, value: int) -> None:
         """The forward that computes the request's sinks: position i holds value + i."""
         for position, slot in enumerate(request.slots):
             self.buffer[slot] = value + position
+            self.buffer[slot + OTHERS] = -(value + position)
 
     def capture(self, request: Request) -> bool:
         return self.store.capture(
@@ -48,27 +80,30 @@ class Device:
 
     def flush(self) -> None:
         def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-            self.copies += len(target)
+            self.copies += len(target) // 2
             self.buffer[target] = self.buffer[source]
 
-        self.store.flush(BASE, copy)
+        self.store.flush(copy)
 
     def stored(self, row: int) -> list[int] | None:
         """What the request in ``row`` reads as its sinks, or None if it reads its own slots."""
         index = int(self.store.set_of[row])
         if index < 0:
             return None
-        first = BASE + index * self.store.sink_tokens
-        return self.buffer[first : first + self.store.sink_tokens].tolist()
+        slots = self.store.slots_of[index].to(torch.int64)
+        first, second = (self.buffer[rows].tolist() for rows in self.source.rows_in_parts(slots))
+        assert second == [-value for value in first], "copied in the first of its units only"
+        return first
 
 
 def request(name: str, row: int, key: str = "", first_slot: int = 1) -> Request:
     return Request(name, (key or name,), row, list(range(first_slot, first_slot + 3)))
 
 
-def test_the_table_is_where_and_what_it_is_said_to_be() -> None:
-    table = SinkStore(2, 3, 16, "meta").set_of
-    assert (tuple(table.shape), table.dtype, table.device.type) == ((16,), torch.int32, "meta")
+def test_the_tables_are_where_and_what_they_are_said_to_be() -> None:
+    store = SinkStore(2, 3, 16, "meta", Source(6))
+    for table, shape in ((store.set_of, (16,)), (store.slots_of, (2, 3))):
+        assert (tuple(table.shape), table.dtype, table.device.type) == (shape, torch.int32, "meta")
 
 
 def test_capture_copies_and_points_at_flush() -> None:
@@ -96,10 +131,10 @@ def test_slots_of_a_gpu_are_kept_until_the_copy_has_read_them(monkeypatch: pytes
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
     device, slots = Device(2, 3), torch.tensor([1, 2, 3]).as_subclass(OnGpu)
-    device.buffer[1:4] = torch.tensor([7, 8, 9])
+    device.write(request("a", 5), 7)
     device.store.capture("a", ("a",), lambda: 5, lambda: slots)
     device.flush()
-    assert seen == [("stream of", slots.device)] and device.stored(5) == [7, 8, 9]
+    assert ("stream of", slots.device) in seen and device.stored(5) == [7, 8, 9]
 
 
 def test_capture_twice_is_capture_once() -> None:
@@ -252,12 +287,12 @@ def test_release_of_an_unknown_request_is_harmless() -> None:
 
 
 def test_without_sinks_every_request_is_safe_at_once() -> None:
-    store = SinkStore(0, 0, 4, "cpu")
+    store = SinkStore(0, 0, 4, "cpu", Source(0))
     assert store.capture("a", (), lambda: 1, lambda: torch.empty(0, dtype=torch.int64))
     assert store.adopt("a", (), lambda: 1)
     assert store.holds("a") and store.touch(())
     store.release("a")
-    store.flush(10, lambda target, source: None)
+    store.flush(lambda target, source: None)
     assert store.set_of.tolist() == [-1] * 4
     assert store.check_integrity() == []
 
@@ -308,7 +343,10 @@ class Churn:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.sink_tokens = self.rng.choice([1, 3])
-        self.device = Device(self.rng.randrange(1, 6), self.sink_tokens, rows=12)
+        capacity = self.rng.randrange(1, 6)
+        # Sometimes slots are scarcer than indices.
+        slots = self.sink_tokens * (capacity if seed % 2 else self.rng.randint(1, capacity))
+        self.device = Device(capacity, self.sink_tokens, rows=12, slots=slots)
         self.free_rows = list(range(12))
         self.free_slots = list(range(1, SLOTS + 1))
         self.admitted: list[Request] = []
@@ -339,7 +377,8 @@ class Churn:
             one.slots = []
         else:
             users = {other.key for other in self.running if self.device.store.holds(other.name)}
-            assert len(users) == self.device.store.capacity, "refused though a set was idle"
+            most = min(self.device.store.capacity, len(self.device.source.all) // self.sink_tokens)
+            assert len(users) == most, "refused though a set was idle, or slots were free"
 
     def end(self) -> None:
         if not self.running:
@@ -379,6 +418,8 @@ def test_churn(seed: int) -> None:
             step = churn.rng.choices([churn.admit, churn.capture, churn.end, store.clear], [30, 40, 28, 2])[0]
             step()
         assert store.check_integrity() == []
+        free, all_slots = len(churn.device.source.free), len(churn.device.source.all)
+        assert free + store.used * churn.sink_tokens == all_slots, "a slot is lost, or a set has too many"
         churn.forward()
     assert store.stats.captured > 5
     assert store.stats.shared > 5
@@ -397,3 +438,71 @@ def test_a_request_that_asks_again_and_again_is_refused_once() -> None:
     device.store.release("a")
     assert device.capture(others[1])
     assert (device.store.stats.captured, device.store.stats.refused) == (2, 3)
+
+
+def test_a_set_takes_slots_as_it_is_filled_and_gives_them_back() -> None:
+    device = Device(4, 3, slots=6)
+    source, store = device.source, device.store
+    assert len(source.free) == 6, "none is set aside"
+    assert device.capture(request("a", 1)) and device.capture(request("b", 2, first_slot=5))
+    assert source.free == []
+    assert not device.capture(request("c", 3, first_slot=9)), "indices are left, slots are not"
+    store.release("a")
+    assert device.capture(request("c", 3, first_slot=9))
+    assert (store.stats.evicted, store.used, source.free) == (1, 2, [])
+    store.release("b")
+    store.release("c")
+    store.clear()
+    assert sorted(source.free) == source.all
+
+
+def test_trim_drops_the_longest_unused_down_to_what_is_to_be_kept() -> None:
+    device = Device(5, 3)
+    for number, name in enumerate("abcd"):
+        device.capture(request(name, number + 1, first_slot=3 * number + 1))
+    for name in "bda":
+        device.store.release(name)
+    assert (device.store.used, device.store.in_use, device.store.unused) == (4, 1, 3)
+    # Least recently used first is the order of capture; "c" is in use.
+    device.store.trim(keep=2)
+    assert ("a",) not in device.store and ("b",) in device.store and device.store.stats.evicted == 1
+    device.store.trim(keep=0, until=lambda: True)
+    assert device.store.unused == 2, "there is enough already"
+    dropped = [len(device.source.free)]
+    device.store.trim(keep=0, until=lambda: len(device.source.free) > dropped[0])
+    assert device.store.unused == 1
+    device.store.trim(keep=5)
+    device.store.trim(keep=0)
+    assert device.store.used == device.store.in_use == 1 and ("c",) in device.store
+    assert device.store.check_integrity() == []
+
+
+def test_a_set_is_whole_pages() -> None:
+    source = Source(32, page_size=4)
+    store = SinkStore(3, 6, 8, "cpu", source)
+    assert store.slots_of_set == 8
+    assert store.capture("a", ("a",), lambda: 1, lambda: torch.arange(1, 7))
+    assert len(source.free) == 6
+    copied: list[tuple[list[int], list[int]]] = []
+    store.flush(lambda target, given: copied.append((target.tolist(), given.tolist())))
+    (target, given), first = copied[0], source.all[0]
+    slots = list(range(first, first + 6))
+    assert target == slots + [slot + OTHERS for slot in slots], "only so many rows as there are sinks"
+    assert given == [*range(1, 7), *(slot + OTHERS for slot in range(1, 7))]
+    assert store.slots_of[int(store.set_of[1])].tolist() == slots
+    store.release("a")
+    store.clear()
+    assert sorted(source.free) == source.all
+
+
+def test_rows_are_found_before_another_owns_the_slots() -> None:
+    """A slot's other rows change as soon as its units are taken anew, which may be before the flush."""
+    device = Device(2, 3)
+    one = request("a", 5)
+    device.write(one, 100)
+    assert device.capture(one)
+    device.source.rows_in_parts = lambda slots: torch.stack([slots, slots * 0])  # type: ignore[method-assign]
+    moved = Source.rows_in_parts
+    device.flush()
+    device.source.rows_in_parts = lambda slots: moved(device.source, slots)  # type: ignore[method-assign]
+    assert device.stored(5) == [100, 101, 102]

@@ -22,6 +22,15 @@ class Batch:
         return self.size == 0
 
 
+class Units:
+    """A UnitList with 20 of 90 free."""
+
+    size = 90
+
+    def __len__(self) -> int:
+        return 20
+
+
 def request(rid: str) -> Any:
     return SimpleNamespace(
         rid=rid,
@@ -41,11 +50,13 @@ def scheduler(**changes: Any) -> Any:
         "result_queue": [],
         "_engine_paused": False,
         "token_to_kv_pool_allocator": SimpleNamespace(
-            full_available_size=lambda: 100, swa_available_size=lambda: 20, size_full=800, size_swa=90
+            full_available_size=lambda: 100,
+            size_full=800,
+            full_is_limited=True,
+            units=Units(),
+            evictable_units=lambda tree: 4,
         ),
-        "tree_cache": SimpleNamespace(
-            full_evictable_size=lambda: 11, swa_evictable_size=lambda: 2, sinks=object()
-        ),
+        "tree_cache": SimpleNamespace(full_evictable_size=lambda: 11, sinks=object()),
     }
     return SimpleNamespace(**{**fields, **changes})
 
@@ -71,9 +82,12 @@ def test_the_first_of_a_queue_that_stands_still_is_ended(clock: list[float]) -> 
     assert abort.rid == "first" and not abort.abort_all
     reason = abort.finished_reason
     assert reason["type"] == "abort" and reason["status_code"] == 503
-    for number in ("700 prompt tokens", "50 new", "111 of 800", "22 of 90"):
+    for number in ("700 prompt tokens", "50 new", "24 of 90 units", "111 of at most 800 tokens"):
         assert number in reason["message"]
     assert made.look(stuck) == [], "the next one is given time of its own"
+    stuck.token_to_kv_pool_allocator.full_is_limited = False
+    (abort,) = looks(made, stuck, clock, STUCK_SECONDS + 1, 3 * ROUNDS)
+    assert abort.finished_reason["message"].endswith("with 24 of 90 units of KV memory free.")
 
 
 def test_a_prompt_parked_between_chunks_is_what_the_others_wait_for(clock: list[float]) -> None:

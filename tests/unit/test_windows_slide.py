@@ -1,4 +1,4 @@
-"""Windows slide after every chunk of a prefill, whatever becomes of the tree; no pool is too small for it.
+"""Windows slide after every chunk of a prefill, whatever becomes of the tree.
 
 Real pools, tree and requests on the CPU, no model (prefill_rig.py).
 """
@@ -10,20 +10,22 @@ import random
 import pytest
 from sglang.srt.managers.schedule_batch import Req
 
-from lt_sglang.memory.split import SplitInput
+from lt_sglang.memory.demand import Demand
+from lt_sglang.memory.units import UnitShape
 
 from .prefill_rig import DynamicRig, Rig
 
 WINDOW, SINKS, CHUNK, INTERVAL = 15, 4, 32, 8
-LONG = 400
+LONG, EARLY = 400, 100
+MOST = 830  # tokens of a conversation, its last answer included
 
 
 def rig(mode: str = "static", **changes: object) -> Rig:
-    """Pools in which a prompt of LONG tokens fits the full one, and a fifth of it the streaming one."""
-    given = {"full": 1000, "streaming": 90, **changes}
+    """Memory for two prompts of LONG tokens in full layers, and a few windows."""
+    given = {"units": 1090, **changes}
     if mode == "static":
         return Rig(**given)  # type: ignore[arg-type]
-    return DynamicRig(**given, staging=100 if mode == "early" else 1000)  # type: ignore[arg-type]
+    return DynamicRig(**given, undecided=EARLY if mode == "early" else LONG)  # type: ignore[arg-type]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -52,7 +54,9 @@ def test_a_long_prompt_holds_a_window_and_its_chunk(
     made = rig(mode, disabled=disabled, sets=sets, sinks=sinks)
     req = made.request(prompt(LONG), barred=barred)
     assert made.prefill(req), "parked, with nothing else running"
-    assert made.most <= WINDOW + 1 + sinks + CHUNK
+    # Until a prompt is decided it keeps all.
+    undecided = {"static": 0, "early": EARLY + CHUNK, "dynamic": LONG}[mode]
+    assert made.most <= max(undecided, WINDOW + 1 + sinks + CHUNK)
     assert made.streaming_used <= WINDOW + 1 + sinks
     reads_all(made, req)
     made.check()
@@ -64,9 +68,9 @@ def test_a_long_prompt_holds_a_window_and_its_chunk(
     made.check()
 
 
-@modes
-def test_without_the_hook_a_barred_prompt_fills_the_pool(mode: str) -> None:
-    made = rig(mode, hooked=False)
+@pytest.mark.parametrize("mode", ["static", "early"])
+def test_without_the_hook_a_barred_prompt_fills_the_memory(mode: str) -> None:
+    made = rig(mode, hooked=False, units=LONG + 200)
     assert not made.prefill(made.request(prompt(LONG), barred=True)), "the hook is no longer needed"
 
 
@@ -77,7 +81,7 @@ def test_a_published_chunk_is_not_touched_again() -> None:
         made = rig(hooked=hooked)
         req = made.request(prompt(LONG))
         assert made.prefill(req)
-        ends.append((req.kv.component_evicted_seqlens, made.allocator.swa_available_size(), made.most))
+        ends.append((req.kv.component_evicted_seqlens, made.streaming_used, made.most))
     assert ends[0] == ends[1]
 
 
@@ -159,7 +163,7 @@ def test_a_retracted_request_starts_anew() -> None:
 
 
 def test_refused_counts_requests() -> None:
-    made = rig(sets=1, streaming=200)
+    made = rig(sets=1, units=1600)
     holder = made.request(prompt(40, seed=1))
     assert made.prefill(holder)
     others = [made.request(prompt(60, seed=seed)) for seed in (2, 3)]
@@ -168,8 +172,8 @@ def test_refused_counts_requests() -> None:
     assert made.store.stats.refused == len(others)
 
 
-def test_the_longest_request_fits_its_streaming_pool() -> None:
-    """Seeded conversations, each turn alone in pools split for one request: never out of memory.
+def test_the_longest_request_fits() -> None:
+    """Seeded conversations, each turn alone in memory for a request as long: never out of memory.
 
     A turn finds a cached prefix, whose nodes are locked whole; it is prefilled in chunks, and decodes.
     """
@@ -180,9 +184,9 @@ def test_the_longest_request_fits_its_streaming_pool() -> None:
     for _ in range(40):
         window, chunk = rng.choice([7, 15, 40]), rng.choice([4, 16, 64])
         interval = rng.choice([1, 8, 24])
-        given = SplitInput(1, 1, window + 1, SINKS, 1000, chunk, CHUNK, eviction_interval=interval)
-        size = given.streaming_longest + given.streaming_fixed
-        made = Rig(1000, size, window=window, chunk=chunk, interval=interval, sets=rng.choice([0, 1, 8]))
+        demand = Demand(UnitShape(1, 1), 1, window + 1, interval, chunk, 10_000, sink_tokens=SINKS)
+        units = next(units for units in range(900, 9000) if demand.longest(units, 1 << 30) >= MOST)
+        made = Rig(units, window=window, chunk=chunk, interval=interval, sets=rng.choice([0, 1, 8]))
         history = prompt(rng.randrange(1, 100), seed=rng.randrange(10**6))
         while len(history) < 700:
             req = made.request(history, barred=rng.random() < 0.2)
@@ -194,5 +198,5 @@ def test_the_longest_request_fits_its_streaming_pool() -> None:
             made.finish(req)
             made.check()
             history = [*history, *req.output_ids, *prompt(rng.randrange(1, 90), seed=rng.randrange(10**6))]
-        highest = max(highest, made.most / size)
+        highest = max(highest, made.most / demand.streaming_longest)
     assert highest > 0.5, "the bound is far from what is held"

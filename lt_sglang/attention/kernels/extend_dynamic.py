@@ -181,7 +181,7 @@ def _every_kv_indices(  # type: ignore[no-untyped-def]
 ):
     request, position, valid, known, of, full, streaming = _tile(tile_ptr, given, banks, LAYERS, BLOCK)
     # Sinks that left the window of a prefix no longer than sink + recent; others' lists are not read.
-    left = valid & (position < SINK) & (position < tl.load(given.prefix + request) - RECENT)
+    left = valid & known & (position < SINK) & (position < tl.load(given.prefix + request) - RECENT)
     stored = tl.load(given.sinks + request * SINK + position, mask=left, other=-1)
     streaming = tl.where(stored >= 0, stored, streaming)
     out = out_ptr + tl.load(shift_ptr + request) + position
