@@ -1,6 +1,6 @@
 """README's plot, docs/figures/decode.svg, from loadtest/results.
 
-    python loadtest/readme_figure.py
+    python -m loadtest.make_results
 
 The numbers are read from the result files; tests/unit/test_docs.py draws it again and compares.
 """
@@ -93,7 +93,3 @@ def svg() -> str:
         "</svg>",
     ]
     return "\n".join([*parts, ""])
-
-
-if __name__ == "__main__":
-    FILE.write_text(svg())

@@ -8,7 +8,6 @@ are as many clients as all of them hold. Writes one result file. Needs sglang-ro
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,8 @@ from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.scenario import Scenario
 from lt_sglang.bench.scenario_file import load_scenarios, pick
 from lt_sglang.bench.servers import LIGHTTRANSFER, specs_of
+from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.run_options import add_run_options
 from lt_sglang.launch.cpu import has_gpu
 from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.processes import free_port
@@ -103,26 +104,22 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scenario", type=Path)
     parser.add_argument("--case")
-    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--replicas", type=positive, default=4)
     parser.add_argument(
         "--baseline", help="stock's attention backend; default flashinfer, on a CPU torch_native"
     )
-    parser.add_argument("--tp-size", type=int, help="GPUs of a replica, if fewer than the scenario's")
     parser.add_argument("--gateway", type=Path, help="a folder that holds sglang-router")
     parser.add_argument(
         "--limit-s",
-        type=float,
+        type=positive_float,
         default=3600.0,
         help="give up servers that are not ready, and a scenario that is not done, after so many seconds",
     )
-    parser.add_argument("--note", action="append", default=[], help="for the result file; repeatable")
     parser.add_argument("--rehearse", action="store_true", help="tiny, and without a result file")
-    parser.add_argument("--date", default="undated")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--work", type=Path, default=Path("loadtest-out"))
+    add_run_options(parser)
     args, flags = parser.parse_known_args()
     scenario = pick(load_scenarios(args.scenario), args.case)
     if args.rehearse:
@@ -130,7 +127,7 @@ def main() -> None:
     backend = args.baseline or ("flashinfer" if has_gpu() else "torch_native")
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    specs = specs_of(scenario, work, (backend,), most_tp=args.tp_size, flags=tuple(flags))
+    specs = specs_of(scenario, work, (backend,), args.model_path, args.tp_size, tuple(flags))
     sides = {"baseline": specs[backend], "lighttransfer": specs[LIGHTTRANSFER]}
     machine, idle = this_machine(), gpu_memory_mib()
     runs: dict[str, list[Measured]] = {}

@@ -142,11 +142,10 @@ def check_cpu() -> str:
 
 def check_arguments(argv: Iterable[str], on_gpu: bool) -> str:
     """SGLang and lt_sglang accept the server arguments ``argv`` together (as a start would find out)."""
-    lines = _child("arguments", *argv, gpu=on_gpu)
-    state, _, message = lines[-1].partition("|")
-    if state != "ok":
-        raise DoctorError(message)
-    return message
+    (check,) = check_starts({"flags": list(argv)}, on_gpu)
+    if not check.ok:
+        raise DoctorError(check.message)
+    return check.message
 
 
 def check_starts(arguments: Mapping[str, Sequence[str]], on_gpu: bool) -> list[Check]:
@@ -203,10 +202,6 @@ _MARK = "lt-doctor:"
 
 def child_main(what: str, argv: list[str]) -> None:
     """What runs in the child: prints marked lines ``a|b|c``."""
-    if what == "arguments":
-        result = run_check("arguments", lambda: _resolve_arguments(argv))
-        _emit("ok" if result.ok else "FAIL", result.message)
-        return
     if what == "starts":
         engines = json.loads(argv[0])
         for name, given in engines.items():

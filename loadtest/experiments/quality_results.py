@@ -3,11 +3,10 @@
     python -m loadtest.experiments.quality_results keys RESULT.json REPORT.json... [--against residual-50,..]
     python -m loadtest.experiments.quality_results kl RESULT.json REPORT.json [--figure FIGURE.png]
     python -m loadtest.experiments.quality_results kvpress RESULT.json FILE.json
-    python -m loadtest.experiments.quality_results ideas RESULT.json FILE.json
 
-keys, kl: of quality.py; kvpress: of kvpress_baselines.py; ideas: of selection_ideas.py. Reports of several
-runs with the same prompts are merged; each must hold full attention. With --against, each configuration is
-also compared with these, prompt by prompt. Files may be gzipped.
+keys, kl: of quality.py; kvpress: of kvpress_baselines.py. Reports of several runs with the same prompts
+are merged; each must hold full attention. With --against, each configuration is also compared with these,
+prompt by prompt. Files may be gzipped.
 
 The figure has a dot a text and configuration; texts that were not cached have none. Across: the mean
 attention mass that the text's last queries lose in its lazy layers, summed over those (the term of the
@@ -194,21 +193,7 @@ def kvpress(reports: list[Report], args: argparse.Namespace) -> Report:
     return {"methods": methods}
 
 
-def ideas(reports: list[Report], args: argparse.Namespace) -> Report:
-    """Right answers, of full attention's, and KL, by layers kept."""
-    names: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, entry in reports[0]["choices"].items():
-        idea, _, keep = name.rpartition(" ")
-        names.setdefault(idea, {})[int(keep)] = entry
-    keeps = sorted({keep for entries in names.values() for keep in entries}, reverse=True)
-    head([str(keep) for keep in keeps], "layers kept")
-    for idea, entries in names.items():
-        found = [entries.get(keep) for keep in keeps]
-        row(idea, [f"{e['found']} of {e['full']}, {e['kl']:.3f}" if e else "" for e in found])
-    return reports[0]
-
-
-KINDS = {"keys": keys, "kl": kl, "kvpress": kvpress, "ideas": ideas}
+KINDS = {"keys": keys, "kl": kl, "kvpress": kvpress}
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ class DynamicRadixCache(LightTransferRadixCache):
             shared = max(shared, result.swa_branching_seqlen or 0)
         _bind(req, None, None)
         missed = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
-        # It begins like another prompt, but the window there is gone. So SGLang keeps this one's window there,
+        # It begins like another prompt whose window there is gone. So SGLang keeps this one's window there,
         # in this one's name space, and the next that begins alike has a hit.
         return missed._replace(swa_branching_seqlen=shared if shared >= needed and had is None else None)
 

@@ -30,6 +30,11 @@ def positive(text: str) -> int:
     return number
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Integers from 1 with commas between, for ``type=``."""
+    return tuple(positive(part.strip()) for part in text.split(","))
+
+
 def seed(text: str) -> int:
     """An integer from 0, for ``type=``."""
     number = read_int(text)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.parser import Parser, numbers, positive, positive_float
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import sglang_args as flags
@@ -199,7 +198,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--lengths",
         "--input-tokens",
-        type=_lengths,
+        type=numbers,
         help="prompt lengths, e.g. 4096,8192; default 4096 to 131072, as far as the context reaches",
     )
     parser.add_argument(
@@ -216,10 +215,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _lengths(text: str) -> Sequence[int]:
-    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def _mix(text: str) -> tuple[Part, ...]:

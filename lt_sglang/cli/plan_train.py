@@ -7,7 +7,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from lt_sglang.cli.parser import Parser, positive, positive_float
+from lt_sglang.cli.parser import Parser, numbers, positive
+from lt_sglang.cli.train import add_job_options, recipe_overrides
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.model_config import read_model_config
@@ -129,10 +130,7 @@ def _model(args: argparse.Namespace, options: LtOptions) -> tuple[ModelShape, Li
                 f"--model-path {args.model_path}: no config.json can be read; use --shape"
             )
         model_config, shape = found, shape_from_config(found, args.model_path)
-    overrides: dict[str, Any] = {}
-    if args.lighttransfer and options.config is None:
-        overrides = {CONFIG_KEY: {**args.lighttransfer, "source": f"the recipe {args.recipe}"}}
-    config = resolve_config(options, shape.name, model_config, overrides)
+    config = resolve_config(options, shape.name, model_config, recipe_overrides(options, args))
     assert config is not None
     return shape, config
 
@@ -155,26 +153,12 @@ def _parser() -> Parser:
         description="Memory and time of lt-sglang train, for a model, GPUs and lengths; half of a shape's "
         "layers lazy by default. --lt-lazy-layers, --lt-config and the windows as in lt-sglang train.",
     )
+    add_job_options(parser)
     add = parser.add_argument
-    add("--model-path", "--model", help="a folder or a hub name: reads its config.json")
     add("--shape", choices=sorted(SHAPES), help="a known shape")
-    add("--recipe", help="of lt-sglang train: qwq-32b, or a JSON file")
     add("--gpu", choices=sorted(GPUS), default=DEFAULT_GPU, help=f"default {DEFAULT_GPU}")
-    add("--gpus", type=positive, default=1, help="default 1")
-    add("--lengths", type=_lengths, default=DEFAULT_LENGTHS, help="tokens of a row, e.g. 8192,16384")
-    add("--batch-size", type=positive, default=1)
-    add("--accumulate", type=positive, default=1)
-    add("--weights", choices=("float32", "bfloat16"), default="float32")
-    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
-    add("--lora-rank", type=int, default=0)
-    add("--offload", action="store_true")
+    add("--lengths", type=numbers, default=DEFAULT_LENGTHS, help="tokens of a row, e.g. 8192,16384")
     add("--samples", type=positive, help="for the hours of the whole run")
     add("--sample-tokens", type=positive, help="of a sample, on average; default a whole row")
-    add("--epochs", type=positive_float, default=1.0)
     add("--json", action="store_true", help="print JSON")
-    parser.set_defaults(lighttransfer=None)
     return parser
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(positive(part.strip()) for part in text.split(","))

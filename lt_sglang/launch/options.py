@@ -14,7 +14,6 @@ from lt_sglang.config import (
     DEFAULT_SCORE,
     DYNAMIC_FIELDS,
     LIST,
-    SCORES,
     LightTransferConfig,
     check_value,
     format_layers,
@@ -36,19 +35,22 @@ lazy layers:
   --lt-lazy-layers LAYERS   layers that keep sink + recent tokens only: 5-24,26 or none; or a pattern, for
                             comparisons: half (every second one), all, or ends:0.5, random:0.5, pyramid:0.5
                             (the share, or the number, of layers that are lazy)
-  --lt-config FILE.json     read the configuration from a file
+  --lt-config FILE.json     read the configuration from a file, whose keys are spelled as these flags
   --lt-sink-tokens N        first tokens a lazy layer keeps (default 4)
   --lt-recent-tokens N      most recent tokens it keeps, the query's own included (default 1020)
   --lt-kv-bytes N           most bytes of KV memory on one GPU (default: what --mem-fraction-static leaves)
 dynamic mode only:
   --lt-keep 0.5             layers that keep full attention, a share or a number (default 0.5; with --lt-score
                             list, what it leaves)
-  --lt-score NAME           (default {DEFAULT_SCORE})
-                            {", ".join(SCORES)};
-                            or {LIST}: the layers of --lt-lazy-layers, after a prefill with full attention
-  --lt-decide prompt|first-chunk   at the prompt's last token (default), or at the end of the first prefill
-                            chunk; later chunks are then cheaper
-  --lt-check-tables on|off  compare all ranks' decisions after every prefill (debugging)
+  --lt-score NAME           how lazy a layer is: {DEFAULT_SCORE} (default; what streaming would change in
+                            the residual stream), lighttransfer (the paper's, the mean attention mass),
+                            discarded-mass, error-mass (the product of the first and the third) or squeeze;
+                            or {LIST}: the layers of --lt-lazy-layers or --lt-config, after a prefill with
+                            full attention in all layers
+  --lt-decide prompt|first-chunk   at the prompt's last token, as in the paper (default), or at the end of the
+                            first prefill chunk that reaches sink + recent + 128 tokens, after which a prefill
+                            is cheaper
+  --lt-check-tables on|off  compare all ranks' decisions after every prefill (debugging; default off)
   Each of them replaces one value. What is not given comes from --lt-config, else from the key 'lighttransfer'
   of --json-model-override-args, else of the model's config.json, else from the known models
   (lt-sglang models)."""

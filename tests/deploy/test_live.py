@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.models import ensure_model
 from tests.engine.server import Server, ServerSpec, running
-from tests.engine.specs import RETRACT
+from tests.engine.server_flags import RETRACT
 
 from .live import Prometheus, as_grafana
 from .test_engine_metrics import DYNAMIC, FLAGS

@@ -1,79 +1,34 @@
-"""The servers the tests share. The order is the order they run in: each is started once.
-
-Their memory is small on purpose: little more than the longest request takes, so that slots, cached prefixes
-and sink sets are reused many times over.
-"""
+"""The servers the tests share. The order is the order they run in: each is started once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lt_sglang.demo.smollm2 import ensure_model as ensure_smollm2
 
 from .adapters import ensure_adapted_model
 from .feature_flags import FEATURE_FLAGS, POLICIES
-from .models import COMMON, NUM_LAYERS, ensure_model
+from .models import NUM_LAYERS, ensure_model
 from .server import ServerSpec
-
-LONGEST_PROMPT = 3000
-NEW_TOKENS = 64
-FULL_POOL = 6400
-KV_TOKENS = 4000
-CHUNK = 256
-
-FLAGS = (
-    *("--chunked-prefill-size", str(CHUNK)),
-    *("--max-running-requests", "8"),
-    *("--context-length", "4096"),
+from .server_flags import (
+    BY_MEMORY,
+    CHUNK,
+    CLIENT_KEY,
+    EXPOSED,
+    FLAGS,
+    HEADER_OVERRIDES,
+    OWN_NCCL_HOOK,
+    PRIORITY,
+    RESTLESS,
+    RETRACT,
+    REUSE_FLAGS,
+    SMOLLM2_FLAGS,
+    TIGHT_FLAGS,
+    TINY_POOL,
+    WIDE_POOL,
 )
-TINY_POOL = ("--max-total-tokens", str(FULL_POOL), "--mem-fraction-static", "0.3")
-# --max-total-tokens counts full layers, so a model that has none is sized by memory alone.
-BY_MEMORY = ("--mem-fraction-static", "0.1")
-
-SMOLLM2_FLAGS = (
-    "--chunked-prefill-size",
-    "2048",
-    "--max-total-tokens",
-    "8000",
-    "--mem-fraction-static",
-    "0.5",
-)
-
-REUSE_FLAGS = (
-    *("--chunked-prefill-size", str(CHUNK)),
-    *("--max-running-requests", "32"),
-    *("--context-length", "4096"),
-)
-# Memory for one request that fills it.
-TIGHT_POOL = 800
-TIGHT_FLAGS = (
-    *("--chunked-prefill-size", "32"),
-    *("--max-running-requests", "8"),
-    *("--context-length", "4096"),
-    *("--max-total-tokens", str(TIGHT_POOL)),
-    *("--mem-fraction-static", "0.3"),
-)
-# Admission reckons with 16 new tokens a request, so that decode runs out of memory; and windows slide at
-# every step instead of every 128.
-RESTLESS = {
-    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
-    "SGLANG_SWA_EVICTION_INTERVAL": "1",
-}
-PRIORITY = ("--enable-priority-scheduling",)
-RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
-# That makes pools of a million tokens, too many to look through after every step.
-WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
-# The CPU launcher points SGLang at a library that is not NCCL; the plug-in's hook must do without.
-OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
-
-# Servers that hostile requests are sent to: everything a client may reach is on.
-ADMIN_KEY, CLIENT_KEY = "key-of-the-admin", "key-of-a-client"
-EXPOSED = ("--enable-metrics", "--chat-template", "chatml", "--admin-api-key", ADMIN_KEY)
-HEADER_OVERRIDES = {"SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1"}
+from .server_kinds import DynamicServer, LazyServer
 
 STOCK = "stock"
 STOCK_WITHOUT_PLUGIN = "stock-without-plugin"
@@ -102,84 +57,6 @@ DYNAMIC_RETRACT = "dynamic-retract"
 
 # Outputs of these are held against one another: whoever asks one asks the others.
 COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
-
-
-def kv_bytes(tokens: int | None, tp: int) -> int | None:
-    """KV memory of a rank for ``tokens`` tokens in all layers of a tiny model, 16 floats a head."""
-    heads = max(1, COMMON["num_key_value_heads"] // tp)
-    return None if tokens is None else tokens * NUM_LAYERS * heads * 2 * COMMON["head_dim"] * 4
-
-
-@dataclass(frozen=True)
-class LazyServer:
-    """A server with lazy layers, and what its reference needs.
-
-    kv_tokens: what its KV memory would hold of tokens in all layers; None leaves it to SGLang.
-    """
-
-    name: str
-    model: Callable[[], Path]
-    layers: tuple[int, ...]
-    sinks: int
-    recent: int
-    flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
-    tp: int = 1
-    kv_tokens: int | None = KV_TOKENS
-    env: Mapping[str, str] = field(default_factory=dict)
-    beside: str | None = None
-
-    @property
-    def spec(self) -> ServerSpec:
-        """How to start it."""
-        lazy: dict[str, Any] = {
-            "lazy_layers": list(self.layers),
-            "sink_tokens": self.sinks,
-            "recent_tokens": self.recent,
-            "kv_bytes": kv_bytes(self.kv_tokens, self.tp),
-        }
-        return ServerSpec(
-            self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp, beside=self.beside
-        )
-
-
-@dataclass(frozen=True)
-class DynamicServer:
-    """A server that finds each request's lazy layers, and what its reference needs.
-
-    keep: layers that keep full attention. default: lazy layers of short prompts. kv_tokens: as LazyServer.
-    more: further keys of the configuration.
-    """
-
-    name: str
-    model: Callable[[], Path]
-    keep: int
-    default: tuple[int, ...]
-    score: str
-    decide: str = "prompt"
-    sinks: int = 4
-    recent: int = 60
-    flags: tuple[str, ...] = (*FLAGS, *TINY_POOL)
-    tp: int = 1
-    kv_tokens: int | None = KV_TOKENS
-    env: Mapping[str, str] = field(default_factory=dict)
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def spec(self) -> ServerSpec:
-        """How to start it."""
-        lazy: dict[str, Any] = {
-            "mode": "dynamic",
-            "keep": self.keep,
-            "lazy_layers": list(self.default),
-            "score": self.score,
-            "decide": self.decide,
-            "sink_tokens": self.sinks,
-            "recent_tokens": self.recent,
-            "kv_bytes": kv_bytes(self.kv_tokens, self.tp),
-            **self.more,
-        }
-        return ServerSpec(self.name, self.model, lazy, self.flags, env=self.env, tp=self.tp)
-
 
 ALTERNATING = tuple(range(1, NUM_LAYERS, 2))
 FIRST_AND_LAST = (0, NUM_LAYERS - 1)

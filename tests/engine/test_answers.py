@@ -15,7 +15,8 @@ from . import storm
 from .prompts import random_prompt
 from .reference import Reference
 from .server import Server
-from .specs import CHUNK, FEATURES, LAZY_SERVERS
+from .server_flags import CHUNK
+from .specs import FEATURES, LAZY_SERVERS
 from .together import greedy
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(FEATURES)]

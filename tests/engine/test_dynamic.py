@@ -16,16 +16,8 @@ from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
 from .prompts import mixed_prompts, random_prompt
 from .reference import Comparison
 from .server import Reply, Server
-from .specs import (
-    CHUNK,
-    DYNAMIC,
-    DYNAMIC_LIST,
-    DYNAMIC_ONE_FULL,
-    DYNAMIC_PAGES,
-    DYNAMIC_SERVERS,
-    LONGEST_PROMPT,
-    NEW_TOKENS,
-)
+from .server_flags import CHUNK, LONGEST_PROMPT, NEW_TOKENS
+from .specs import DYNAMIC, DYNAMIC_LIST, DYNAMIC_ONE_FULL, DYNAMIC_PAGES, DYNAMIC_SERVERS
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(DYNAMIC)]
 

@@ -16,7 +16,8 @@ from .dynamic_reference import LAST_QUERIES, Choices, DynamicReference
 from .prompts import random_prompt
 from .reference import Comparison
 from .server import Reply, Server
-from .specs import CHUNK, DYNAMIC_SERVERS, FIRST_CHUNK
+from .server_flags import CHUNK
+from .specs import DYNAMIC_SERVERS, FIRST_CHUNK
 from .test_dynamic import make_reference
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(FIRST_CHUNK)]

@@ -11,7 +11,8 @@ from .host import Host, Prompts
 from .prompts import mixed_prompts, random_prompt
 from .reference import Reference
 from .server import Server
-from .specs import LAZY_SERVERS, LONGEST_PROMPT, NEW_TOKENS, NO_LAZY_LAYER, RADIX, STOCK
+from .server_flags import LONGEST_PROMPT, NEW_TOKENS
+from .specs import LAZY_SERVERS, NO_LAZY_LAYER, RADIX, STOCK
 
 pytestmark = pytest.mark.engine
 

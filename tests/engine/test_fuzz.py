@@ -23,7 +23,8 @@ from tests.fuzz.hostile import FAILS, Probe, corpus, outcome
 from tests.fuzz.routes import admin_routes, all_routes, client_routes
 
 from .server import Server
-from .specs import ADMIN_KEY, CLIENT_KEY, FUZZED, FUZZED_DYNAMIC
+from .server_flags import ADMIN_KEY, CLIENT_KEY
+from .specs import FUZZED, FUZZED_DYNAMIC
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 SEED = int(os.environ.get("FUZZ_SEED", "16"))

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from .prompts import random_prompt
 from .reference import Reference
 from .server import Server, events
-from .specs import ALTERNATING, CHUNK, FULL_POOL, LAZY_SERVERS, RADIX
+from .server_flags import CHUNK, FULL_POOL
+from .specs import ALTERNATING, LAZY_SERVERS, RADIX
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(RADIX)]
 

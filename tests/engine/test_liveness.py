@@ -22,7 +22,8 @@ from .environment import server_environment, write_plugin
 from .prompts import random_prompt
 from .reference import Reference
 from .server import Server, running
-from .specs import DYNAMIC, DYNAMIC_SERVERS, LAZY_SERVERS, REUSE, TIGHT, TIGHT_POOL
+from .server_flags import TIGHT_POOL
+from .specs import DYNAMIC, DYNAMIC_SERVERS, LAZY_SERVERS, REUSE, TIGHT
 
 pytestmark = pytest.mark.engine
 

@@ -16,7 +16,9 @@ from .models import ensure_model
 from .prompts import mixed_prompts
 from .reference import Reference
 from .server import Server, ServerSpec, running
-from .specs import FLAGS, LAZY_SERVERS, NEW_TOKENS, OWN_NCCL_HOOK, RADIX, TINY_POOL, LazyServer
+from .server_flags import FLAGS, NEW_TOKENS, OWN_NCCL_HOOK, TINY_POOL
+from .server_kinds import LazyServer
+from .specs import LAZY_SERVERS, RADIX
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -11,7 +11,8 @@ import pytest
 from .prompts import mixed_prompts
 from .reference import Reference
 from .server import Server
-from .specs import LAZY_SERVERS, LONGEST_PROMPT, NEW_TOKENS, NO_RADIX, ONE_FULL, PAGES, RADIX
+from .server_flags import LONGEST_PROMPT, NEW_TOKENS
+from .specs import LAZY_SERVERS, NO_RADIX, ONE_FULL, PAGES, RADIX
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,8 @@ from . import storm
 from .prompts import mixed_prompts
 from .reference import Reference
 from .server import Server
-from .specs import LAZY_SERVERS, LONGEST_PROMPT, NEW_TOKENS, TENSOR_PARALLEL
+from .server_flags import LONGEST_PROMPT, NEW_TOKENS
+from .specs import LAZY_SERVERS, TENSOR_PARALLEL
 
 pytestmark = [pytest.mark.engine, pytest.mark.served_by(TENSOR_PARALLEL)]
 

@@ -19,7 +19,7 @@ from lt_sglang.train.attention import attach
 from .models import FIRST_TOKEN, VOCAB_SIZE, ensure_model
 from .reference import TIE_MARGIN, Reference
 from .server import ServerSpec, running
-from .specs import FLAGS, TINY_POOL
+from .server_flags import FLAGS, TINY_POOL
 
 LAYERS, SINKS, RECENT = "0,2,3,5", 9, 40
 NEW_TOKENS = 32

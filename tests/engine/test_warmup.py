@@ -17,7 +17,8 @@ from lt_sglang.launch.warmup import BEYOND
 
 from .prompts import random_prompt
 from .server import Server
-from .specs import CHUNK, DYNAMIC, DYNAMIC_SERVERS
+from .server_flags import CHUNK
+from .specs import DYNAMIC, DYNAMIC_SERVERS
 
 pytestmark = pytest.mark.engine
 

@@ -56,12 +56,13 @@ NOT_COVERED = {
 }
 CACHES = ["unit/test_radix.py", "unit/test_dynamic_radix.py", "property/test_caches.py"]
 TESTS = {
-    "memory/sinks.py": ["unit/test_sinks.py", *CACHES],
+    "memory/sinks.py": ["unit/test_sinks.py", "unit/test_sinks_churn.py", *CACHES],
     "memory/split.py": ["unit/test_split.py", "unit/test_pools.py", "unit/test_planner.py"],
     "memory/pools.py": ["unit/test_pools.py"],
     "memory/row_table.py": [
         "unit/test_device_tables.py",
         "unit/test_sinks.py",
+        "unit/test_sinks_churn.py",
         "unit/test_dynamic_layer_sets.py",
     ],
     "layers/layer_sets.py": ["unit/test_dynamic_layer_sets.py", "unit/test_dynamic_prefill.py", *CACHES],

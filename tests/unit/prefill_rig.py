@@ -34,7 +34,7 @@ CONTEXT = 20_000
 
 @dataclass
 class Rig:
-    """Memory of ``units`` units for one full and one lazy layer, and at most ``sets`` sets of ``sinks`` sinks.
+    """Memory of ``units`` units for one full and one lazy layer, at most ``sets`` sets of ``sinks`` sinks.
 
     window: SGLang's sliding_window_size, so w_recent - 1. hooked: whether hooks/table.py is in force.
     """
@@ -103,9 +103,7 @@ class Rig:
     def chunk_fits(self, req: Req) -> int:
         """Tokens of the next chunk; 0 where SGLang parks the request (PrefillAdder.add_chunked_req)."""
         left = len(req.full_untruncated_fill_ids) - req.prefix_len
-        limit = self._budget(req).fit_chunk(
-            extend_input_len=left, max_new_tokens=0, chunk_limit=self.chunk
-        )
+        limit = self._budget(req).fit_chunk(extend_input_len=left, max_new_tokens=0, chunk_limit=self.chunk)
         return min(left, limit or 0)
 
     def _budget(self, req: Req) -> UnitBudget:

@@ -1,4 +1,4 @@
-"""The ``--lt-*`` options: parsing, precedence, messages; and the lookups in SGLang's flags."""
+"""The ``--lt-*`` options: parsing, precedence, messages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import pytest
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
-from lt_sglang.launch.model_config import read_model_config, unsupported_features
 from lt_sglang.launch.options import (
     LtOptions,
     describe,
-    layer_count,
     resolve_config,
     short_layers,
     take_options,
 )
-from lt_sglang.launch.sglang_args import ATTENTION_BACKEND, MODEL_OVERRIDES, MODEL_PATH, TP_SIZE, SglangArgs
 from lt_sglang.resolve import load_config
 
 QWQ = "cxdu/QwQ-32B-LightTransfer"
@@ -212,112 +209,7 @@ def test_describe_is_one_short_line() -> None:
 # SGLang's flags
 
 
-def test_last_value_wins_and_both_forms_are_read() -> None:
-    args = SglangArgs(["--model", "a", "--model-path=b", "--tp", "2"])
-    assert args.get(MODEL_PATH) == "b"
-    assert args.get_int(TP_SIZE, 1) == 2
-    assert args.get(ATTENTION_BACKEND) is None
-    assert args.has("--tp") and not args.has("--port")
-
-
-def test_positional_model() -> None:
-    assert SglangArgs(["m", "--port", "1"]).argv == ["--model-path", "m", "--port", "1"]
-
-
-def test_replaced_values_come_last_and_alone() -> None:
-    args = SglangArgs(["--attention-backend", "x", "--port", "1", "--attention-backend=y"])
-    assert args.replaced({ATTENTION_BACKEND: "z"}) == ["--port", "1", "--attention-backend", "z"]
-
-
-@pytest.mark.parametrize(
-    "flag", ["--attention-back", "--model-p=x", "--json-model", "--tensor-par", "--conf"]
-)
-def test_abbreviations_are_refused(flag: str) -> None:
-    with pytest.raises(LightTransferError, match="in full"):
-        SglangArgs([flag, "v"])
-
-
-@pytest.mark.parametrize(
-    "argv", [["--port"], ["--tp-size", "0"], ["--tp", "two"], ["--tensor-parallel-size=-1"]]
-)
-def test_bad_values(argv: list[str]) -> None:
-    with pytest.raises(LightTransferError, match=f"^{argv[0].partition('=')[0]}: "):
-        args = SglangArgs(argv)
-        args.get(("--port",))
-        args.get_int(TP_SIZE, 1)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "5"])
-def test_bad_overrides(text: str) -> None:
-    with pytest.raises(LightTransferError, match="--json-model-override-args"):
-        SglangArgs(["--json-model-override-args", text]).overrides()
-
-
-def test_config_file_ranks_below_the_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "server.yaml"
-    file.write_text(
-        "model_path: from-file\ntp-size: 4\njson-model-override-args: {a: 1}\nenable-metrics: true\n"
-    )
-    args = SglangArgs(["--config", str(file), "--tp=2"])
-    assert args.get(MODEL_PATH) == "from-file"
-    assert args.get_int(TP_SIZE, 1) == 2
-    assert args.overrides() == {"a": 1}
-    assert args.has("--enable-metrics")
-    assert args.replaced({MODEL_OVERRIDES: "{}"})[:3] == ["--config", str(file), "--tp=2"]
-
-
-@pytest.mark.parametrize("text", [None, "- a\n", "a: [\n"])
-def test_bad_config_yaml(tmp_path: Path, text: str | None) -> None:
-    file = tmp_path / "server.yaml"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(LightTransferError, match="--config"):
-        SglangArgs(["--config", str(file)])
-
-
 # The model's config.json
-
-
-def test_read_model_config(tmp_path: Path) -> None:
-    with pytest.raises(LightTransferError, match=r"has no config\.json"):
-        read_model_config(str(tmp_path))
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(LightTransferError, match="must be a JSON object"):
-        read_model_config(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
-    assert read_model_config(str(tmp_path)) == {"num_hidden_layers": 3}
-
-
-def test_layer_count() -> None:
-    assert layer_count({"num_hidden_layers": 3}) == 3
-    assert layer_count({"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 5}}) == 5
-    assert layer_count({}) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [
-        ({"model_type": "llama"}, []),
-        ({"model_type": "mistral", "sliding_window": 4096}, []),
-        ({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False}, []),
-        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, []),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, []),
-        ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, ["linear-attention"]),
-        (
-            {"model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0},
-            ["window", "soft-capping"],
-        ),
-        ({"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"]}, ["window"]),
-        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, ["linear"]),
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, ["MLA"]),
-        ({"model_type": "t5", "is_encoder_decoder": True}, ["encoder"]),
-        ({"text_config": {"model_type": "gemma3_text", "sliding_window": 512}}, ["window"]),
-    ],
-)
-def test_unsupported_features(config: dict[str, Any], found: list[str]) -> None:
-    names = unsupported_features(config)
-    assert len(names) == len(found)
-    assert all(part in name for part, name in zip(found, names, strict=True))
 
 
 @pytest.mark.parametrize("flag", ["--lt-keep=0.5", "--lt-score=squeeze", "--lt-decide=first-chunk"])

@@ -11,14 +11,17 @@ import ast
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from loadtest import readme_figure
+from loadtest import make_results, readme_figure
 from lt_sglang.cli import COMMANDS
-from lt_sglang.launch.options import LtOptions
+from lt_sglang.launch import admin
+from lt_sglang.launch.options import OPTIONS_HELP, LtOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "lt_sglang"
@@ -148,18 +151,53 @@ def test_the_readme_shows_what_its_result_files_say(row: list[str]) -> None:
     assert ratio == f"{result['ratio'][kind]:.2f}x"
 
 
+def numbers_in(value: Any) -> Iterator[float]:
+    """All numbers of a result file, at any depth."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(one)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def sentences(text: str) -> list[str]:
+    """Of running text: without code blocks and tables."""
+    text = re.sub(r"^(```.*?^```|\|.*?)$", "", text, flags=re.MULTILINE | re.DOTALL)
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    return [one for part in paragraphs for one in re.split(r"(?<=[.:])\s+(?=[A-Z`*\[])", part) if one]
+
+
+def test_measured_numbers_of_the_readme_are_in_the_files_that_their_sentences_link() -> None:
+    linked = 0
+    for sentence in sentences(text_of(REPOSITORY / "README.md")):
+        files = [link for link in LINK.findall(sentence) if re.search(r"loadtest/results/.*\.json$", link)]
+        if not files:
+            assert not re.search(r"\d\.\d+x|\d (?:tok/s|%)", sentence), f"no result file: {sentence}"
+            continue
+        linked += 1
+        known = [n for name in files for n in numbers_in(json.loads(text_of(REPOSITORY / name)))]
+        # Not of names: 16K, SmolLM2-135M.
+        for shown in re.findall(r"(?<![\w./-])(\d+(?:\.\d+)?)(?=x?[\s,.;:)])", LINK.sub("](", sentence)):
+            digits = len(shown.partition(".")[2])
+            assert any(round(n, digits) == float(shown) for n in known), f"{shown} is not in {files}"
+    assert linked >= 2
+
+
 def test_the_plot_is_of_the_result_files() -> None:
     drawn = readme_figure.svg()
-    assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python loadtest/readme_figure.py"
+    assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python -m loadtest.make_results"
+
+
+def test_the_tables_are_of_the_result_files() -> None:
+    shown = (make_results.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert shown == make_results.page(), "run python -m loadtest.make_results"
 
 
 def test_every_option_is_explained() -> None:
-    text = text_of(REPOSITORY / "docs/serving.md")
-    rows = [
-        cells[0] for cells in (line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|")
-    ]
-    explained = {flag for cell in rows for flag in FLAG.findall(cell)}
-    assert explained >= {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+    flags = {f"--lt-{name.replace('_', '-')}" for name in LtOptions.__dataclass_fields__}
+    assert flags <= set(FLAG.findall(OPTIONS_HELP))
+    for shown in (OPTIONS_HELP, admin.HELP):
+        assert shown in text_of(REPOSITORY / "docs/serving.md"), f"docs/serving.md does not show:\n{shown}"
 
 
 def test_the_package_map_is_whole() -> None:

@@ -11,6 +11,8 @@ import pytest
 from lt_sglang.config import DECIDE, SCORES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
+from lt_sglang.memory.sizes import TABLE_BYTES, size_memory
+from lt_sglang.memory.units import UnitShape
 from lt_sglang.static_choices import CHOICES, choose, spelling
 
 
@@ -212,3 +214,37 @@ def test_where_a_first_chunk_may_be_decided() -> None:
     """How long a prefix waits else is a matter of memory (test_sizes.py)."""
     assert dynamic(decide="first-chunk").decide_tokens == 1024 + 128
     assert dynamic(decide="first-chunk", sink_tokens=4, recent_tokens=60).decide_tokens == 64 + 128
+
+
+@pytest.mark.parametrize(
+    ("given", "memory", "context", "limit"),
+    [
+        # Memory for 60,000 tokens in all four layers: as long as the context, and as the memory.
+        ({}, 60_000, 4096, 4096),
+        ({}, 60_000, 131072, 60_000 - 2 - 512 - 4),
+        ({}, 6_000, 131072, 6_000 - 2 - 512 - 4),
+        # At least as much as is needed to tell layers apart.
+        ({}, 1_200, 1_100, 1024 + 32),
+        ({"decide": "first-chunk"}, 60_000, 4096, 1024 + 128 - 1),
+        ({"decide": "first-chunk", "recent_tokens": 60}, 60_000, 4096, 64 + 128 - 1),
+        ({"decide": "first-chunk", "sink_tokens": 0, "recent_tokens": 1}, 60_000, 4096, 128),
+    ],
+    ids=str,
+)
+def test_how_long_a_prefix_may_stay_undecided(
+    given: dict[str, Any], memory: int, context: int, limit: int
+) -> None:
+    """Two layers are full and two lazy; all four hold K and V of a prompt until it is decided."""
+    config = dynamic(keep=2, **given).settle(4)
+    sizes = size_memory(
+        (2 * memory + 1) * (200 + TABLE_BYTES),
+        UnitShape(2, 2),
+        config,
+        token_layer_bytes=100,
+        page_size=1,
+        chunk_tokens=512,
+        context_tokens=context,
+        interval=128,
+        full_limit=None,
+    )
+    assert sizes.units == 2 * memory and sizes.demand.undecided == limit

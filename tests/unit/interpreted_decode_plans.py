@@ -1,0 +1,93 @@
+"""Decode plans made on the device, under Triton's interpreter, against loops; test_kernels.py runs this."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lt_sglang.attention.decode_plan import CHUNKS_PER_PLACE, DecodePlan, decode_plans, plan_bytes
+from lt_sglang.attention.flashinfer_private import PrefillPlanInfo, plan_info
+from lt_sglang.attention.kernels.decode_plans import START_TOKENS
+from lt_sglang.errors import LightTransferError
+
+
+def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple[int, int]], list[int]]:
+    """The chunk size, (request, chunk) pairs in order, o_indptr."""
+    lengths = [max(length, 1) for length in lengths]
+    tokens, parts = sum(lengths), [*range(1, 17), *(int(16 * 2 ** (i / 8)) for i in range(1, 49))]
+    best = (math.inf, 0)
+    for size in [max(-(-max(lengths) // part), 128) for part in parts]:
+        count = sum(-(-length // size) for length in lengths)
+        if count * size < 1.15 * tokens:
+            time = -(-count // plan.places) * (size + START_TOKENS)
+        else:
+            time = (tokens + count * START_TOKENS) / plan.places + 0.7 * size
+        if count <= plan.chunks and time < best[0]:
+            best = (time, size)
+    size = best[1]
+    whole = [(request, tile) for request, length in enumerate(lengths) for tile in range(length // size)]
+    rest = [(request, length // size) for request, length in enumerate(lengths) if length % size]
+    return size, whole + rest, [0, *itertools.accumulate(-(-length // size) for length in lengths)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunks"),
+    [
+        ([[5], [1]], 4),
+        ([[32768], [1024]], 33),
+        ([[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]], 12),
+        ([[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12], 144),
+        ([[7] * 21, [100000] + [1] * 20], 24),
+        ([[900 + i for i in range(17)]], 300),
+    ],
+)
+def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
+    """Every layer gets the plan of its own lists, whatever was there before."""
+    requests, layers = len(lengths[0]), len(lengths)
+    plan = DecodePlan(requests, chunks, tile=16, places=33, partial_bytes=0)
+    every = itertools.accumulate(length for layer in lengths for length in layer)
+    pointers = torch.tensor([0, *every], dtype=torch.int32)
+    out = torch.randint(0, 255, (layers, plan.end + 64), dtype=torch.uint8)
+    before = out.clone()
+    decode_plans(out, pointers, plan)
+    assert torch.equal(out[:, plan.end :], before[:, plan.end :])
+    for layer, given in enumerate(lengths):
+        size, pairs, indptr = expected_plan(given, plan)
+
+        def read(offset: int, count: int, row: torch.Tensor = out[layer]) -> list[int]:
+            return row[offset : offset + 4 * count].view(torch.int32).tolist()
+
+        assert read(plan.at.chunk_size, 1) == [size]
+        assert read(plan.at.total_rows, 1) == [requests]
+        assert list(zip(read(0, len(pairs)), read(plan.at.kv_tiles, len(pairs)), strict=True)) == pairs
+        assert read(plan.at.query_tiles, chunks) == [0] * chunks
+        assert read(plan.at.o_indptr, requests + 1) == read(plan.at.merge_indptr, requests + 1) == indptr
+        valid = out[layer, plan.at.valid : plan.at.valid + chunks].tolist()
+        assert valid == [1] * len(pairs) + [0] * (chunks - len(pairs))
+
+
+def test_decode_plans_that_do_not_fit_are_refused() -> None:
+    plan = DecodePlan(1, 33, tile=16, places=33, partial_bytes=0)
+    with pytest.raises(LightTransferError, match="does not fit"):
+        decode_plans(
+            torch.zeros((2, plan.end - 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), plan
+        )
+
+
+def test_plans_of_another_form_are_refused() -> None:
+    info = DecodePlan(7, 33, tile=16, places=33, partial_bytes=256).info
+    plan = DecodePlan.like(info, 7, heads=32, kv_heads=8, dim=128, processors=132)
+    assert plan.places == 33 and plan.chunks == CHUNKS_PER_PLACE * 33 + 7 and plan.tile == 16
+    assert plan.partial_bytes == 32 * plan.chunks * 128 * 4
+    assert plan.end <= plan_bytes(7, kv_heads=8, processors=132) <= plan_bytes(8, kv_heads=8, processors=132)
+    assert plan_info(SimpleNamespace(_plan_info=list(info))) == info
+    with pytest.raises(LightTransferError, match="is no PrefillPlanInfo"):
+        plan_info(SimpleNamespace(_plan_info=list(info[:10])))
+    eager = PrefillPlanInfo(*info[:13], 0, 1)
+    for other, requests, heads, kv_heads in ((eager, 7, 32, 8), (info, 8, 32, 8), (info, 7, 64, 2)):
+        with pytest.raises(LightTransferError, match="not of the known form"):
+            DecodePlan.like(other, requests, heads=heads, kv_heads=kv_heads, dim=128, processors=132)
