@@ -43,17 +43,9 @@ def requests_at_once(demand: Demand, units: int, mix: Mix, full_limit: int | Non
     left = units - max(demand.of_new(part.input_tokens, part.output_tokens) for part in mix)
     if left < 0:
         return 0
-    weights = running(mix)
-    requests = 1 + floor(left / sum(w * _settled(demand, part) for w, part in zip(weights, mix, strict=True)))
+    shares = list(zip(running(mix), mix, strict=True))
+    each = sum(w * demand.of_decoding(part.input_tokens, part.output_tokens) for w, part in shares)
+    requests = 1 + floor(left / each)
     if full_limit is None:
         return requests
-    return min(
-        requests, floor(full_limit / sum(w * part.tokens for w, part in zip(weights, mix, strict=True)))
-    )
-
-
-def _settled(demand: Demand, part: Part) -> int:
-    """Most units of a request from its first output token on."""
-    prompt, output = part.input_tokens, part.output_tokens
-    held = demand.units(prompt, min(prompt, demand.window)) + demand.units(0, demand.sink_tokens)
-    return held + demand.of_running(prompt, 0, output)
+    return min(requests, floor(full_limit / sum(w * part.tokens for w, part in shares)))
