@@ -155,6 +155,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.runtime_context.get_observability": "",
     "sglang.srt.runtime_context.get_parallel": "",
     "sglang.srt.runtime_context.get_schedule": "",
+    "sglang.srt.runtime_context.get_serving": "",
     "sglang.srt.server_args.ServerArgs.url": "self, port=",
     "sglang.srt.server_args.prepare_server_args": "argv",
     "sglang.srt.utils.hf_transformers_utils.get_config": (

@@ -268,7 +268,13 @@ def requested(backend: str = "lighttransfer") -> Any:
 
 @pytest.mark.parametrize(("backend", "ours"), [("lighttransfer", True), ("fa3", False)])
 def test_a_stock_engine_beside_ours_is_not_guarded(backend: str, ours: bool) -> None:
-    manager = SimpleNamespace(server_args=requested(backend), lt_limits=LIMITS)
+    manager = SimpleNamespace(
+        server_args=requested(backend),
+        lt_limits=LIMITS,
+        tokenizer=None,
+        context_len=9,
+        allow_auto_truncate=False,
+    )
     obj = GenerateReqInput(input_ids=[1], rid="HEALTH_CHECK_a")
     seen: list[Any] = []
     hooks.generate_request(lambda *given: seen.append(given), manager, obj, "request")

@@ -1,0 +1,214 @@
+"""A body as it came, before a route parses it: its size, its text, and a chat template of the client's.
+
+SGLang's routes parse a body of any size, and most of them tokenize all of its text before one looks at the
+context length. Nobody else is answered meanwhile, and memory grows with it. ``/v1/responses`` and
+``/v1/decisions`` render a chat template that the client sent, which ``/v1/chat/completions`` refuses: with
+loops in loops it never ends, and nobody is answered any more.
+
+Stands behind SGLang's check of keys, so that nothing is read of who has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from lt_sglang import guard
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MIB = 1 << 20
+# The largest body, in MiB: a batch of 4,096 prompts of 2,000 ids has 50.
+MOST_VARIABLE = "LT_SGLANG_BODY_MIB"
+MOST_MIB = 64
+# Characters of a body that holds one conversation, for each token of the context; and at least. Where text is
+# that much longer than the context, hardly any tokenizer makes it fit.
+CHARACTERS_A_TOKEN = 8
+MOST_CHARACTERS = 1 << 20
+# Of one that may hold many prompts. Tokenizing so much takes some seconds, in which nobody is answered.
+MOST_CHARACTERS_OF_BATCH = 8 << 20
+BATCHES = (
+    "/generate",
+    "/encode",
+    "/classify",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/classify",
+    "/v1/score",
+    "/v1/rerank",
+    "/vertex_generate",
+)
+TEMPLATES, TEMPLATE = "chat_template_kwargs", "chat_template"
+# How JSON may write the characters of that name. json.loads also takes UTF-16 and UTF-32.
+_ESCAPED = re.compile(rb"\\u00[2-7]")
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+
+
+class BodyGate:
+    """ASGI middleware.
+
+    Args:
+        app: what it stands in front of.
+        context_length: the longest request, in tokens.
+        takes_templates: whether the operator trusts the chat templates that clients send.
+        is_admins: whether a request is for an admin's route. Weights come that way; they have any size.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        context_length: Callable[[], int],
+        takes_templates: Callable[[], bool],
+        is_admins: Callable[[Scope], bool],
+    ) -> None:
+        self.app = app
+        self.context_length = context_length
+        self.takes_templates = takes_templates
+        self.is_admins = is_admins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with the body that was read, or refuse it."""
+        if not guard.is_on() or scope["type"] != "http" or not self._looks_at(scope):
+            await self.app(scope, receive, send)
+            return
+        most = most_mib()
+        messages = await _read(receive, most * MIB)
+        if messages is None:
+            await _refuse(send, 413, f"the body has more than {most} MiB, which no request may have")
+            return
+        body = b"".join(message.get("body", b"") for message in messages)
+        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+        problem = await self._problem(path, body)
+        if problem is not None:
+            await _refuse(send, 400, problem)
+            return
+        del body
+        waiting = iter(messages)
+
+        async def again() -> Message:
+            message = next(waiting, None)
+            return await receive() if message is None else message
+
+        await self.app(scope, again, send)
+
+    def _looks_at(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length")
+        if length is None and b"transfer-encoding" not in headers:
+            return False
+        small = length is not None and int(length) <= MOST_CHARACTERS
+        return small or not self.is_admins(scope)
+
+    async def _problem(self, path: str, body: bytes) -> str | None:
+        large = len(body) > MOST_CHARACTERS and len(body) > (most := self._most_characters(path))
+        templates = may_hold_template(body) and not self.takes_templates()
+        if not large and not templates:
+            return None
+        # Beside the event loop, which answers everybody.
+        value = await asyncio.get_running_loop().run_in_executor(None, _parse, body)
+        if templates and isinstance(value, dict):
+            given = value.get(TEMPLATES)
+            if isinstance(given, dict) and TEMPLATE in given:
+                return (
+                    f"{TEMPLATES}.{TEMPLATE}: templates of clients are not rendered; start the server with "
+                    "--trust-request-chat-template to permit it"
+                )
+        if large and (characters := text_length(value)) > most:
+            return (
+                f"this request has {characters} characters of text; at most {most} are taken at once "
+                f"({path}, context length {self.context_length()} tokens)"
+            )
+        return None
+
+    def _most_characters(self, path: str) -> int:
+        most = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * self.context_length())
+        return max(most, MOST_CHARACTERS_OF_BATCH) if path in BATCHES else most
+
+
+def put(app: Any, tokenizer_manager: Any) -> None:
+    """Put a gate behind all that stands in front of SGLang's FastAPI ``app``, or will.
+
+    That is SGLang's check of keys, and what unpacks bodies. tokenizer_manager: knows the context length.
+    """
+    from sglang.srt.runtime_context import get_serving
+    from sglang.srt.utils import auth
+    from starlette.middleware import Middleware
+
+    app.user_middleware.append(
+        Middleware(
+            BodyGate,
+            context_length=lambda: int(tokenizer_manager.context_len),
+            takes_templates=lambda: bool(get_serving().trust_request_chat_template),
+            is_admins=lambda scope: (
+                auth._get_auth_level_from_app_and_scope(app, dict(scope)) != auth.AuthLevel.NORMAL
+            ),
+        )
+    )
+
+
+def most_mib() -> int:
+    """The largest body in MiB, as the environment says, or else the default."""
+    given = os.environ.get(MOST_VARIABLE, "").strip()
+    return int(given) if given.isascii() and given.isdigit() and int(given) > 0 else MOST_MIB
+
+
+def may_hold_template(body: bytes) -> bool:
+    """Whether the name of a client's chat template may be among the body's keys, however it is written."""
+    return (
+        TEMPLATE.encode() in body
+        or _ESCAPED.search(body) is not None
+        or body.startswith(_WIDE)
+        or b"\0" in body[:4]
+    )
+
+
+def text_length(value: Any) -> int:
+    """Characters of all strings in a value, names among them."""
+    found, waiting = 0, [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found += len(one)
+        elif isinstance(one, dict):
+            found += sum(map(len, one))
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return found
+
+
+def _parse(body: bytes) -> Any:
+    """The body's value; None for one that is no JSON, or too deep, which the route refuses."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+async def _read(receive: Receive, most: int) -> list[Message] | None:
+    """All of a body, or None if it is longer. It is read to its end, since clients listen only then."""
+    messages: list[Message] | None = []
+    length = 0
+    while True:
+        message = await receive()
+        length += len(message.get("body", b""))
+        if length > most:
+            messages = None
+        if messages is not None:
+            messages.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return messages
+
+
+async def _refuse(send: Send, status: int, sentence: str) -> None:
+    error = {"message": sentence, "type": "BadRequest", "code": status}
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
