@@ -41,10 +41,14 @@ BATCHES = (
     "/v1/completions",
     "/v1/embeddings",
     "/v1/classify",
-    "/v1/score",
-    "/v1/rerank",
     "/vertex_generate",
 )
+# Routes that write the first of these fields in front of every entry of the second.
+WRITTEN_OUT = {
+    "/v1/score": ("query", "items"),
+    "/v1/rerank": ("query", "documents"),
+    "/v1/decisions": ("input", "questions"),
+}
 TEMPLATES, TEMPLATE = "chat_template_kwargs", "chat_template"
 # How JSON may write the characters of that name. json.loads also takes UTF-16 and UTF-32.
 _ESCAPED = re.compile(rb"\\u00[2-7]")
@@ -90,11 +94,9 @@ class BodyGate:
             await _refuse(send, 400, problem)
             return
         del body
-        waiting = iter(messages)
 
         async def again() -> Message:
-            message = next(waiting, None)
-            return await receive() if message is None else message
+            return messages.pop(0) if messages else await receive()
 
         await self.app(scope, again, send)
 
@@ -107,29 +109,37 @@ class BodyGate:
         return small or not self.is_admins(scope)
 
     async def _problem(self, path: str, body: bytes) -> str | None:
-        large = len(body) > MOST_CHARACTERS and len(body) > (most := self._most_characters(path))
         templates = may_hold_template(body) and not self.takes_templates()
-        if not large and not templates:
+        if len(body) <= MOST_CHARACTERS and not templates and path not in WRITTEN_OUT:
             return None
+        most = self._most_characters(path)
         # Beside the event loop, which answers everybody.
         value = await asyncio.get_running_loop().run_in_executor(None, _parse, body)
-        if templates and isinstance(value, dict):
+        if isinstance(value, dict):
             given = value.get(TEMPLATES)
-            if isinstance(given, dict) and TEMPLATE in given:
+            if templates and isinstance(given, dict) and TEMPLATE in given:
                 return (
                     f"{TEMPLATES}.{TEMPLATE}: templates of clients are not rendered; start the server with "
                     "--trust-request-chat-template to permit it"
                 )
-        if large and (characters := text_length(value)) > most:
+            first, entries = WRITTEN_OUT.get(path, ("", ""))
+            several = value.get(entries)
+            size = text_length(value.get(first)) * (len(several) if isinstance(several, list) else 1)
+            if size > most:
+                return (
+                    f"{entries}: with {first} in front of each they have {size} characters or tokens; at "
+                    f"most {most} are taken at once"
+                )
+        if len(body) > most and (size := text_length(value, tokens=False)) > most:
             return (
-                f"this request has {characters} characters of text; at most {most} are taken at once "
-                f"({path}, context length {self.context_length()} tokens)"
+                f"this request has {size} characters of text; at most {most} are taken at once ({path}, "
+                f"context length {self.context_length()} tokens)"
             )
         return None
 
     def _most_characters(self, path: str) -> int:
         most = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * self.context_length())
-        return max(most, MOST_CHARACTERS_OF_BATCH) if path in BATCHES else most
+        return max(most, MOST_CHARACTERS_OF_BATCH) if path in BATCHES or path in WRITTEN_OUT else most
 
 
 def put(app: Any, tokenizer_manager: Any) -> None:
@@ -169,8 +179,8 @@ def may_hold_template(body: bytes) -> bool:
     )
 
 
-def text_length(value: Any) -> int:
-    """Characters of all strings in a value, names among them."""
+def text_length(value: Any, tokens: bool = True) -> int:
+    """Characters of all strings in a value, names among them. tokens: and how many numbers it has."""
     found, waiting = 0, [value]
     while waiting:
         one = waiting.pop()
@@ -181,6 +191,8 @@ def text_length(value: Any) -> int:
             waiting += one.values()
         elif isinstance(one, list):
             waiting += one
+        elif tokens and one is not None:
+            found += 1
     return found
 
 

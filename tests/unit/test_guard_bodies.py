@@ -151,8 +151,27 @@ def test_more_text_than_the_context_can_hold(
     assert client.post(path, content=json.dumps({"n": [1] * most}) + " " * most).status_code == 200
 
 
+@pytest.mark.parametrize("path", bodies.WRITTEN_OUT)
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_what_a_route_writes_out_for_every_item(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+) -> None:
+    """A query of 8 MB and 4,000 items of a letter are 32 GB."""
+    monkeypatch.setattr(bodies, "MOST_CHARACTERS_OF_BATCH", MOST_CHARACTERS)
+    first, entries = bodies.WRITTEN_OUT[path]
+    query: Any = "x" * 2048 if kind == "text" else [5] * 2048
+    answer = client.post(path, json={first: query, entries: ["a"] * 512})
+    assert answer.status_code == 200
+    answer = client.post(path, json={first: query, entries: ["a"] * 513})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"{entries}: with {first} in front of each")
+    for body in ({first: query}, {entries: ["a"]}, {first: None, entries: "a"}, [], None):
+        assert client.post(path, json=body).status_code == 200
+
+
 def test_text_is_counted_wherever_it_is() -> None:
-    assert bodies.text_length({"ab": ["c", {"d": "ef"}, 5, None, True], "": "g"}) == 7
+    value = {"ab": ["c", {"d": "ef"}, 5, None, True], "": "g"}
+    assert (bodies.text_length(value, tokens=False), bodies.text_length(value)) == (7, 9)
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]
