@@ -49,6 +49,8 @@ WRITTEN_OUT = {
     "/v1/rerank": ("query", "documents"),
     "/v1/decisions": ("input", "questions"),
 }
+# What SGLang itself gives to the tokenizer that renders the template; a client's value beside it is a 500.
+NOT_KWARGS = ("conversation", "messages", "tools", "tokenize", "return_dict", "add_generation_prompt")
 TEMPLATES, TEMPLATE = "chat_template_kwargs", "chat_template"
 # How JSON may write the characters of that name. json.loads also takes UTF-16 and UTF-32.
 _ESCAPED = re.compile(rb"\\u00[2-7]")
@@ -109,19 +111,15 @@ class BodyGate:
         return small or not self.is_admins(scope)
 
     async def _problem(self, path: str, body: bytes) -> str | None:
-        templates = may_hold_template(body) and not self.takes_templates()
+        templates = may_hold_template(body)
         if len(body) <= MOST_CHARACTERS and not templates and path not in WRITTEN_OUT:
             return None
         most = self._most_characters(path)
         # Beside the event loop, which answers everybody.
         value = await asyncio.get_running_loop().run_in_executor(None, _parse, body)
         if isinstance(value, dict):
-            given = value.get(TEMPLATES)
-            if templates and isinstance(given, dict) and TEMPLATE in given:
-                return (
-                    f"{TEMPLATES}.{TEMPLATE}: templates of clients are not rendered; start the server with "
-                    "--trust-request-chat-template to permit it"
-                )
+            if (problem := self._template_problem(value.get(TEMPLATES))) is not None:
+                return problem
             first, entries = WRITTEN_OUT.get(path, ("", ""))
             several = value.get(entries)
             size = text_length(value.get(first)) * (len(several) if isinstance(several, list) else 1)
@@ -136,6 +134,17 @@ class BodyGate:
                 f"context length {self.context_length()} tokens)"
             )
         return None
+
+    def _template_problem(self, given: Any) -> str | None:
+        if not isinstance(given, dict):
+            return None
+        if TEMPLATE in given and not self.takes_templates():
+            return (
+                f"{TEMPLATES}.{TEMPLATE}: templates of clients are not rendered; start the server with "
+                "--trust-request-chat-template to permit it"
+            )
+        wrong = next((name for name in NOT_KWARGS if name in given), None)
+        return None if wrong is None else f"{TEMPLATES}.{wrong}: is set by the server; leave it out"
 
     def _most_characters(self, path: str) -> int:
         most = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * self.context_length())
@@ -170,7 +179,7 @@ def most_mib() -> int:
 
 
 def may_hold_template(body: bytes) -> bool:
-    """Whether the name of a client's chat template may be among the body's keys, however it is written."""
+    """Whether a template or kwargs for one may be among the keys of a body, however they are written."""
     return (
         TEMPLATE.encode() in body
         or _ESCAPED.search(body) is not None

@@ -10,6 +10,7 @@ import numpy as np
 
 from lt_sglang.guard.wire import check_message
 
+MEDIA = ("image_data", "video_data", "audio_data")
 INT32_MOST = 2**31 - 1
 # Logits are divided by temperature (at least 1e-6) and by the repetition penalty in float32. Beyond these
 # they overflow, every probability is NaN, and sampling raises.
@@ -42,6 +43,7 @@ def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
     obj: the request it was made of, for what only the tokenizer's process uses.
     """
     check_message(tokenized)
+    _check_media(obj, tokenized)
     length = _check_prompt(limits, tokenized)
     _check_sampling(tokenized.sampling_params)
     _check_positions(limits, tokenized, length)
@@ -52,6 +54,17 @@ def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
         _check_session(tokenized)
         if tokenized.bootstrap_host is not None:
             raise ValueError("bootstrap_host: prefill and decode are not disaggregated here; leave it out")
+
+
+def _check_media(obj: Any, tokenized: Any) -> None:
+    """SGLang's /generate leaves out what a model of text cannot read, and answers all the same."""
+    for name in MEDIA:
+        if tokenized.mm_inputs is None and _holds(getattr(obj, name, None)):
+            raise ValueError(f"{name}: this model reads text only")
+
+
+def _holds(data: Any) -> bool:
+    return any(map(_holds, data)) if isinstance(data, list) else data is not None and data != ""
 
 
 def _check_prompt(limits: Limits, tokenized: Any) -> int:

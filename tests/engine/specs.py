@@ -72,7 +72,11 @@ OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
 
 # Servers that hostile requests are sent to: everything a client may reach is on.
 ADMIN_KEY, CLIENT_KEY = "key-of-the-admin", "key-of-a-client"
-EXPOSED = ("--enable-metrics", "--chat-template", "chatml", "--admin-api-key", ADMIN_KEY)
+# /v1/responses asks for the model by its name, and a template of Jinja is rendered as most models' are.
+EXPOSED = (
+    *("--enable-metrics", "--admin-api-key", ADMIN_KEY, "--served-model-name", "default"),
+    *("--chat-template", str(Path(__file__).resolve().parents[1] / "fuzz/chat.jinja")),
+)
 HEADER_OVERRIDES = {"SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1"}
 
 STOCK = "stock"

@@ -37,8 +37,8 @@ FAILS = {
 class Entry:
     """One hostile request of the corpus.
 
-    expect: "refused" (4xx, or an error event of a stream), "answered" (2xx), or "any" of both. raw: the body as
-    text, between before and after, so many times. kills: it was seen to end or to park a server with
+    expect: "refused" (4xx, or an error event of a stream), "answered" (2xx), or "any" of both. raw: the body
+    as text, between before and after, so many times. kills: it was seen to end or to park a server with
     LT_SGLANG_GUARD=off; of the others that was not tried.
     """
 

@@ -138,6 +138,16 @@ def test_what_ends_the_scheduler_is_refused_by_name(name: str, given: dict[str, 
     assert "\n" not in sentence and "$[" not in sentence
 
 
+@pytest.mark.parametrize("name", ["image_data", "video_data", "audio_data"])
+def test_what_a_model_of_text_cannot_read_is_refused_by_name(name: str) -> None:
+    for nothing in (None, "", [], [None], [[None], [""]]):
+        check(obj=SimpleNamespace(**{name: nothing}))
+    for something in ("x", b"x", {"url": "x"}, ["x"], [[None, "x"]]):
+        with pytest.raises(ValueError, match=f"^{name}: this model reads text only"):
+            check(obj=SimpleNamespace(**{name: something}))
+        check_tokenized(LIMITS, SimpleNamespace(**{name: something}), message(mm_inputs=SimpleNamespace()))
+
+
 def test_the_message_is_not_changed() -> None:
     sent = message(input_ids=array("q", [1, 2]), cache_salt="s")
     before = msgpack_encode(sent)

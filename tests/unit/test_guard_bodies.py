@@ -104,6 +104,10 @@ def test_a_template_of_a_clients_is_refused(client: TestClient, served: Served, 
         answer = client.post(path, content=body)
         assert answer.status_code == 400
         assert answer.json()["error"]["message"].startswith("chat_template_kwargs.chat_template:")
+    for name in bodies.NOT_KWARGS:
+        answer = client.post(path, json={"chat_template_kwargs": {"a": 1, name: None}})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith(f"chat_template_kwargs.{name}:")
     assert not served.bodies
     served.takes_templates = True
     assert client.post(path, content=own).status_code == 200
