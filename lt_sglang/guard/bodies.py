@@ -128,7 +128,8 @@ class BodyGate:
                     f"{entries}: with {first} in front of each they have {size} characters or tokens; at "
                     f"most {most} are taken at once"
                 )
-        if len(body) > most and (size := text_length(value, tokens=False)) > most:
+        # A batch of token ids needs no tokenizer; a conversation has none, and /v1/detokenize writes text.
+        if len(body) > most and (size := text_length(value, tokens=path not in BATCHES)) > most:
             return (
                 f"this request has {size} characters of text; at most {most} are taken at once ({path}, "
                 f"context length {self.context_length()} tokens)"

@@ -72,6 +72,7 @@ def limits_of(manager: Any) -> tokenized.Limits:
         takes_embeds=str(model.dtype) == "torch.bfloat16",
         pooling=bool(get_memory().disable_radix_cache) and get_schedule().chunked_prefill_size == -1,
         labels=frozenset(allowed or ()) if manager.enable_metrics else None,
+        context_length=manager.context_len,
     )
 
 

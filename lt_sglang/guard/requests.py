@@ -15,6 +15,8 @@ from lt_sglang.guard.wire import check_value, hints
 MOST_ANSWERS = 4096
 # Prompts that come in one request over HTTP. SGLang sends them off one by one, and answers nobody meanwhile.
 MOST_PROMPTS = 4096
+# Tokens that stop_token_ids or logit_bias may name; no vocabulary has so many.
+MOST_NAMED = 1 << 19
 # Set by the server itself; a client that sends one reaches into another process.
 INTERNAL = ("http_worker_ipc", "lora_id")
 # SGLang reads these in ways of its own before they are sent; what it makes of them is checked later.
@@ -83,6 +85,9 @@ def check_sampling_params(params: dict[str, Any]) -> None:
     """Raise ValueError unless every value has the type SGLang will send it as."""
     from sglang.srt.sampling.sampling_params import SamplingParams
 
+    for name in ("stop_token_ids", "logit_bias"):
+        if isinstance(params.get(name), (list, dict)) and len(params[name]) > MOST_NAMED:
+            raise ValueError(f"sampling_params.{name}: has {len(params[name])} entries; at most {MOST_NAMED}")
     types = {name: hint for name, hint in hints(SamplingParams).items() if name not in MADE_BY_SGLANG}
     for name, value in params.items():
         if name not in types:

@@ -24,7 +24,7 @@ from tests.fuzz.bodies import Shot, each_shot, operations
 from tests.fuzz.hostile import FAILS, Probe, corpus, outcome
 from tests.fuzz.routes import admin_routes, all_routes, client_routes
 
-from .server import Server
+from .server import REQUEST_TIMEOUT, Server, events
 from .specs import ADMIN_KEY, CLIENT_KEY, FUZZED, FUZZED_DYNAMIC
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
@@ -208,13 +208,16 @@ def test_a_session_survives_names_used_twice(server: Server, keys: dict[str, str
 def test_a_session_of_odd_requests(server: Server, keys: dict[str, str]) -> None:
     """Offsets of any size, and a session that ends while its requests run and wait."""
 
-    def post(path: str, body: dict[str, Any]) -> requests.Response:
-        return requests.post(server.url + path, json=body, headers=keys, timeout=120)
+    def post(path: str, body: dict[str, Any], **options: Any) -> requests.Response:
+        return requests.post(server.url + path, json=body, headers=keys, timeout=REQUEST_TIMEOUT, **options)
+
+    def body(own: str, tokens: int, **session: Any) -> dict[str, Any]:
+        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        named = {"id": name, **session}
+        return {"input_ids": [7, 8, 9], "rid": own, "session_params": named, "sampling_params": params}
 
     def ask(own: str, tokens: int = 2, **session: Any) -> int:
-        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        body = {"input_ids": [7, 8, 9], "session_params": {"id": name, **session}, "sampling_params": params}
-        return post("/generate", {**body, "rid": own}).status_code
+        return post("/generate", body(own, tokens, **session)).status_code
 
     name = post("/open_session", {"capacity_of_str_len": 1000}).json()
     assert ask("first") == 200
@@ -222,13 +225,18 @@ def test_a_session_of_odd_requests(server: Server, keys: dict[str, str]) -> None
         assert ask(f"offset-{number}", rid="first", offset=offset) == 200, offset
         assert ask(f"without-{number}", rid="first", offset=offset, drop_previous_output=True) == 200, offset
     assert ask("nobody", rid="nobody") == 400
-    with ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(ask, f"long-{number}", 700) for number in range(12)]
-        time.sleep(1.0)
-        assert ask("early", rid="long-0") == 400, "that one has not ended"
+    with (
+        ThreadPoolExecutor(12) as pool,
+        post("/generate", {**body("long", 700), "stream": True}, stream=True) as stream,
+    ):
+        answers = events(stream)
+        next(answers)
+        asked = [pool.submit(ask, f"beside-{number}", 50) for number in range(12)]
         assert post("/close_session", {"session_id": name}).status_code == 200
-        # They belong to nobody now, and go on to their end.
-        assert {request.result() for request in asked} == {200}
+        # Those that came before belong to nobody now, and go on to their end.
+        *_, last = answers
+        assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 700}
+        assert {request.result() for request in asked} <= {200, 400}
     assert ask("late") == 400
     server.assert_healthy()
     assert call(server, "POST", "/flush_cache?timeout=30", ADMIN).status_code == 200, "something is left"
