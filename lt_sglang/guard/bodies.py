@@ -17,6 +17,8 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import numpy as np
+
 from lt_sglang import guard
 
 Scope = MutableMapping[str, Any]
@@ -43,6 +45,8 @@ BATCHES = (
     "/v1/classify",
     "/vertex_generate",
 )
+# Lists and objects in each other. Python ends a few hundred further on, in the middle of a route: a 500.
+MOST_LEVELS = 128
 # Routes that write the first of these fields in front of every entry of the second.
 WRITTEN_OUT = {
     "/v1/score": ("query", "items"),
@@ -111,12 +115,15 @@ class BodyGate:
         return small or not self.is_admins(scope)
 
     async def _problem(self, path: str, body: bytes) -> str | None:
-        templates = may_hold_template(body)
-        if len(body) <= MOST_CHARACTERS and not templates and path not in WRITTEN_OUT:
+        deep = may_be_deep(body)
+        looked_into = deep or may_hold_template(body) or path in WRITTEN_OUT
+        if len(body) <= MOST_CHARACTERS and not looked_into:
             return None
         most = self._most_characters(path)
         # Beside the event loop, which answers everybody.
         value = await asyncio.get_running_loop().run_in_executor(None, _parse, body)
+        if deep and levels(value) > MOST_LEVELS:
+            return f"the body has more than {MOST_LEVELS} lists and objects in each other"
         if isinstance(value, dict):
             if (problem := self._template_problem(value.get(TEMPLATES))) is not None:
                 return problem
@@ -187,6 +194,27 @@ def may_hold_template(body: bytes) -> bool:
         or body.startswith(_WIDE)
         or b"\0" in body[:4]
     )
+
+
+def may_be_deep(body: bytes) -> bool:
+    """Whether a body may have more levels than are taken; brackets in its strings count, too."""
+    if body.count(b"[") + body.count(b"{") <= MOST_LEVELS:
+        return False
+    read = np.frombuffer(body, dtype=np.uint8)
+    steps = np.zeros(len(read), dtype=np.int8)
+    for opening, closing in (b"[]", b"{}"):
+        steps += read == opening
+        steps -= read == closing
+    return int(np.cumsum(steps, dtype=np.int32).max()) > MOST_LEVELS
+
+
+def levels(value: Any) -> int:
+    """How many lists and objects of a value are in each other at most."""
+    found, here = 0, [value]
+    while here := [one for one in here if isinstance(one, dict | list)]:
+        found += 1
+        here = [part for one in here for part in (one.values() if isinstance(one, dict) else one)]
+    return found
 
 
 def text_length(value: Any, tokens: bool = True) -> int:

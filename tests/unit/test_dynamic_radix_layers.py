@@ -72,6 +72,7 @@ def test_copies_of_a_prompt_are_computed_as_the_first_was() -> None:
         assert copy.prefix_len == 0
         assert rig.forward(copy).kind == Kind.SELECT
         rig.finish(copy)
+        assert rig.sets.stored == 1, "thousands of copies would push out everybody's"
     repeat = rig.admit(rig.request("repeat", PROMPT))
     assert repeat.prefix_len == len(PROMPT) - 1, "n = 1 still reads what is cached, and says so"
     assert rig.told(repeat)["origin"] == "prefix"

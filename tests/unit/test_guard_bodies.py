@@ -184,6 +184,36 @@ def test_text_is_counted_wherever_it_is() -> None:
     assert bodies.text_length(deep) == 1
 
 
+def nested(count: int, leaf: str = "1") -> str:
+    """A JSON text of so many lists and objects in each other."""
+    return '[{"a": ' * (count // 2) + "[" * (count % 2) + leaf + "]" * (count % 2) + "}]" * (count // 2)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate", "/v1/tokenize"])
+def test_lists_in_lists(client: TestClient, path: str) -> None:
+    most = bodies.MOST_LEVELS
+    many = json.dumps([[1]] * 1000 + ["[" * 1000])
+    for body, status in (
+        (nested(most), 200),
+        (nested(most + 1), 400),
+        (nested(most, leaf='"[[{{"'), 200),
+        # Beside each other, and in a string.
+        (many, 200),
+        (nested(most // 2, leaf=many), 200),
+    ):
+        for text in written(body):
+            answer = client.post(path, content=text)
+            assert answer.status_code == status, body[:50]
+            assert status == 200 or f"more than {most} lists" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(1, 0), ("a", 0), ([], 1), ({"a": 1}, 1), ([1, {"a": [2]}, [3]], 3), ([[[[]]]], 4)]
+)
+def test_levels(value: Any, found: int) -> None:
+    assert bodies.levels(value) == found
+
+
 def test_a_client_that_hangs_up_in_the_middle() -> None:
     """The route hears of it, and nothing is refused."""
     seen: list[Any] = []
