@@ -57,6 +57,7 @@ NOT_COVERED = {
 CACHES = ["unit/test_radix.py", "unit/test_dynamic_radix.py", "property/test_caches.py"]
 TESTS = {
     "memory/sinks.py": ["unit/test_sinks.py", *CACHES],
+    "memory/kv_keys.py": ["unit/test_radix_keys.py"],
     "memory/split.py": ["unit/test_split.py", "unit/test_pools.py", "unit/test_planner.py"],
     "memory/pools.py": ["unit/test_pools.py"],
     "memory/row_table.py": [
