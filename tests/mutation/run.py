@@ -67,7 +67,10 @@ TESTS = {
     ],
     "layers/layer_sets.py": ["unit/test_dynamic_layer_sets.py", "unit/test_dynamic_prefill.py", *CACHES],
     "layers/prefix_index.py": ["unit/test_prefix_index.py"],
-    "layers/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
+    "layers/prefill.py": [
+        *("unit/test_dynamic_prefill.py", "unit/test_dynamic_radix_layers.py"),
+        *(*CACHES, "unit/test_model_runner.py"),
+    ],
     "layers/prefill_plans.py": ["unit/test_model_runner.py"],
     "memory/banks.py": ["unit/test_banks.py", "unit/test_pools.py"],
     "memory/flat_pool.py": ["unit/test_banks.py", "unit/test_pools.py"],
