@@ -120,6 +120,8 @@ class BodyGate:
         if len(body) <= MOST_CHARACTERS and not looked_into:
             return None
         most = self._most_characters(path)
+        if len(body) <= most and not looked_into:
+            return None
         # Beside the event loop, which answers everybody.
         value = await asyncio.get_running_loop().run_in_executor(None, _parse, body)
         if deep and levels(value) > MOST_LEVELS:
