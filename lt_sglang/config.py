@@ -107,7 +107,7 @@ class LightTransferConfig:
         the score "list" all that are not in lazy_layers.
     score: how a layer's laziness is measured, one of SCORES; "list" takes lazy_layers for every request.
     decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
-        chunk that is longer than sink + recent; later chunks already use streaming attention.
+        chunk that reaches decide_tokens; later chunks already use streaming attention.
     check_tables: compare the layer tables of all tensor-parallel ranks after every prefill (debugging).
     """
 

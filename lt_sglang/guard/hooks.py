@@ -13,6 +13,7 @@ from typing import Any
 from lt_sglang import guard
 from lt_sglang.guard import requests, tokenized
 from lt_sglang.guard.stop_regex import MOST_TOKENS
+from lt_sglang.guard.texts import Reader
 from lt_sglang.names import is_requested
 
 # Compiled grammars that a scheduler keeps. One that the guard lets pass takes up to 50 MB for 49,000 tokens.
@@ -30,6 +31,8 @@ def normalize_request(original: Callable[[Any], None], obj: Any) -> None:
 def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
     """Remember whose request it is; a process may have a stock engine besides."""
     obj.lt_guarded = guard.is_on() and is_requested(manager.server_args)
+    if request is not None and obj.lt_guarded:
+        obj.lt_reader = Reader(manager.tokenizer, manager.context_len, manager.allow_auto_truncate)
     return original(manager, obj, request)
 
 
@@ -69,6 +72,7 @@ def limits_of(manager: Any) -> tokenized.Limits:
         takes_embeds=str(model.dtype) == "torch.bfloat16",
         pooling=bool(get_memory().disable_radix_cache) and get_schedule().chunked_prefill_size == -1,
         labels=frozenset(allowed or ()) if manager.enable_metrics else None,
+        context_length=manager.context_len,
     )
 
 

@@ -8,10 +8,15 @@ from typing import Any
 
 from lt_sglang.guard.grammar import check_grammars
 from lt_sglang.guard.stop_regex import check_stop_regex
+from lt_sglang.guard.texts import Reader
 from lt_sglang.guard.wire import check_value, hints
 
 # Answers that one request may ask for, n times its prompts. Each is a request of its own inside the server.
 MOST_ANSWERS = 4096
+# Prompts that come in one request over HTTP. SGLang sends them off one by one, and answers nobody meanwhile.
+MOST_PROMPTS = 4096
+# Tokens that stop_token_ids or logit_bias may name; no vocabulary has so many.
+MOST_NAMED = 1 << 19
 # Set by the server itself; a client that sends one reaches into another process.
 INTERNAL = ("http_worker_ipc", "lora_id")
 # SGLang reads these in ways of its own before they are sent; what it makes of them is checked later.
@@ -68,6 +73,7 @@ def check_request(obj: Any) -> None:
             raise ValueError(f"{name}: is set by the server; leave it out")
     _check_rid(obj)
     _check_text(obj.text)
+    _check_client(obj, getattr(obj, "lt_reader", None))
     for params in _sampling_params(obj.sampling_params):
         check_sampling_params(params)
     _check_answers(obj)
@@ -79,6 +85,9 @@ def check_sampling_params(params: dict[str, Any]) -> None:
     """Raise ValueError unless every value has the type SGLang will send it as."""
     from sglang.srt.sampling.sampling_params import SamplingParams
 
+    for name in ("stop_token_ids", "logit_bias"):
+        if isinstance(params.get(name), (list, dict)) and len(params[name]) > MOST_NAMED:
+            raise ValueError(f"sampling_params.{name}: has {len(params[name])} entries; at most {MOST_NAMED}")
     types = {name: hint for name, hint in hints(SamplingParams).items() if name not in MADE_BY_SGLANG}
     for name, value in params.items():
         if name not in types:
@@ -108,13 +117,31 @@ def _check_answers(obj: Any) -> None:
     answers = 1 if first is None or first.get("n") is None else first["n"]
     if answers < 1:
         raise ValueError(f"n: must be at least 1, got {answers}")
-    prompts = len(obj.text) if isinstance(obj.text, list) else 1
-    if obj.text is None and obj.input_ids and isinstance(obj.input_ids[0], list):
-        prompts = len(obj.input_ids)
+    prompts = _prompts(obj)
     if answers > 1 and answers * prompts > MOST_ANSWERS:
         raise ValueError(
             f"n: {answers} answers to {prompts} prompts; at most {MOST_ANSWERS} answers a request are allowed"
         )
+
+
+def _prompts(obj: Any) -> int:
+    if obj.text is not None:
+        return len(obj.text) if isinstance(obj.text, list) else 1
+    several = obj.input_ids and isinstance(obj.input_ids[0], list)
+    return len(obj.input_ids) if several else 1
+
+
+def _check_client(obj: Any, reader: Reader | None) -> None:
+    """What a program that holds the engine itself may do and a client, beside others, may not."""
+    if reader is None:
+        return
+    name = "input_ids" if obj.text is None else "text"
+    prompts = _prompts(obj)
+    if prompts > MOST_PROMPTS:
+        raise ValueError(f"{name}: {prompts} prompts; at most {MOST_PROMPTS} a request are allowed")
+    for text in obj.text if isinstance(obj.text, list) else [obj.text]:
+        if isinstance(text, str):
+            reader.check("text", text)
 
 
 def _check_rid(obj: Any) -> None:

@@ -10,11 +10,15 @@ import numpy as np
 
 from lt_sglang.guard.wire import check_message
 
+MEDIA = ("image_data", "video_data", "audio_data")
 INT32_MOST = 2**31 - 1
 # Logits are divided by temperature (at least 1e-6) and by the repetition penalty in float32. Beyond these
 # they overflow, every probability is NaN, and sampling raises.
 SMALLEST_REPETITION_PENALTY = 1e-6
 LARGEST_BIAS = 1e20
+# Log-probabilities of other tokens in one answer. Each is a Python object in three processes, made on the
+# scheduler's thread.
+MOST_LOGPROBS = 1 << 21
 # Norms square what they are given. No model's embeddings are near this.
 LARGEST_EMBEDDING = 1e6
 
@@ -26,7 +30,7 @@ class Limits:
     vocab_size, hidden_size: of the model, in tokens and floats. takes_embeds: whether its weights are
     bfloat16, the only type SGLang turns input_embeds into. pooling: whether positions may be read out of a
     prompt, which needs whole prompts and no prefix cache. labels: names custom_labels may use, None where
-    metrics are off and all are ignored.
+    metrics are off and all are ignored. context_length: the longest prompt with its answer, in tokens.
     """
 
     vocab_size: int
@@ -34,6 +38,7 @@ class Limits:
     takes_embeds: bool
     pooling: bool = False
     labels: frozenset[str] | None = None
+    context_length: int = 1 << 20
 
 
 def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
@@ -42,16 +47,28 @@ def check_tokenized(limits: Limits, obj: Any, tokenized: Any) -> None:
     obj: the request it was made of, for what only the tokenizer's process uses.
     """
     check_message(tokenized)
+    _check_media(obj, tokenized)
     length = _check_prompt(limits, tokenized)
     _check_sampling(tokenized.sampling_params)
     _check_positions(limits, tokenized, length)
     _check_overrides(limits, tokenized.positional_embed_overrides, length)
     _check_labels(limits, getattr(obj, "custom_labels", None))
     if hasattr(tokenized, "return_logprob"):
-        _check_logprobs(limits, tokenized)
+        _check_logprobs(limits, tokenized, length)
         _check_session(tokenized)
         if tokenized.bootstrap_host is not None:
             raise ValueError("bootstrap_host: prefill and decode are not disaggregated here; leave it out")
+
+
+def _check_media(obj: Any, tokenized: Any) -> None:
+    """SGLang's /generate leaves out what a model of text cannot read, and answers all the same."""
+    for name in MEDIA:
+        if tokenized.mm_inputs is None and _holds(getattr(obj, name, None)):
+            raise ValueError(f"{name}: this model reads text only")
+
+
+def _holds(data: Any) -> bool:
+    return any(map(_holds, data)) if isinstance(data, list) else data is not None and data != ""
 
 
 def _check_prompt(limits: Limits, tokenized: Any) -> int:
@@ -154,14 +171,26 @@ def _check_labels(limits: Limits, labels: Any) -> None:
         raise ValueError(f"custom_labels: {unknown[0]!r} is not allowed; allowed are {allowed}")
 
 
-def _check_logprobs(limits: Limits, tokenized: Any) -> None:
+def _check_logprobs(limits: Limits, tokenized: Any, length: int) -> None:
     if not tokenized.return_logprob:
         return
-    if tokenized.logprob_start_len < -1:
-        raise ValueError(f"logprob_start_len: must be at least -1, got {tokenized.logprob_start_len}")
-    if not 0 <= tokenized.top_logprobs_num <= limits.vocab_size:
+    start, each = tokenized.logprob_start_len, tokenized.top_logprobs_num
+    if start < -1:
+        raise ValueError(f"logprob_start_len: must be at least -1, got {start}")
+    if not 0 <= each <= limits.vocab_size:
+        raise ValueError(f"top_logprobs_num: must be between 0 and {limits.vocab_size}, got {each}")
+    asked = len(tokenized.token_ids_logprob or ())
+    # Of a session's prompt this is the end; how long all of it is, is not known here.
+    session = tokenized.session_params is not None
+    positions = 0 if start < 0 else limits.context_length if session else max(0, length - start)
+    new = tokenized.sampling_params.max_new_tokens
+    positions += limits.context_length if new is None else new
+    found = min(positions, limits.context_length) * (each + asked)
+    if found > MOST_LOGPROBS:
+        name = "top_logprobs_num" if each > asked else "token_ids_logprob"
         raise ValueError(
-            f"top_logprobs_num: must be between 0 and {limits.vocab_size}, got {tokenized.top_logprobs_num}"
+            f"{name}: {each + asked} for each of {positions} tokens are {found}; at most {MOST_LOGPROBS} "
+            "are allowed"
         )
 
 

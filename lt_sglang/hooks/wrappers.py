@@ -146,13 +146,15 @@ def run_http_server(
     execute_warmup_func: Callable[[Any], bool] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Serve nobody but the server's own warm-up before it is ready."""
+    """Serve nobody but the server's own warm-up before it is ready, and no body that is too much for it."""
     from sglang.srt.entrypoints import http_server
 
+    from lt_sglang.guard import bodies
     from lt_sglang.launch.gate import guard
 
     warm_up = execute_warmup_func
     if is_requested(server_args):
+        bodies.put(http_server.app, tokenizer_manager)
         warm_up = guard(http_server.app, tokenizer_manager, execute_warmup_func)
     return original(server_args, tokenizer_manager, *args, execute_warmup_func=warm_up, **kwargs)
 

@@ -1,1 +1,1 @@
-"""KV memory of hybrid models: the pool split, the sink rows and the prefix cache that keeps them."""
+"""KV memory of hybrid models: units that full and lazy layers share, admission by what requests take, and sinks."""

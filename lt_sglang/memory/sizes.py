@@ -13,6 +13,8 @@ from lt_sglang.memory.units import UnitShape
 TABLE_BYTES = 24
 # With no full layer at all, full slots are positions, not bytes: 16 bytes of bookkeeping each.
 MAX_POSITIONS = 1 << 26
+# A position's entry in the list of free ones, and its streaming slot.
+POSITION_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
         sinks = demand.units(0, config.sink_tokens) * (1 + full_limit // config.lazy_tokens)
         units = min(units, demand.units(full_limit, full_limit) + 2 * sinks)
     if not shape.full_layers:
-        full_limit = min(max(2 * context_tokens, units * page_size), MAX_POSITIONS) // page_size * page_size
+        # Positions hold no K and V. So there are as many as the windows in memory may stand for, but their table
+        # takes at most a fiftieth of the memory.
+        least = max(2 * context_tokens, units * page_size)
+        windows = units * page_size // max(config.lazy_tokens, 1) * context_tokens
+        full_limit = min(max(least, min(windows, budget_bytes // (50 * POSITION_BYTES))), MAX_POSITIONS)
+        units -= max(full_limit - least, 0) * POSITION_BYTES // (unit_bytes + tables)
+        full_limit = full_limit // page_size * page_size
     if config.dynamic:
         demand = demand.undecided_up_to(_undecided(config, demand, units))
     most = units * page_size if full_limit is None else full_limit

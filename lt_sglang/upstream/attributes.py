@@ -60,6 +60,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = FLASHINFER | {
         "model_config",
         "enable_metrics",
         "server_status",
+        "tokenizer",
+        "allow_auto_truncate",
     ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo": (
         "req_pool_idx",

@@ -247,6 +247,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.runtime_context.get_observability": "",
     "sglang.srt.runtime_context.get_parallel": "",
     "sglang.srt.runtime_context.get_schedule": "",
+    "sglang.srt.runtime_context.get_serving": "",
     "sglang.srt.server_args.ServerArgs.url": "self, port=",
     "sglang.srt.server_args.prepare_server_args": "argv",
     "sglang.srt.utils.get_num_new_pages": "seq_lens, page_size, prefix_lens=, decode=",

@@ -6,6 +6,8 @@ and sink sets are reused many times over.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 LONGEST_PROMPT = 3000
 NEW_TOKENS = 64
 FULL_POOL = 6400
@@ -57,5 +59,9 @@ WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
 OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
 # Servers that hostile requests are sent to: everything a client may reach is on.
 ADMIN_KEY, CLIENT_KEY = "key-of-the-admin", "key-of-a-client"
-EXPOSED = ("--enable-metrics", "--chat-template", "chatml", "--admin-api-key", ADMIN_KEY)
+# /v1/responses asks for the model by its name, and a template of Jinja is rendered as most models' are.
+EXPOSED = (
+    *("--enable-metrics", "--admin-api-key", ADMIN_KEY, "--served-model-name", "default"),
+    *("--chat-template", str(Path(__file__).resolve().parents[1] / "fuzz/chat.jinja")),
+)
 HEADER_OVERRIDES = {"SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1"}

@@ -6,9 +6,11 @@ more.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from tests.fuzz.bodies import Shot, each_shot, operations
 from tests.fuzz.hostile import FAILS, Probe, corpus, outcome
 from tests.fuzz.routes import admin_routes, all_routes, client_routes
 
-from .server import Server
+from .server import REQUEST_TIMEOUT, Server, events
 from .server_flags import ADMIN_KEY, CLIENT_KEY
 from .specs import FUZZED, FUZZED_DYNAMIC
 
@@ -201,6 +203,67 @@ def test_a_session_survives_names_used_twice(server: Server, keys: dict[str, str
     assert ask("c", rid="a", replace=True) == 200
     assert ask("d", replace=True) == 400
     assert post("/close_session", {"session_id": name}).status_code == 200
+    server.assert_healthy()
+
+
+def test_a_session_of_odd_requests(server: Server, keys: dict[str, str]) -> None:
+    """Offsets of any size, and a session that ends while its requests run and wait."""
+
+    def post(path: str, body: dict[str, Any], **options: Any) -> requests.Response:
+        return requests.post(server.url + path, json=body, headers=keys, timeout=REQUEST_TIMEOUT, **options)
+
+    def body(own: str, tokens: int, **session: Any) -> dict[str, Any]:
+        params = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        named = {"id": name, **session}
+        return {"input_ids": [7, 8, 9], "rid": own, "session_params": named, "sampling_params": params}
+
+    def ask(own: str, tokens: int = 2, **session: Any) -> int:
+        return post("/generate", body(own, tokens, **session)).status_code
+
+    name = post("/open_session", {"capacity_of_str_len": 1000}).json()
+    assert ask("first") == 200
+    for number, offset in enumerate((-1, -(10**6), 0, 10**6, 2**62, -(2**63))):
+        assert ask(f"offset-{number}", rid="first", offset=offset) == 200, offset
+        assert ask(f"without-{number}", rid="first", offset=offset, drop_previous_output=True) == 200, offset
+    assert ask("nobody", rid="nobody") == 400
+    with (
+        ThreadPoolExecutor(12) as pool,
+        post("/generate", {**body("long", 700), "stream": True}, stream=True) as stream,
+    ):
+        answers = events(stream)
+        next(answers)
+        asked = [pool.submit(ask, f"beside-{number}", 50) for number in range(12)]
+        assert post("/close_session", {"session_id": name}).status_code == 200
+        # Those that came before belong to nobody now, and go on to their end.
+        *_, last = answers
+        assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 700}
+        assert {request.result() for request in asked} <= {200, 400}
+    assert ask("late") == 400
+    server.assert_healthy()
+    assert call(server, "POST", "/flush_cache?timeout=30", ADMIN).status_code == 200, "something is left"
+
+
+def test_realtime_needs_a_speech_model(server: Server, keys: dict[str, str]) -> None:
+    """A websocket that SGLang's check of keys does not see; what is sent to it is read by nobody."""
+    upgrade = {
+        "Host": "a",
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    }
+    lines = ["GET /v1/realtime HTTP/1.1", *(f"{name}: {value}" for name, value in upgrade.items())]
+    for sent in (b"", b"\x81\x80\0\0\0\0", b"\x82\xff" + b"\xff" * 8 + b"\0" * 2**16, b"nonsense"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode() + sent)
+            stream = connection.makefile("rb")
+            assert stream.readline().split()[1] == b"101"
+            while stream.readline().strip():
+                pass
+            # A text frame of 126 to 65,535 bytes.
+            assert stream.read(2) == b"\x81\x7e"
+            error = json.loads(stream.read(int.from_bytes(stream.read(2), "big")))
+            assert error["error"]["code"] == "not_supported", error
     server.assert_healthy()
 
 

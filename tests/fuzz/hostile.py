@@ -37,8 +37,9 @@ FAILS = {
 class Entry:
     """One hostile request of the corpus.
 
-    expect: "refused" (4xx, or an error event of a stream), "answered" (2xx), or "any" of both. kills: it was
-    seen to end or to park a server with LT_SGLANG_GUARD=off; of the others that was not tried.
+    expect: "refused" (4xx, or an error event of a stream), "answered" (2xx), or "any" of both. raw: the body
+    as text, between before and after, so many times. kills: it was seen to end or to park a server with
+    LT_SGLANG_GUARD=off; of the others that was not tried.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Entry:
     body: Any = None
     raw: str | None = None
     times: int = 1
+    before: str = ""
+    after: str = ""
     method: str = "POST"
     headers: Mapping[str, str] = field(default_factory=dict)
     kills: bool = False
@@ -55,7 +58,9 @@ class Entry:
     @property
     def data(self) -> bytes:
         """The bytes of the body."""
-        text = json.dumps(self.body) if self.raw is None else self.raw * self.times
+        text = json.dumps(self.body)
+        if self.raw is not None:
+            text = self.before + self.raw * self.times + self.after
         return text.encode()
 
 

@@ -57,7 +57,12 @@ NOT_COVERED = {
 CACHES = ["unit/test_radix.py", "unit/test_dynamic_radix.py", "property/test_caches.py"]
 TESTS = {
     "memory/sinks.py": ["unit/test_sinks.py", "unit/test_sinks_churn.py", *CACHES],
-    "memory/split.py": ["unit/test_split.py", "unit/test_pools.py", "unit/test_planner.py"],
+    "memory/kv_keys.py": ["unit/test_radix_keys.py"],
+    "memory/units.py": ["unit/test_units.py", "unit/test_allocator.py"],
+    "memory/demand.py": ["unit/test_demand.py", "unit/test_budget.py"],
+    "memory/budget.py": ["unit/test_budget.py"],
+    "memory/sizes.py": ["unit/test_sizes.py", "unit/test_planner.py"],
+    "memory/allocator.py": ["unit/test_allocator.py", "unit/test_radix.py", "unit/test_windows_slide.py"],
     "memory/pools.py": ["unit/test_pools.py"],
     "memory/row_table.py": [
         "unit/test_device_tables.py",
@@ -67,7 +72,11 @@ TESTS = {
     ],
     "layers/layer_sets.py": ["unit/test_dynamic_layer_sets.py", "unit/test_dynamic_prefill.py", *CACHES],
     "layers/prefix_index.py": ["unit/test_prefix_index.py"],
-    "layers/prefill.py": ["unit/test_dynamic_prefill.py", *CACHES, "unit/test_model_runner.py"],
+    "layers/prefill.py": [
+        *("unit/test_dynamic_prefill.py", "unit/test_dynamic_radix_layers.py"),
+        *(*CACHES, "unit/test_model_runner.py"),
+    ],
+    "layers/prefill_plans.py": ["unit/test_model_runner.py"],
     "memory/banks.py": ["unit/test_banks.py", "unit/test_pools.py"],
     "memory/flat_pool.py": ["unit/test_banks.py", "unit/test_pools.py"],
     "identify/observation_window.py": ["unit/test_dynamic_window.py", "unit/test_dynamic_state.py"],

@@ -149,6 +149,18 @@ def test_uids_are_never_used_twice() -> None:
     assert sets.stats.evicted == 19
 
 
+def test_who_found_a_set_that_is_gone_by_now_is_told() -> None:
+    sets = store(capacity=2)
+    decided(sets, "a", "a")
+    entry = first(sets, "a")
+    assert entry is not None and entry.stored
+    sets.release("a", None)
+    decided(sets, "b", "b")
+    assert not entry.stored
+    with pytest.raises(AssertionError):
+        sets.inherit("c", entry, key("a"))
+
+
 def test_the_least_recently_used_idle_set_makes_room() -> None:
     sets = store(capacity=4)
     for name in "abc":

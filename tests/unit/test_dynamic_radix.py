@@ -150,14 +150,15 @@ def test_a_request_keeps_its_own_extra_key() -> None:
     assert req.extra_key == "k"
 
 
-def test_touching_keeps_what_waits_from_being_evicted() -> None:
+@pytest.mark.parametrize("owner", [None, "tenant"])
+def test_touching_keeps_what_waits_from_being_evicted(owner: str | None) -> None:
     """In the name space of the set that will be tried first."""
     scheduler = Scheduler(SIZES)
-    run(scheduler, request("a", LONG, output=1))
+    run(scheduler, request("a", LONG, output=1, extra_key=owner))
     run(scheduler, request("b", OTHER, output=1))
-    scheduler.caches.tree.touch_prefix(key(LONG))
+    scheduler.caches.tree.touch_prefix(key(LONG, owner))
     scheduler.evict(len(OTHER), 0)
-    assert hit(scheduler, LONG) == len(LONG) and hit(scheduler, OTHER) == 0
+    assert hit(scheduler, LONG, extra_key=owner) == len(LONG) and hit(scheduler, OTHER) == 0
     scheduler.caches.tree.touch_prefix(key(list(range(30))))  # of nobody
     scheduler.caches.tree.touch_prefix(key(LONG[:3]))
 

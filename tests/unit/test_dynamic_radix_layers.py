@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,12 +73,39 @@ def test_copies_of_a_prompt_are_computed_as_the_first_was() -> None:
         assert copy.prefix_len == 0
         assert rig.forward(copy).kind == Kind.SELECT
         rig.finish(copy)
+        assert rig.sets.stored == 1, "thousands of copies would push out everybody's"
     repeat = rig.admit(rig.request("repeat", PROMPT))
     assert repeat.prefix_len == len(PROMPT) - 1, "n = 1 still reads what is cached, and says so"
     assert rig.told(repeat)["origin"] == "prefix"
     longer = rig.request("longer", [*PROMPT, 7, 8, 9])
     longer.sampling_params.n = 3
     assert rig.admit(longer).prefix_len == len(PROMPT)
+    rig.check()
+
+
+def test_who_comes_back_is_found_by_its_own_tenant_alone() -> None:
+    rig = DynamicRig()
+    req = rig.prefilled(rig.request("a", PROMPT, cache_salt="tenant"))
+    rig.decode(req, steps=3)
+    rig.retract(req)
+    rig.admit(req)
+    assert req.prefix_len >= len(PROMPT)
+    rig.forward(req)
+    found = {
+        salt: list(rig.sets.find(rig.tracker.prompt_start(array("q", PROMPT), None, salt)))
+        for salt in ("tenant", None)
+    }
+    assert found == {"tenant": [rig.sets.of(request_id(req))], None: []}
+    rig.check()
+
+
+def test_a_name_that_is_used_again_brings_nothing_back() -> None:
+    """How many rows the last one of this name had filled before its layers were known."""
+    rig = DynamicRig()
+    rig.finish(rig.prefilled(rig.request("a", PROMPT)))
+    short = rig.prefilled(rig.request("a", PROMPT[:10]))
+    had = rig.tracker.memory_of(request_id(short))
+    assert had is not None and had.default and had.full_rows == 0
     rig.check()
 
 

@@ -13,6 +13,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import DynamicState, Ranks, TableChecks, projections_of, tp_ranks
+from lt_sglang.identify.stopwatch import Stopwatch
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
@@ -42,6 +43,14 @@ def one_of_two_ranks(other: list[int], check: bool = True) -> DynamicState:
         reduce_min=lambda tensor: torch.minimum(tensor, theirs),
     )
     return DynamicState(config, pool, torch.float32, sets, get_score("lighttransfer"), ranks, {})
+
+
+def test_the_time_is_taken_on_the_pools_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(Stopwatch, "of", lambda device: asked.append(device) or "watch")  # type: ignore[func-returns-value]
+    watch: object = one_of_two_ranks([]).stopwatch
+    assert watch == "watch"
+    assert asked == [torch.device("cpu")]
 
 
 def test_equal_tables_are_counted() -> None:

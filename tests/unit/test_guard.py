@@ -27,6 +27,7 @@ from lt_sglang.guard import hooks, requests
 from lt_sglang.guard.tokenized import Limits, check_tokenized
 
 VOCABULARY, HIDDEN = 300, 8
+TOO_MANY = dict.fromkeys(map(str, range(requests.MOST_NAMED + 1)), 1.0)
 LIMITS = Limits(vocab_size=VOCABULARY, hidden_size=HIDDEN, takes_embeds=True)
 NORMALIZE = GenerateReqInput.normalize_batch_and_arguments
 
@@ -62,10 +63,14 @@ def check(limits: Limits = LIMITS, obj: Any = None, **given: Any) -> None:
     check_tokenized(limits, obj or SimpleNamespace(), message(**given))
 
 
+FROM_0 = {"logprob_start_len": 0}
 GOOD: list[dict[str, Any]] = [
     {},
     {"input_ids": array("q", [0, VOCABULARY - 1])},
     {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": VOCABULARY},
+    {"return_logprob": True, "top_logprobs_num": 20, "input_ids": array("q", [1] * 100_000), **FROM_0},
+    {"return_logprob": True, "top_logprobs_num": 300, "input_ids": array("q", [1] * 200_000)},
+    {"return_logprob": True, "token_ids_logprob": [5] * 16_000},
     # Ignored by the scheduler where no log-probabilities are asked for.
     {"logprob_start_len": -2, "top_logprobs_num": -1},
     {"sampling_params": sampling(stop_token_ids=[0, VOCABULARY - 1])},
@@ -80,6 +85,10 @@ GOOD: list[dict[str, Any]] = [
     {"positional_embed_overrides": PositionalEmbeds([torch.ones(HIDDEN)], [2])},
     {"bootstrap_room": 5, "bootstrap_port": 80},
 ]
+# So many tokens are asked about: of a prompt, of an answer, of what a session has already.
+LONG: dict[str, Any] = {"input_ids": array("q", [1] * 14_000), "logprob_start_len": 0}
+ENDLESS: dict[str, Any] = {"sampling_params": sampling(max_new_tokens=None)}
+CONTINUED: dict[str, Any] = {"session_params": SessionParams(id="s"), "logprob_start_len": 0}
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("input_ids", {"input_ids": array("q", [1, -1])}),
     ("input_ids", {"input_ids": array("q", [VOCABULARY])}),
@@ -89,6 +98,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("logprob_start_len", {"return_logprob": True, "logprob_start_len": "0"}),
     ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}),
     ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": -1}),
+    ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": 300, **LONG}),
+    ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": 300, **ENDLESS}),
+    ("top_logprobs_num", {"return_logprob": True, "top_logprobs_num": 300, **CONTINUED}),
+    ("token_ids_logprob", {"return_logprob": True, "token_ids_logprob": [5] * 30_000, **LONG}),
+    ("token_ids_logprob", {"return_logprob": True, "token_ids_logprob": [5] * 17_000}),
     ("top_k", {"sampling_params": sampling(top_k=2**31)}),
     ("min_new_tokens", {"sampling_params": sampling(max_new_tokens=None, min_new_tokens=2**31)}),
     ("stream_interval", {"sampling_params": sampling(stream_interval=-1)}),
@@ -136,6 +150,16 @@ def test_what_ends_the_scheduler_is_refused_by_name(name: str, given: dict[str, 
     # Encoding errors of integers beyond 64 bits do not say where.
     assert sentence.startswith((f"{field}:", "request:")), sentence
     assert "\n" not in sentence and "$[" not in sentence
+
+
+@pytest.mark.parametrize("name", ["image_data", "video_data", "audio_data"])
+def test_what_a_model_of_text_cannot_read_is_refused_by_name(name: str) -> None:
+    for nothing in (None, "", [], [None], [[None], [""]]):
+        check(obj=SimpleNamespace(**{name: nothing}))
+    for something in ("x", b"x", {"url": "x"}, ["x"], [[None, "x"]]):
+        with pytest.raises(ValueError, match=f"^{name}: this model reads text only"):
+            check(obj=SimpleNamespace(**{name: something}))
+        check_tokenized(LIMITS, SimpleNamespace(**{name: something}), message(mm_inputs=SimpleNamespace()))
 
 
 def test_the_message_is_not_changed() -> None:
@@ -196,6 +220,8 @@ def test_requests_that_work_are_normalized(given: dict[str, Any]) -> None:
         ("sampling_params.custom_params", {"sampling_params": {"custom_params": {"a": {"b": [[1]]}}}}),
         ("sampling_params.json_schema", {"sampling_params": {"json_schema": {"type": "string"}}}),
         ("sampling_params.stop_token_ids", {"sampling_params": {"stop_token_ids": ["x"]}}),
+        ("sampling_params.stop_token_ids: has", {"sampling_params": {"stop_token_ids": [1] * (1 + 2**19)}}),
+        ("sampling_params.logit_bias: has", {"sampling_params": {"logit_bias": TOO_MANY}}),
         ("sampling_params", {"sampling_params": {"is_normalized": True}}),
         ("sampling_params", {"sampling_params": {"no_such": 1}}),
         ("sampling_params", {"sampling_params": []}),
@@ -268,7 +294,13 @@ def requested(backend: str = "lighttransfer") -> Any:
 
 @pytest.mark.parametrize(("backend", "ours"), [("lighttransfer", True), ("fa3", False)])
 def test_a_stock_engine_beside_ours_is_not_guarded(backend: str, ours: bool) -> None:
-    manager = SimpleNamespace(server_args=requested(backend), lt_limits=LIMITS)
+    manager = SimpleNamespace(
+        server_args=requested(backend),
+        lt_limits=LIMITS,
+        tokenizer=None,
+        context_len=9,
+        allow_auto_truncate=False,
+    )
     obj = GenerateReqInput(input_ids=[1], rid="HEALTH_CHECK_a")
     seen: list[Any] = []
     hooks.generate_request(lambda *given: seen.append(given), manager, obj, "request")

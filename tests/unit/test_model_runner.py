@@ -249,9 +249,14 @@ def allocated(
     made.sink_store, made.lt_config = None, config
     made.layer_info = SimpleNamespace(swa_attention_layer_ids=streaming)
     made.kv_cache_configurator = SimpleNamespace(flat_pool=flat_pool)
-    monkeypatch.setattr(ModelRunner, "alloc_memory_pool", lambda self, *a, **k: self.events.append("alloc"))
+
+    def alloc(self: Any, *given: Any, **named: Any) -> None:
+        assert (given, named) == (("config",), {"more": 1})
+        self.events.append("alloc")
+
+    monkeypatch.setattr(ModelRunner, "alloc_memory_pool", alloc)
     monkeypatch.setattr(LightTransferModelRunner, "_init_dynamic", lambda self: self.events.append("dynamic"))
-    made.alloc_memory_pool()
+    made.alloc_memory_pool("config", more=1)
     return made
 
 

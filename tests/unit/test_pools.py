@@ -95,14 +95,16 @@ def test_what_the_sizes_are_computed_from(monkeypatch: pytest.MonkeyPatch) -> No
     assert made.sizes.demand.interval == 1, "SGLang slides at every token then"
 
 
-@pytest.mark.parametrize(("chunk", "tokens"), [(64, 64), (None, 4096), (-1, 4096), (0, 4096), (8192, 4096)])
+@pytest.mark.parametrize(
+    ("chunk", "tokens"), [(64, 64), (1, 1), (None, 4096), (-1, 4096), (0, 4096), (8192, 4096)]
+)
 def test_most_tokens_of_a_prefill(monkeypatch: pytest.MonkeyPatch, chunk: int | None, tokens: int) -> None:
     made = configurator(monkeypatch, chunked_prefill_size=chunk)
     made.config_from_budget(16 << 20)
     assert made.sizes is not None and made.sizes.demand.chunk == tokens
     # Without chunks a batch of several prompts may be longer than the context.
     wide = configurator(monkeypatch, chunked_prefill_size=chunk, max_prefill_tokens=5000)
-    assert wide._batch_tokens() == {64: 64, 8192: 8192}.get(chunk or 0, 5000)
+    assert wide._batch_tokens() == {64: 64, 1: 1, 8192: 8192}.get(chunk or 0, 5000)
 
 
 def test_a_budget_becomes_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

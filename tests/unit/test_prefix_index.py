@@ -137,6 +137,15 @@ def test_a_key_that_everybody_uses_stays_small() -> None:
     assert not index._roots and index._bytes == 0
 
 
+def test_a_prompt_that_is_filed_again_is_not_the_next_to_be_forgotten() -> None:
+    rng = random.Random(3)
+    one, two, *others = (begin(tokens(rng, BLOCK + 1)) for _ in range(MOST_PROMPTS + 1))
+    index = PrefixIndex()
+    for prompt in (one, two, one, *others):
+        index.file(7, prompt)
+    assert list(index.find(one)) == [7] and list(index.find(two)) == []
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those used least recently are found by their first blocks only."""
     monkeypatch.setattr(module, "MOST_BYTES", 8 * 1000)

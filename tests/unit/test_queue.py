@@ -68,6 +68,24 @@ def test_every_layer_is_where_its_rows_were_moved(layers: int, keep: int) -> Non
         assert sorted(bank_of[0].tolist()) == list(range(layers))
 
 
+@pytest.mark.parametrize(
+    ("scores", "popped"),
+    [
+        ([1.0, torch.inf, 2.0], 1),
+        ([1.0, torch.nan, 2.0], 1),
+        ([torch.nan, torch.inf, 2.0], 1),
+        ([torch.inf, torch.nan, 2.0], 1),
+        ([-torch.inf, 1.0, -2.0], 1),
+        ([-torch.inf, -torch.inf, -torch.inf], 2),
+    ],
+)
+def test_infinity_and_what_is_no_number_are_laziest(scores: list[float], popped: int) -> None:
+    bank_of = torch.full((1, 3), UNDECIDED, dtype=torch.int32)
+    laziness = torch.tensor([scores])
+    steps = [queue_step(bank_of, laziness, torch.tensor([0]), layer, 2).item() for layer in range(3)]
+    assert steps == [NOBODY, NOBODY, popped]
+
+
 def test_works_in_place_on_the_tables_it_is_given() -> None:
     """Indices may be int64 on any device; the table keeps its dtype."""
     bank_of = torch.full((3, 4), UNDECIDED, dtype=torch.int32)

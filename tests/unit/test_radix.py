@@ -60,6 +60,17 @@ def test_a_long_prefix_is_a_hit_while_its_sinks_are_stored() -> None:
     assert result.last_device_node != scheduler.caches.tree.root_node_handle()
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_who_asks_is_told_its_layers_at_its_end(asks: bool) -> None:
+    """Where no token is sampled, nothing was told before."""
+    scheduler = Scheduler(Sizes())
+    req = request("a", LONG)
+    req.sampling_params.custom_params = {"lighttransfer": asks}
+    run(scheduler, req)
+    found = (req.customized_info or {}).get("lighttransfer")
+    assert found == ([scheduler.caches.tree.describe(req)] if asks else None)
+
+
 def test_a_hit_whose_sinks_are_gone_is_a_miss() -> None:
     """Its window is there, its first tokens are not; what needs no sinks still is a hit."""
     scheduler = Scheduler(Sizes(sets=1))

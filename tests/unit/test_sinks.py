@@ -96,6 +96,9 @@ def test_the_least_recently_used_idle_set_is_evicted() -> None:
     assert ("b",) not in device.store
     assert ("a",) in device.store
     assert device.store.stats.evicted == 1
+    device.capture(request("d", 4))
+    assert ("a",) not in device.store
+    assert device.store.stats.evicted == 2
 
 
 def test_a_set_in_use_is_never_evicted() -> None:
