@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lt_sglang.eval.items import Tokenizer
 from lt_sglang.eval.report import aligned
 from lt_sglang.eval.tasks.conversations import CONVERSATIONS, Conversation, ConversationTask
 from lt_sglang.launch.engine import Engine, EngineSpec
+from lt_sglang.launch.processes import free_port
 from lt_sglang.launch.ready import say
 
 COLD = "-cold"
@@ -172,6 +174,9 @@ def run(
 
 def _together(suite: Suite, specs: Sequence[EngineSpec], clients: int) -> None:
     """Start these engines at once and ask each; one that fails leaves the others alone."""
+    if len(specs) > 1:
+        # Side by side they could choose the same free port.
+        specs = [replace(spec, own=(*spec.own, f"--nccl-port={free_port()}")) for spec in specs]
     engines = [Engine(spec, suite.folder / f"{spec.name}.log") for spec in specs]
 
     def one(engine: Engine) -> None:
