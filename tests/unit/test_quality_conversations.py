@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lt_sglang.cli import eval_conversations
 from lt_sglang.cli.eval import read_engines
 from lt_sglang.cli.eval_conversations import Suite, build, write_samples
 from lt_sglang.errors import LightTransferError
@@ -26,6 +29,7 @@ from lt_sglang.eval.tasks.conversations import (
     ConversationTask,
 )
 from lt_sglang.eval.tasks.passkey import MARGIN_TOKENS
+from lt_sglang.launch.engine import EngineSpec
 
 from .words import Words
 
@@ -227,6 +231,46 @@ def test_a_secret_is_kept_by_not_saying_it_and_never_added_up(tmp_path: Path) ->
     assert not [row for row in rows if row.task == ALL]
 
 
+# ---- an endpoint
+
+
+class Handler(BaseHTTPRequestHandler):
+    """SGLang's /generate, as far as it is asked: echoes, and notes the name spaces."""
+
+    seen: list[tuple[int, str]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append((body["input_ids"][0], body["extra_key"]))
+        told = {"lazy_layers": [1], "laziness": None, "origin": "static"}
+        meta = {"cached_tokens": 7, "finish_reason": {"type": "length"}, "lighttransfer": [told]}
+        ids = body["input_ids"][-1:] * body["sampling_params"]["max_new_tokens"]
+        data = json.dumps({"output_ids": ids, "meta_info": meta}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_turns_share_a_name_space_unless_they_are_cold(cold: bool) -> None:
+    Handler.seen.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = Endpoint("fake", f"http://127.0.0.1:{server.server_port}", clients=2)
+        asked = [[([n, turn], turn) for turn in (1, 2, 3)] for n in range(4)]
+        found = list(endpoint.converse(asked, cold=cold))
+        server.shutdown()
+    assert [[reply.tokens for reply in replies] for replies in found] == [[(1,), (2, 2), (3, 3, 3)]] * 4
+    assert found[0][0] == Reply((1,), 7, Decision((1,), None, "static"))
+    for n in range(4):
+        assert len({key for first, key in Handler.seen if first == n}) == (3 if cold else 1)
+    assert len({key for _, key in Handler.seen}) == (12 if cold else 4)
+
+
 # ---- answers that are kept
 
 
@@ -304,6 +348,63 @@ def test_report(tmp_path: Path) -> None:
     assert {row["hits"] for row in rows} == {0}
     assert sum(row["questions"] for row in rows) == 2 * 2 * (3 + 5)
     assert "half-cold" in (tmp_path / "table.txt").read_text()
+
+
+class FakeEngine:
+    """As Engine; one named ``broken`` does not start."""
+
+    flags: list[tuple[str, ...]] = []
+
+    def __init__(self, spec: EngineSpec, log: Path) -> None:
+        self.name, self.url = spec.name, "http://nowhere"
+        self.flags.append(spec.own)
+        self.state: list[str] = []
+
+    def hold(self) -> None:
+        self.state.append("held")
+
+    def stop(self) -> None:
+        self.state.append("stopped")
+
+    def __enter__(self) -> FakeEngine:
+        assert self.state == ["held"]
+        if self.name == "broken":
+            raise LightTransferError("broken did not start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def test_an_engine_that_fails_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Words()
+    engines = ["full", "broken", "half"]
+
+    def fake(name: str, url: str, clients: int) -> Server:
+        server = Server(tokenizer, lambda *_: LOST)
+        server.name = name
+        return server
+
+    monkeypatch.setattr(eval_conversations, "Engine", FakeEngine)
+    monkeypatch.setattr(eval_conversations, "Endpoint", fake)
+    args = settings(tmp_path, together=3, clients=1, samples_out=None)
+    specs = [EngineSpec(name, "M", own=("--x",)) for name in engines]
+    assert eval_conversations.run(args, specs, [], tokenizer, []) == 1
+    said = capsys.readouterr()
+    assert "broken did not start" in said.err and "half-cold" in said.out
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == [
+        "full.jsonl",
+        "half-cold.jsonl",
+        "half.jsonl",
+    ]
+    ports = {word for own in FakeEngine.flags for word in own if word.startswith("--nccl-port=")}
+    assert len(ports) == 3
+    # The same command goes on: what is complete is not started again, and keeps its flags.
+    FakeEngine.flags.clear()
+    assert eval_conversations.run(args, specs, [], tokenizer, []) == 1
+    assert FakeEngine.flags == [("--x",)]
 
 
 def test_samples_for_calibrate_are_of_other_texts(tmp_path: Path) -> None:
