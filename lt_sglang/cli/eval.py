@@ -35,6 +35,7 @@ KEY_TASKS = {"passkey": 1, "3-key": 3}
 TEXT = "text"
 TASKS = (*KEY_TASKS, *SHAPES, TEXT)
 PROMPTS, TURNS = "prompts", "conversations"
+OF_TURNS = ("cold", "limit_s", "samples_out", "together")
 DEFAULT_TASKS = {PROMPTS: ("passkey", "3-key", TEXT), TURNS: tuple(CONVERSATIONS)}
 EPILOG = """\
 The first engine is full attention; the others are compared with it, item by item.
@@ -118,16 +119,19 @@ def check(args: argparse.Namespace, shared: list[str]) -> None:
 
 
 def _check_suite(args: argparse.Namespace, names: list[str]) -> None:
+    """Raise LightTransferError for what the other suite has."""
+    other, names_of = (PROMPTS, ("longbench", *MATH_METRICS)) if args.suite == TURNS else (TURNS, OF_TURNS)
+    for name in names_of:
+        if getattr(args, name) not in (None, [], 1):
+            raise LightTransferError(f"--{name.replace('_', '-')}: only with --suite {other}")
+    known = CONVERSATIONS if args.suite == TURNS else TASKS
+    for name in args.tasks:
+        if name not in known:
+            raise LightTransferError(
+                f"--tasks {name}: not of --suite {args.suite}; one of {', '.join(known)}"
+            )
     if args.suite == TURNS:
         eval_conversations.check(args, names)
-        return
-    for name in args.tasks:
-        if name not in TASKS:
-            raise LightTransferError(f"--tasks {name}: only with --suite {TURNS}")
-    only = (("--cold", args.cold), ("--limit-s", args.limit_s), ("--samples-out", args.samples_out))
-    for option, given in only:
-        if given:
-            raise LightTransferError(f"{option}: only with --suite {TURNS}")
 
 
 def read_engines(path: Path) -> list[str]:
@@ -240,8 +244,10 @@ def _progress(name: str) -> Any:
 
 def _shown(argv: list[str], args: argparse.Namespace) -> list[str]:
     """The command line without this machine's paths."""
-    paths = {args.model_path: "M", args.tokenizer: "M", args.out: "OUT"}
-    return [paths.get(word, word) for word in argv]
+    for path, name in ((args.model_path, "M"), (args.tokenizer, "M"), (args.out, "OUT")):
+        if path:
+            argv = [word.replace(path, name) if path in word.partition("=")[::2] else word for word in argv]
+    return [Path(word).name if word == args.engines else word for word in argv]
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from lt_sglang.eval.conversations import Answers, Row, as_dict, compare, convers
 from lt_sglang.eval.endpoint import Endpoint
 from lt_sglang.eval.items import Tokenizer
 from lt_sglang.eval.report import aligned
-from lt_sglang.eval.tasks.conversations import CONVERSATIONS, Conversation, ConversationTask
+from lt_sglang.eval.tasks.conversations import Conversation, ConversationTask
 from lt_sglang.launch.engine import Engine, EngineSpec
 from lt_sglang.launch.processes import free_port
 from lt_sglang.launch.ready import say
@@ -202,12 +202,7 @@ def _together(suite: Suite, specs: Sequence[EngineSpec], clients: int) -> None:
 
 
 def check(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise LightTransferError for what this suite cannot do."""
-    for name in args.tasks:
-        if name not in CONVERSATIONS:
-            raise LightTransferError(
-                f"--tasks {name}: not of --suite conversations; one of {', '.join(CONVERSATIONS)}"
-            )
+    """Raise LightTransferError if --cold names no engine of these."""
     for name in args.cold:
         if name not in names:
             raise LightTransferError(f"--cold {name}: names no engine; one of {', '.join(names)}")

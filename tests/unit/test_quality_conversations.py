@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lt_sglang.cli import eval_conversations
-from lt_sglang.cli.eval import read_engines
+from lt_sglang.cli.eval import _shown, read_engines
 from lt_sglang.cli.eval_conversations import Suite, build, write_samples
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.conversations import ALL, Answers, Row, as_dict, compare, converse, digest, table
@@ -416,6 +416,12 @@ def test_samples_for_calibrate_are_of_other_texts(tmp_path: Path) -> None:
     for text in samples:
         assert re.search(r"The pass key of the \w+ is \d{5}\.$", text)
         assert not any(key in text for key in asked)
+
+
+def test_the_command_is_shown_without_this_machine_s_paths() -> None:
+    argv = ["--model-path", "/x/model", "--out=/y/out", "--engines", "/z/arms.yaml", "--seed", "1"]
+    args = Namespace(model_path="/x/model", tokenizer=None, out="/y/out", engines="/z/arms.yaml")
+    assert _shown(argv, args) == ["--model-path", "M", "--out=OUT", "--engines", "arms.yaml", "--seed", "1"]
 
 
 def test_a_file_of_engines(tmp_path: Path) -> None:

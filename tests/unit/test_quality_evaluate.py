@@ -141,13 +141,14 @@ def test_engines_that_saw_different_positions() -> None:
         (["--engine", "a", "--engine", "a", "--model-path", "m"], "--engine a: named twice"),
         (
             ["--engine", "a", "--engine", "b", "--model-path", "m", "--tasks", "facts"],
-            "--tasks facts: only with",
+            "--tasks facts: not of --suite prompts; one of passkey",
         ),
         (["--engine", "a", "--engine", "b", "--model-path", "m", "--cold", "b"], "--cold: only with --suite"),
         (
             [*TURNS, "--tasks", "passkey"],
             "--tasks passkey: not of --suite conversations; one of facts, vague",
         ),
+        ([*TURNS, "--gsm8k", "f"], "--gsm8k: only with --suite prompts"),
         ([*TURNS, "--cold", "c"], "--cold c: names no engine; one of a, b"),
         ([*TURNS, "--limit-s", "0"], "argument --limit-s: '0' is not a number above 0"),
         (["--engines", "/nowhere", "--model-path", "m"], "--engines /nowhere: cannot be read"),
