@@ -20,7 +20,6 @@ from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.divergence import divergence
 from lt_sglang.eval.endpoint import Endpoint
 from lt_sglang.eval.items import HfTokenizer
-from lt_sglang.eval.tasks.conversations import ConversationTask
 from lt_sglang.eval.tasks.haystack import Prose, documentation
 from lt_sglang.eval.tasks.passkey import PasskeyTask
 
@@ -40,7 +39,6 @@ RECENT = 252
 SAMPLES = 3
 TOKENS = 440
 POSITIONS = 12
-TEXT_TOKENS = 500
 TRIALS = 2
 
 
@@ -155,46 +153,6 @@ def test_eval(server: Server, reference: DynamicReference, tmp_path: Path) -> No
         # A lower bound, and close: what is not seen is some percent of the probability.
         assert 0.8 * exact < bound.mean < exact * 1.01 + 1e-6
         assert bound.seen > 0.9
-
-
-@pytest.mark.served_by(DYNAMIC_TP)
-def test_conversations(server: Server, tmp_path: Path) -> None:
-    """Later turns find what was cached before and have its layers; cold ones choose layers of their own."""
-    done = main(
-        [
-            *("eval", "--suite", "conversations", "--tokenizer", str(ensure_model()), "--out", str(tmp_path)),
-            *("--endpoint", f"one={server.url}", "--endpoint", f"two={server.url}", "--cold", "two"),
-            *("--tasks", "facts,cached", "--lengths", str(TEXT_TOKENS), "--recent-tokens", "150"),
-            *("--trials", "1", "--clients", "1"),
-        ]
-    )
-    assert done == 0
-    tokenizer = HfTokenizer(str(ensure_model()))
-    for number, task in enumerate(("facts", "cached")):
-        (asked,) = ConversationTask(task, TEXT_TOKENS, 1, window=150).conversations(tokenizer)
-        first, *later = _turns(tmp_path / "two.jsonl", number)
-        assert (first["decision"]["origin"], first["cached"]) == ("prompt", 0)
-        assert len(later) == len(asked.turns) - 1
-        for turn in later:
-            assert turn["decision"]["origin"] == "prefix"
-            assert turn["cached"] >= len(asked.turns[0].prompt)
-            assert turn["decision"]["lazy_layers"] == first["decision"]["lazy_layers"]
-        cold = _turns(tmp_path / "two-cold.jsonl", number)
-        assert [(turn["decision"]["origin"], turn["cached"]) for turn in cold] == [("prompt", 0)] * len(cold)
-        assert cold[0] == first
-        again = _turns(tmp_path / "one.jsonl", number)
-        assert [turn["tokens"] for turn in again] == [turn["tokens"] for turn in (first, *later)]
-    rows = json.loads((tmp_path / "report.json").read_text())["arms"]["two"]["rows"]
-    found = {(row["task"], row["turns"]): row for row in rows}
-    assert {row["inherited"] / row["questions"] for row in rows if row["turns"] == "later"} == {1.0}
-    assert found["facts", "first"]["inherited"] == found["facts", "first"]["hits"] == 0
-    assert found["cached", "later"]["hits"] == found["cached", "later"]["questions"] == 5
-
-
-def _turns(path: Path, number: int) -> list[dict[str, Any]]:
-    """What a conversation's turns were answered, from an arm's file."""
-    _, *lines = map(json.loads, path.read_text().splitlines())
-    return next(line["turns"] for line in lines if line["number"] == number)
 
 
 def _texts(tokenizer: HfTokenizer, seed: int) -> list[tuple[list[int], list[int]]]:
