@@ -195,6 +195,8 @@ def _together(suite: Suite, specs: Sequence[EngineSpec], clients: int) -> None:
                 list(pool.map(one, engines))
             except KeyboardInterrupt:
                 suite.stopped.set()
+                for engine in engines:
+                    engine.stop()  # nobody waits for one that is still starting
                 raise
     finally:
         for engine in engines:
