@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.cli.parser import Parser, positive, seed, share
+import yaml
+
+from lt_sglang.cli import eval_conversations
+from lt_sglang.cli.parser import Parser, positive, positive_float, seed, share
 from lt_sglang.cli.preflight import check_engines
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.endpoint import Endpoint
@@ -19,6 +22,7 @@ from lt_sglang.eval.intervals import DEFAULT_MARGIN
 from lt_sglang.eval.items import HfTokenizer, Item, rng_of
 from lt_sglang.eval.plots import depth_heatmaps, require_matplotlib
 from lt_sglang.eval.report import as_dict, table
+from lt_sglang.eval.tasks.conversations import CONVERSATIONS
 from lt_sglang.eval.tasks.files import LONGBENCH, MATH_METRICS, longbench, mathematics
 from lt_sglang.eval.tasks.haystack import Prose
 from lt_sglang.eval.tasks.passkey import PasskeyTask
@@ -30,26 +34,42 @@ from lt_sglang.launch.ready import say
 KEY_TASKS = {"passkey": 1, "3-key": 3}
 TEXT = "text"
 TASKS = (*KEY_TASKS, *SHAPES, TEXT)
+PROMPTS, TURNS = "prompts", "conversations"
+OF_TURNS = ("cold", "limit_s", "samples_out", "together")
+DEFAULT_TASKS = {PROMPTS: ("passkey", "3-key", TEXT), TURNS: tuple(CONVERSATIONS)}
 EPILOG = """\
 The first engine is full attention; the others are compared with it, item by item.
 
 examples:
   lt-sglang eval --tokenizer M --endpoint full=http://a:30000 --endpoint half=http://b:30000 --out quality
   lt-sglang eval --model-path M --engine full --engine "half=--lt-mode dynamic --lt-score residual-error" \\
-      --tasks passkey,3-key,text --lengths 4096,8192 --out quality --tp-size 2"""
+      --tasks passkey,3-key,text --lengths 4096,8192 --out quality --tp-size 2
+  lt-sglang eval --suite conversations --model-path M --engines arms.yaml --cold half --out turns --no-plots
+
+--suite conversations asks several turns about one text, with the prefix cache; its tasks are
+{conversations}.
+An engine that is also named by --cold is asked a second time without the cache. Started again with the same
+--out, it goes on where it stopped."""
 
 
 def run(argv: list[str]) -> int:
     """Print the table; writes report.json and the figures. Raises LightTransferError."""
     args, shared = _parser().parse_known_args(argv)
-    if args.plots:
+    turns = args.suite == TURNS
+    args.tasks = args.tasks or DEFAULT_TASKS[args.suite]
+    if args.plots and not turns:
         require_matplotlib()  # before hours of measuring
+    if args.engines:
+        args.engine = read_engines(Path(args.engines))
     check(args, shared)
     specs = engine_specs(args, shared)
     tokenizer = HfTokenizer(args.tokenizer or args.model_path)
-    questions = build_questions(args, tokenizer)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if turns:
+        endpoints = [Endpoint(name, url, args.clients) for name, url in map(_pair, args.endpoint or ())]
+        return eval_conversations.run(args, specs, endpoints, tokenizer, _shown(argv, args))
+    questions = build_questions(args, tokenizer)
     outcomes: list[Outcome] = []
     try:
         for outcome in measure(args, specs, questions, tokenizer, folder):
@@ -95,6 +115,37 @@ def check(args: argparse.Namespace, shared: list[str]) -> None:
         raise LightTransferError(f"--out {args.out}: must be a folder")
     if not (args.tokenizer or args.model_path):
         raise LightTransferError("--tokenizer: missing; the model's folder or hub name (or --model-path)")
+    _check_suite(args, names)
+
+
+def _check_suite(args: argparse.Namespace, names: list[str]) -> None:
+    """Raise LightTransferError for what the other suite has."""
+    other, names_of = (PROMPTS, ("longbench", *MATH_METRICS)) if args.suite == TURNS else (TURNS, OF_TURNS)
+    for name in names_of:
+        if getattr(args, name) not in (None, [], 1):
+            raise LightTransferError(f"--{name.replace('_', '-')}: only with --suite {other}")
+    known = CONVERSATIONS if args.suite == TURNS else TASKS
+    for name in args.tasks:
+        if name not in known:
+            raise LightTransferError(
+                f"--tasks {name}: not of --suite {args.suite}; one of {', '.join(known)}"
+            )
+    if args.suite == TURNS:
+        eval_conversations.check(args, names)
+
+
+def read_engines(path: Path) -> list[str]:
+    """A file of ``--engines`` as ``--engine`` has it, NAME=OPTIONS; raises LightTransferError."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LightTransferError(f"--engines {path}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or not found:
+        raise LightTransferError(f"--engines {path}: must be a mapping of names to options")
+    for name, options in found.items():
+        if not isinstance(name, str) or not (options is None or isinstance(options, str)):
+            raise LightTransferError(f"--engines {path}: {name}: options must be text, or nothing")
+    return [f"{name}={options}" if options else name for name, options in found.items()]
 
 
 def engine_specs(args: argparse.Namespace, shared: list[str]) -> list[EngineSpec]:
@@ -191,6 +242,14 @@ def _progress(name: str) -> Any:
     return bar
 
 
+def _shown(argv: list[str], args: argparse.Namespace) -> list[str]:
+    """The command line without this machine's paths."""
+    for path, name in ((args.model_path, "M"), (args.tokenizer, "M"), (args.out, "OUT")):
+        if path:
+            argv = [word.replace(path, name) if path in word.partition("=")[::2] else word for word in argv]
+    return [Path(word).name if word == args.engines else word for word in argv]
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, url = text.partition("=")
     if not equals or not url.startswith(("http://", "https://")):
@@ -203,7 +262,7 @@ def _parser() -> Parser:
         prog="lt-sglang eval",
         description="Ask full attention and lightened engines the same questions; say what lazy layers cost. "
         "Flags not named here go to SGLang, on all engines that are started.",
-        epilog=EPILOG,
+        epilog=EPILOG.format(conversations=", ".join(CONVERSATIONS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     engines = parser.add_mutually_exclusive_group(required=True)
@@ -214,11 +273,25 @@ def _parser() -> Parser:
         metavar="NAME[=OPTIONS]",
         help="start one with these --lt-* options; the first, without any, is stock SGLang",
     )
+    engines.add_argument(
+        "--engines", metavar="FILE.yaml", help="the same, of a file: NAME: OPTIONS, or NAME: without any"
+    )
+    parser.add_argument("--suite", choices=(PROMPTS, TURNS), default=PROMPTS, help="single prompts (default)")
+    parser.add_argument(
+        "--cold", action="append", default=[], metavar="NAME", help="ask this engine without the cache too"
+    )
+    parser.add_argument("--limit-s", type=positive_float, help="seconds for each way to ask an engine")
+    parser.add_argument(
+        "--together", type=positive, default=1, help="engines of --suite conversations at a time, default 1"
+    )
+    parser.add_argument(
+        "--samples-out", metavar="FILE.jsonl", help="write other conversations for calibrate; ask nothing"
+    )
     parser.add_argument("--model-path", "--model", help="of engines that are started")
     parser.add_argument("--tokenizer", help="a folder or a hub name; the model's by default")
     parser.add_argument("--out", required=True, help="folder of report.json, table.txt and the figures")
     parser.add_argument(
-        "--tasks", type=_tasks, default=("passkey", "3-key", TEXT), help=f"some of {', '.join(TASKS)}"
+        "--tasks", type=_tasks, help=f"some of {', '.join(TASKS)}, default passkey,3-key,text"
     )
     parser.add_argument(
         "--lengths",
@@ -255,7 +328,7 @@ def _parser() -> Parser:
 
 
 def _tasks(text: str) -> tuple[str, ...]:
-    return _some(text, TASKS)
+    return _some(text, (*TASKS, *CONVERSATIONS))
 
 
 def _longbench(text: str) -> list[str]:

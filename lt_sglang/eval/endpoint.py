@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,9 +27,10 @@ def silent(results: Iterable[R], count: int) -> Iterable[R]:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a server in dynamic mode said of a request: lazy layers, scores by layer, where they came from.
+    """What a server said of a request: lazy layers, scores by layer, where they came from.
 
-    laziness: None unless ``origin`` is "prompt".
+    laziness: None of a list. origin: "prompt", "prefix" (inherited with a cached prefix), "default" or
+    "static".
     """
 
     lazy_layers: tuple[int, ...]
@@ -47,6 +48,19 @@ class Continued:
 
     tops: tuple[Top, ...]
     logprobs: tuple[float, ...]
+    decision: Decision | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One turn of a conversation.
+
+    tokens: the answer. cached: tokens of the prompt that came from the prefix cache. decision: None from
+    stock SGLang.
+    """
+
+    tokens: tuple[int, ...]
+    cached: int
     decision: Decision | None
 
 
@@ -112,6 +126,29 @@ class Endpoint:
         """
         return self._each(lambda text: self._continued(*text, top=top), texts, progress)
 
+    def converse(
+        self, conversations: Iterable[Sequence[tuple[Sequence[int], int]]], *, cold: bool = False
+    ) -> Iterator[tuple[Reply, ...]]:
+        """Greedy answers to each conversation's turns, in their order, as they come.
+
+        What is not iterated over is not sent, but for the conversations that are under way.
+
+        Args:
+            conversations: turns of (ids, how many new tokens at most). A conversation's turns are sent one
+                after the other and share a name space of the prefix cache.
+            cold: each turn has a name space of its own, so that it finds nothing in the cache.
+        """
+        return self._as_they_come(lambda turns: self._converse(turns, cold), conversations)
+
+    def _converse(self, turns: Sequence[tuple[Sequence[int], int]], cold: bool) -> tuple[Reply, ...]:
+        name_space = self._name_space()
+        replies = []
+        for ids, new_tokens in turns:
+            reply = self._generate(ids, new_tokens, extra_key=self._name_space() if cold else name_space)
+            tokens = tuple(int(token) for token in reply["output_ids"])
+            replies.append(Reply(tokens, int(reply["meta_info"]["cached_tokens"]), _decision(reply)))
+        return tuple(replies)
+
     def _continued(self, prompt: Sequence[int], continuation: Sequence[int], *, top: int) -> Continued:
         name_space = self._name_space()
         first = self._generate(prompt, 1, extra_key=name_space)
@@ -166,9 +203,12 @@ class Endpoint:
         return f"{self._run}-{next(self._questions)}"
 
     def _each(self, ask: Callable[[T], R], questions: Sequence[T], progress: Progress[R]) -> list[R]:
+        return list(progress(self._as_they_come(ask, questions), len(questions)))
+
+    def _as_they_come(self, ask: Callable[[T], R], questions: Iterable[T]) -> Iterator[R]:
         pool = ThreadPoolExecutor(self.clients)
         try:
-            return list(progress(pool.map(ask, questions), len(questions)))
+            yield from pool.map(ask, questions)
         finally:
             # After Ctrl-C nobody waits for what was not sent yet.
             pool.shutdown(wait=False, cancel_futures=True)

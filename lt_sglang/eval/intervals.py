@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
@@ -70,6 +70,43 @@ def paired_means(first: Sequence[float], second: Sequence[float], seed: int = 0)
     )
     low, high = numpy.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
     return Interval(float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two sums of right answers to the same questions: 95 % intervals of second - first and second / first.
+
+    difference: in means a question. ratio: None where ``first`` has no right answer.
+    """
+
+    difference: Interval
+    ratio: Interval | None
+
+
+def paired_groups(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[Hashable], seed: int = 0
+) -> Paired:
+    """A seeded percentile bootstrap that draws whole groups, such as all questions on one document.
+
+    Raises:
+        ValueError: they differ in length or are empty.
+    """
+    import numpy
+
+    if not len(first) == len(second) == len(groups) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} items cannot be compared in pairs")
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    sums = numpy.zeros((3, len(places)))
+    for one, other, group in zip(first, second, groups, strict=True):
+        sums[:, places[group]] += (one, other, 1.0)
+    draws = numpy.random.default_rng(seed).integers(0, len(places), (BOOTSTRAP_SAMPLES, len(places)))
+    ones, others, counts = sums[:, draws].sum(axis=2)
+    difference = numpy.percentile((others - ones) / counts, [2.5, 97.5])
+    if not sums[0].any():
+        return Paired(Interval(*map(float, difference)), None)
+    # A draw without a right answer tells nothing of the ratio.
+    ratio = numpy.percentile(others[ones > 0] / ones[ones > 0], [2.5, 97.5])
+    return Paired(Interval(*map(float, difference)), Interval(*map(float, ratio)))
 
 
 def sign_test(first: Sequence[bool], second: Sequence[bool]) -> float:

@@ -18,6 +18,7 @@ from lt_sglang.eval.items import Item
 from lt_sglang.eval.plots import depth_heatmaps
 from lt_sglang.eval.report import as_dict, table
 
+TURNS = ["--suite", "conversations", "--engine", "a", "--engine", "b", "--model-path", "m"]
 TRIALS = 40
 TEXTS = 20
 
@@ -125,7 +126,7 @@ def test_engines_that_saw_different_positions() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of the arguments --endpoint --engine is required"),
+        ([], "one of the arguments --endpoint --engine --engines is required"),
         (["--endpoint", "a=http://x", "--engine", "b"], "not allowed with argument"),
         (["--endpoint", "localhost:30000"], "--endpoint localhost:30000: write NAME=http://host:port"),
         (["--engine", "full", "--tasks", "needle"], "'needle' is not one of passkey, 3-key, niah_single_1"),
@@ -138,6 +139,19 @@ def test_engines_that_saw_different_positions() -> None:
         (["--engine", "full"], "--engine full: nothing to compare it with"),
         (["--engine", "a/b", "--model-path", "m"], "--engine 'a/b': a name has letters, digits"),
         (["--engine", "a", "--engine", "a", "--model-path", "m"], "--engine a: named twice"),
+        (
+            ["--engine", "a", "--engine", "b", "--model-path", "m", "--tasks", "facts"],
+            "--tasks facts: not of --suite prompts; one of passkey",
+        ),
+        (["--engine", "a", "--engine", "b", "--model-path", "m", "--cold", "b"], "--cold: only with --suite"),
+        (
+            [*TURNS, "--tasks", "passkey"],
+            "--tasks passkey: not of --suite conversations; one of facts, vague",
+        ),
+        ([*TURNS, "--gsm8k", "f"], "--gsm8k: only with --suite prompts"),
+        ([*TURNS, "--cold", "c"], "--cold c: names no engine; one of a, b"),
+        ([*TURNS, "--limit-s", "0"], "argument --limit-s: '0' is not a number above 0"),
+        (["--engines", "/nowhere", "--model-path", "m"], "--engines /nowhere: cannot be read"),
     ],
 )
 def test_bad_options(

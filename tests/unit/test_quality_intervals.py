@@ -9,6 +9,7 @@ from scipy import stats
 
 from lt_sglang.eval.intervals import (
     Interval,
+    paired_groups,
     paired_means,
     paired_rates,
     sign_test,
@@ -94,3 +95,29 @@ def test_a_small_sample_cannot_tell_and_says_how_many_could() -> None:
     assert 100 < needed < 200
     wide = paired_rates(first * (needed // 10), second * (needed // 10))
     assert (wide.high - wide.low) / 2 == pytest.approx(0.05, abs=0.01)
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Questions on one text that are all right or all wrong tell as much as one question would."""
+    rng = random.Random(3)
+    texts = [float(rng.random() < 0.7) for _ in range(60)]
+    alone = paired_groups([1.0] * 60, texts, range(60))
+    by_four = [right for right in texts for _ in range(4)]
+    together = paired_groups([1.0] * 240, by_four, [n // 4 for n in range(240)])
+    assert together == alone
+    mean = sum(texts) / 60
+    assert alone.ratio is not None and alone.ratio.low < mean < alone.ratio.high
+    assert (alone.difference.low, alone.difference.high) == pytest.approx(
+        (alone.ratio.low - 1, alone.ratio.high - 1)
+    )
+    spread = 1.96 * (mean * (1 - mean) / 60) ** 0.5
+    assert alone.ratio.high - alone.ratio.low == pytest.approx(2 * spread, rel=0.15)
+    apart = paired_groups([1.0] * 240, by_four, range(240))
+    assert apart.difference.high - apart.difference.low < 0.6 * (alone.ratio.high - alone.ratio.low)
+
+
+def test_a_ratio_to_nothing_is_none() -> None:
+    found = paired_groups([0.0, 0.0], [1.0, 0.0], ["a", "b"])
+    assert found.ratio is None and found.difference.high == 1
+    with pytest.raises(ValueError, match="1 and 2 items cannot be compared"):
+        paired_groups([1.0], [1.0, 1.0], ["a", "b"])

@@ -23,9 +23,21 @@ def contains_all(answer: str, accepted: Sequence[str], details: Mapping[str, Any
     return sum(text.lower() in answer.lower() for text in accepted) / len(accepted)
 
 
+def contains_every(answer: str, accepted: Sequence[str], details: Mapping[str, Any]) -> float:
+    """Whether all the references are found in the answer, whatever the case."""
+    return float(all(text.lower() in answer.lower() for text in accepted))
+
+
+def withholds(answer: str, accepted: Sequence[str], details: Mapping[str, Any]) -> float:
+    """Whether none of the references is found in the answer, whatever the case."""
+    return float(not any(text.lower() in answer.lower() for text in accepted))
+
+
 METRICS: dict[str, Metric] = {
     "begins": begins,
     "contains-all": contains_all,
+    "contains-every": contains_every,
+    "withholds": withholds,
     "qa-f1": longbench.best(longbench.qa_f1),
     "rouge-l": longbench.best(longbench.rouge_l),
     "classification": longbench.best(longbench.classification),
