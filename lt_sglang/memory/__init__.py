@@ -1,1 +1,1 @@
-"""KV memory of hybrid models: units that full and lazy layers share, admission by what requests take, and sinks."""
+"""KV memory of hybrid models: units that full and lazy layers share, admission and sinks."""

@@ -117,8 +117,8 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
         sinks = demand.units(0, config.sink_tokens) * (1 + full_limit // config.lazy_tokens)
         units = min(units, demand.units(full_limit, full_limit) + 2 * sinks)
     if not shape.full_layers:
-        # Positions hold no K and V. So there are as many as the windows in memory may stand for, but their table
-        # takes at most a fiftieth of the memory.
+        # Positions hold no K and V. So there are as many as the windows in memory may stand for, but their
+        # table takes at most a fiftieth of the memory.
         least = max(2 * context_tokens, units * page_size)
         windows = units * page_size // max(config.lazy_tokens, 1) * context_tokens
         full_limit = min(max(least, min(windows, budget_bytes // (50 * POSITION_BYTES))), MAX_POSITIONS)
