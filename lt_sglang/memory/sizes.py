@@ -122,8 +122,8 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
         least = max(2 * context_tokens, units * page_size)
         windows = units * page_size // max(config.lazy_tokens, 1) * context_tokens
         full_limit = min(max(least, min(windows, budget_bytes // (50 * POSITION_BYTES))), MAX_POSITIONS)
-        units -= max(full_limit - least, 0) * POSITION_BYTES // (unit_bytes + tables)
         full_limit = full_limit // page_size * page_size
+        units -= -(-_position_bytes(full_limit, context_tokens) // (unit_bytes + tables))
     if config.dynamic:
         demand = demand.undecided_up_to(_undecided(config, demand, units))
     most = units * page_size if full_limit is None else full_limit
@@ -134,6 +134,11 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
             "and a window; raise --mem-fraction-static or lower --chunked-prefill-size"
         )
     return Sizes(shape, units, unit_bytes, demand, full_limit, longest)
+
+
+def _position_bytes(positions: int, context_tokens: int) -> int:
+    """What they take beyond those of two requests, which count as nothing."""
+    return max(positions - 2 * context_tokens, 0) * POSITION_BYTES
 
 
 def _undecided(config: LightTransferConfig, demand: Demand, units: int) -> int:

@@ -101,6 +101,8 @@ class Adder:
         self.tree_cache = SimpleNamespace(chunk_limit=lambda req: limit)
         self.rem_chunk_tokens = rem_chunk_tokens
         self.new_chunked_req = None
+        self.considered: list[Any] = []
+        self.memory_budget = SimpleNamespace(consider=lambda req, adder: self.considered.append(req))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,7 @@ def test_a_chunk_ends_where_the_cache_says(limit: int | None, given: int | None,
     wrappers.select_admission(admit, adder, "req", has_chunked_req=False)
     wrappers.add_ignore_eos(admit, Adder(limit, given), "req")
     assert found == [seen, seen]
+    assert adder.considered == ["req"], "the budget is told whose tokens it reckons"
 
 
 def test_who_is_refused_leaves_the_budget_as_it_was() -> None:
