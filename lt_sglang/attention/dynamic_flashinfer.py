@@ -139,6 +139,7 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
         step = self.steps.current
         assert step is not None
         requests = step.lists.requests
+        # Of a graph's batch SGLang pads the requests, but not their out_cache_loc.
         decode_out_cache_loc(
             step.out_cache_loc,
             self.banks,

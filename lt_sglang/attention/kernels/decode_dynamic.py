@@ -169,7 +169,7 @@ def decode_kv_indices(
     )
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "given"])
 def _decode_out_cache_loc(  # type: ignore[no-untyped-def]
     out_ptr,
     out_stride,
@@ -178,6 +178,7 @@ def _decode_out_cache_loc(  # type: ignore[no-untyped-def]
     streaming_ptr,
     banks,
     requests,
+    given,
     LAYERS: tl.constexpr,
     FULL_BANKS: tl.constexpr,
     LANES: tl.constexpr,
@@ -190,8 +191,8 @@ def _decode_out_cache_loc(  # type: ignore[no-untyped-def]
     request_row = tl.load(req_pool_indices_ptr + item, mask=valid, other=0).to(tl.int64)
     table = tl.load(banks.set_of + request_row, mask=valid, other=0).to(tl.int64) * LAYERS
     bank = tl.load(banks.bank_of + table + layer, mask=valid, other=0)
-    full = tl.load(full_ptr + item, mask=valid, other=0).to(tl.int32)
-    streaming = tl.load(streaming_ptr + item, mask=valid, other=0).to(tl.int32)
+    full = tl.load(full_ptr + item, mask=item < given, other=0).to(tl.int32)
+    streaming = tl.load(streaming_ptr + item, mask=item < given, other=0).to(tl.int32)
     row = bank_row(banks, bank, full, streaming, valid, FULL_BANKS, LANES, PARTS)
     tl.store(out_ptr + layer * out_stride + item, row, mask=valid)
 
@@ -209,10 +210,12 @@ def decode_out_cache_loc(
         out: int32 [L, at least bs].
         banks: where the layers of the requests are.
         req_pool_indices: int [bs].
-        full_slots: int [bs]; 0 for padding requests, whose rows are then the padding rows of their banks.
-        streaming_slots: as ``full_slots``.
+        full_slots: int [at most bs]. Requests beyond are padding; they write the padding rows of their banks.
+        streaming_slots: int [as many or more].
     """
     layers, requests, block = banks.layout.layers, len(req_pool_indices), 128
+    given = len(full_slots)
+    assert given <= min(requests, len(streaming_slots))
     _decode_out_cache_loc[(layers, triton.cdiv(requests, block))](
         out,
         out.stride(0),
@@ -221,6 +224,7 @@ def decode_out_cache_loc(
         streaming_slots,
         banks.args,
         requests,
+        given,
         **banks.constants,
         BLOCK=block,
     )
