@@ -120,16 +120,13 @@ def test_batched(server: Server, reference: DynamicReference) -> None:
 
 
 def test_a_thousand_requests(server: Server, reference: DynamicReference) -> None:
-    """Shared beginnings, aborts, dropped streams and retraction; every layer set and slot comes back."""
-    marker = "Retract requests"
-    before = server.log_text().count(marker)
+    """Shared beginnings, aborts and dropped streams; every layer set and slot comes back."""
     for seed in range(4):
         jobs = storm.storm(count=250, longest=600, longest_output=60, seed=100 + seed)
         outputs = storm.run(server, jobs, clients=32)
         whole = [len(out) == job.new_tokens for job, out in zip(jobs, outputs, strict=True)]
         cut = [job.abort or job.drop_after is not None for job in jobs]
         assert all(done or early for done, early in zip(whole, cut, strict=True))
-    assert server.log_text().count(marker) > before, "nothing was retracted"
     storm.assert_all_returned(server)
     sets = server.lighttransfer()["layer_sets"]
     assert sets["requests"] == sets["stored"] == 0, sets

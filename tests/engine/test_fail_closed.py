@@ -69,7 +69,6 @@ CASES = {
     "mixed-chunk": Case(
         "--enable-mixed-chunk: not supported with lazy layers", flags=("--enable-mixed-chunk",)
     ),
-    "page-size": Case("--page-size 16: not supported with lazy layers", flags=("--page-size", "16")),
     "other-decode-backend": Case(
         "--decode-attention-backend torch_native", flags=("--decode-attention-backend", "torch_native")
     ),
