@@ -225,7 +225,7 @@ def test_users_of_one_system_prompt_keep_their_conversations(ask: Asker) -> None
     rng = random.Random(10)
     system = random_prompt(150, rng)
     prompts = [[*system, *random_prompt(length, rng)] for length in (200, 200, 230, 260)]
-    # The second leaves the window at the end of what it shares with the first; from the third on that is a hit.
+    # The second leaves its window at the end of what it shares with the first; from then on that is a hit.
     writers = [ask.decided(prompt) for prompt in prompts[:2]]
     assert writers[0].choice["laziness"] != writers[1].choice["laziness"]
     writers += [ask.heir(prompt, writers[1], prompts[1]) for prompt in prompts[2:]]
