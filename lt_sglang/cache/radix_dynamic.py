@@ -53,7 +53,6 @@ class DynamicRadixCache(LightTransferRadixCache):
         else:
             needed = had.full_rows
             prompt, sets = self._comes_back(req, had)
-        shared = 0
         for entry in sets:
             # A copy reads all but its last token from the cache and computes that one with streaming
             # attention, where the first run had full attention; and SGLang sends a request with n > 1 once
@@ -64,12 +63,10 @@ class DynamicRadixCache(LightTransferRadixCache):
             if result.device_prefix_len >= needed:
                 _bind(req, entry, prompt)
                 return result
-            shared = max(shared, result.swa_branching_seqlen or 0)
         _bind(req, None, None)
         missed = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
-        # It begins like another prompt whose window there is gone. So SGLang keeps this one's window there,
-        # in this one's name space, and the next that begins alike has a hit.
-        return missed._replace(swa_branching_seqlen=shared if shared >= needed and had is None else None)
+        # No window is kept where prompts part: with one, a run of test_churn.py had a wrong token.
+        return missed._replace(swa_branching_seqlen=None)
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.
