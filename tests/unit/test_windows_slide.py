@@ -1,6 +1,6 @@
 """Windows slide after every chunk of a prefill, whatever becomes of the tree.
 
-Real pools, tree and requests on the CPU, no model (prefill_rig.py).
+Real pools, tree and requests on the CPU, no model (life_rig.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sglang.srt.managers.schedule_batch import Req
 from lt_sglang.memory.demand import Demand
 from lt_sglang.memory.units import UnitShape
 
-from .prefill_rig import DynamicRig, Rig
+from .life_rig import DynamicRig, Rig
 
 WINDOW, SINKS, CHUNK, INTERVAL = 15, 4, 32, 8
 LONG, EARLY = 400, 100
@@ -56,7 +56,7 @@ def test_a_long_prompt_holds_a_window_and_its_chunk(
     assert made.prefill(req), "parked, with nothing else running"
     # Until a prompt is decided it keeps all.
     undecided = {"static": 0, "early": EARLY + CHUNK, "dynamic": LONG}[mode]
-    assert made.most <= max(undecided, WINDOW + 1 + sinks + CHUNK)
+    assert made.most_streaming <= max(undecided, WINDOW + 1 + sinks + CHUNK)
     assert made.streaming_used <= WINDOW + 1 + sinks
     reads_all(made, req)
     made.check()
@@ -81,7 +81,7 @@ def test_a_published_chunk_is_not_touched_again() -> None:
         made = rig(hooked=hooked)
         req = made.request(prompt(LONG))
         assert made.prefill(req)
-        ends.append((req.kv.component_evicted_seqlens, made.streaming_used, made.most))
+        ends.append((req.kv.component_evicted_seqlens, made.streaming_used, made.most_streaming))
     assert ends[0] == ends[1]
 
 
@@ -93,8 +93,8 @@ def test_a_set_that_is_found_late_frees_the_slots_that_held_the_sinks(mode: str,
     first = made.request(prompt(40, seed=1))
     assert made.prefill(first)
     req = made.request(prompt(LONG, seed=2), barred=barred)
-    made.admit(req)
-    for _ in range(3):
+    assert made.start(req)
+    for _ in range(2):
         assert made.run_chunk(req)
     assert made.store.set_of[req.kv.req_pool_idx] == -1
     own = made.sinks_of(req)
@@ -112,7 +112,7 @@ def test_a_set_that_is_found_late_frees_the_slots_that_held_the_sinks(mode: str,
     made.finish(req)
     made.check()
     again = made.request(prompt(LONG, seed=2))
-    made.admit(again)
+    again.init_next_round_input(made.tree)
     assert (again.prefix_len > 0) == (not barred)
 
 
@@ -198,5 +198,5 @@ def test_the_longest_request_fits() -> None:
             made.finish(req)
             made.check()
             history = [*history, *req.output_ids, *prompt(rng.randrange(1, 90), seed=rng.randrange(10**6))]
-        highest = max(highest, made.most / demand.streaming_longest)
+        highest = max(highest, made.most_streaming / demand.streaming_longest)
     assert highest > 0.5, "the bound is far from what is held"
