@@ -64,9 +64,9 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
-        missed = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
-        # No window is kept where prompts part: with one, a run of test_churn.py had a wrong token.
-        return missed._replace(swa_branching_seqlen=None)
+        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: with
+        # such windows a run of test_churn.py had a wrong token.
+        return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.

@@ -120,7 +120,7 @@ def size_memory(  # noqa: PLR0913 - facts of SGLang that only the caller has
         # Positions hold no K and V. So there are as many as the windows in memory may stand for, but their
         # table takes at most a fiftieth of the memory.
         least = max(2 * context_tokens, units * page_size)
-        windows = units * page_size // max(config.lazy_tokens, 1) * context_tokens
+        windows = units * page_size // config.lazy_tokens * context_tokens
         full_limit = min(max(least, min(windows, budget_bytes // (50 * POSITION_BYTES))), MAX_POSITIONS)
         full_limit = full_limit // page_size * page_size
         units -= -(-_position_bytes(full_limit, context_tokens) // (unit_bytes + tables))
