@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,8 +85,7 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
             known = deciders.get((answer.version, tuple(choice["laziness"])))
             candidates = {_common(prompt, other) for other in known or prompts[answer.version]}
         best: list[float] | None = None
-        for full in sorted(candidates, reverse=True):
-            margins = _margins(reference, answer, full)
+        for margins in _ways(reference, answer, candidates):
             if best is None or max(margins) < max(best):
                 best = margins
             if max(best) < TIE_MARGIN:
@@ -96,14 +95,21 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
     return verdict
 
 
-def _margins(reference: DynamicReference, answer: Answer, full: int) -> list[float]:
-    """By how much each token misses. The first token's row may be behind a hit that ends before it."""
+def _ways(reference: DynamicReference, answer: Answer, candidates: Collection[int]) -> Iterator[list[float]]:
+    """By how much each token misses, for every way in which its prompt may have been computed.
+
+    A prefix that a request reads may be longer than what it may take from the cache: it computes at least its
+    last token itself. When its first tokens are decoded, SGLang may have freed that row for the tree's, or not
+    yet: with overlap the next step is launched before.
+    """
     assert answer.choice is not None
-    prompt, lazy = answer.job.prompt, answer.choice["lazy_layers"]
-    margins = reference.margins(prompt, answer.tokens, lazy, full)
-    if answer.choice["origin"] == "prefix" and answer.cached < full:
-        margins[0] = reference.margins(prompt, answer.tokens, lazy, answer.cached)[0]
-    return margins
+    prompt, lazy, inherits = answer.job.prompt, answer.choice["lazy_layers"], answer.choice["origin"] == "prefix"
+    for full in sorted(candidates, reverse=True):
+        if inherits and answer.cached < full:
+            for steps in (0, 1):
+                yield reference.margins_of_hit(prompt, answer.tokens, lazy, answer.cached, full, steps)
+        else:
+            yield reference.margins(prompt, answer.tokens, lazy, full)
 
 
 def _counted(outcome: Outcome) -> Verdict:

@@ -195,6 +195,33 @@ class DynamicReference:
             self._lazy, self._mask = frozenset(), None
         return logits
 
+    def margins_of_hit(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        lazy: Collection[int],
+        hit: int,
+        full_rows: int,
+        steps: int,
+    ) -> list[float]:
+        """As ``margins``, of a request that read ``hit`` cached tokens of a prefix of ``full_rows``.
+
+        It computes the rest of its prompt itself, with streaming attention. Then SGLang frees its own slots of
+        what the tree has too, and it reads the tree's. By then ``steps`` tokens were decoded from its own.
+        """
+        tokens, end = [*prompt, *output], min(len(prompt) + steps, len(prompt) + len(output))
+        with torch.inference_mode():
+            own, tree = self._full(tokens, hit), self._full(tokens, full_rows)
+            parts = [self._stream(tokens, own, lazy, hit, end)[len(prompt) - 1 - hit :]]
+            for mine, theirs in zip(own.layers, tree.layers, strict=True):
+                mine.keys[:, :, hit:full_rows] = theirs.keys[:, :, hit:]
+                mine.values[:, :, hit:full_rows] = theirs.values[:, :, hit:]
+            if end < len(tokens):
+                parts.append(self._stream(tokens, own, lazy, end, len(tokens)))
+        logits = torch.cat(parts)[: len(output)]
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
     def compare_output(
         self,
         result: Comparison,
@@ -212,6 +239,16 @@ class DynamicReference:
                 result.wrong.append((len(prompt), position, margin))
 
     # ---- how
+
+    def _stream(
+        self, tokens: Sequence[int], cache: DynamicCache, lazy: Collection[int], start: int, stop: int
+    ) -> torch.Tensor:
+        """float32 [stop - start, vocabulary] of rows that see sink + recent keys in the layers of ``lazy``."""
+        rows = streaming_rows(start, stop, 0, self.sink_tokens, self.recent_tokens)
+        self._lazy, self._mask = frozenset(lazy), rows
+        logits = self._run(tokens[start:stop], cache, "sdpa").logits[0]
+        self._lazy, self._mask = frozenset(), None
+        return logits
 
     def _full(self, tokens: Sequence[int], count: int) -> DynamicCache:
         """K and V of the first ``count`` tokens under full attention; kept from the last ``scores``."""

@@ -16,6 +16,7 @@ from lt_sglang.files import cache_home, ensure_folder
 
 NUM_LAYERS = 6
 VOCAB_SIZE = 512
+EOS = 2
 FIRST_TOKEN = 3  # below are pad, bos and eos
 CONTEXT = 8192
 SEED = 7
@@ -36,7 +37,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": EOS,
 }
 
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}

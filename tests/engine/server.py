@@ -144,10 +144,15 @@ class Server(ServerProcess):
         return _reply(self._generated({"input_ids": list(prompt), "sampling_params": parameters, **body}))
 
     def generate_together(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, *, ask: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        ask: bool = False,
+        ignore_eos: bool = True,
     ) -> list[Reply]:
         """As ``generate``, in one body: all reach the scheduler at once, however slow the machine."""
-        parameters = _greedy(new_tokens, ask)
+        parameters = {**_greedy(new_tokens, ask), "ignore_eos": ignore_eos}
         body = {"input_ids": [list(prompt) for prompt in prompts], "sampling_params": parameters}
         return [_reply(data) for data in self._generated(body)]
 

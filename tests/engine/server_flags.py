@@ -45,12 +45,10 @@ TIGHT_FLAGS = (
     *("--max-total-tokens", str(TIGHT_POOL)),
     *("--mem-fraction-static", "0.3"),
 )
-# Admission reckons with 16 new tokens a request, so that decode runs out of memory; and windows slide at
-# every step instead of every 128.
-RESTLESS = {
-    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "16",
-    "SGLANG_SWA_EVICTION_INTERVAL": "1",
-}
+# Windows slide at every step instead of every 128.
+RESTLESS = {"SGLANG_SWA_EVICTION_INTERVAL": "1"}
+# Of outputs that may end early admission reckons with 4 %, so that decode runs out of memory.
+HOPEFUL = ("--schedule-conservativeness", "0.05")
 PRIORITY = ("--enable-priority-scheduling",)
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
 # That makes pools of a million tokens, too many to look through after every step.

@@ -73,6 +73,7 @@ def write(name: str, count: int, verdict: Verdict) -> None:
 
 def assert_worth_it(verdict: Verdict, wanted: churn.Features, cached: int) -> None:
     """What should happen did; cached: answers that must have found a prefix in the cache."""
+    assert verdict.retractions > 0, "nothing was retracted"
     assert verdict.with_cached_prefix >= cached
     assert bool(verdict.cut) == wanted.aborts and bool(verdict.copies) == wanted.copies
     assert bool(verdict.scored) == wanted.embeds

@@ -1,7 +1,6 @@
 """Decisions at the end of the first chunk, and a thousand requests: nothing leaks, nothing goes wrong.
 
-Admission reckons with 16 new tokens a request and windows slide at every step (specs.RESTLESS), so decode
-runs out of memory and requests are retracted.
+Windows slide at every step (specs.RESTLESS).
 """
 
 from __future__ import annotations

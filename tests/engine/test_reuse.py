@@ -127,7 +127,7 @@ def test_every_running_request_finds_a_sink_set(server: Server, ask) -> None:
 
 @reuse
 def test_nobody_is_retracted_whose_output_is_named(server: Server, ask) -> None:
-    """More than fit, and SGLang told to reckon with 16 new tokens each: admission knows what was named."""
+    """More than fit, and none may end early (ignore_eos): admission knows how long they get."""
     rng = random.Random(5)
     prompts = [random_prompt(rng.randint(1, 200), rng) for _ in range(20)]
     marker = "KV cache pool is full. Retract requests."
