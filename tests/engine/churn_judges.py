@@ -98,12 +98,13 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
 def _ways(reference: DynamicReference, answer: Answer, candidates: Collection[int]) -> Iterator[list[float]]:
     """By how much each token misses, for every way in which its prompt may have been computed.
 
-    A prefix that a request reads may be longer than what it may take from the cache: it computes at least its
-    last token itself. When its first tokens are decoded, SGLang may have freed that row for the tree's, or not
+    A prefix that a request reads may be longer than what it may take from the cache: it computes at least
+    its last token itself. When its first tokens are decoded, SGLang may have freed that row for the tree's, or not
     yet: with overlap the next step is launched before.
     """
     assert answer.choice is not None
-    prompt, lazy, inherits = answer.job.prompt, answer.choice["lazy_layers"], answer.choice["origin"] == "prefix"
+    prompt, lazy = answer.job.prompt, answer.choice["lazy_layers"]
+    inherits = answer.choice["origin"] == "prefix"
     for full in sorted(candidates, reverse=True):
         if inherits and answer.cached < full:
             for steps in (0, 1):

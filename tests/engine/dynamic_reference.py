@@ -206,8 +206,8 @@ class DynamicReference:
     ) -> list[float]:
         """As ``margins``, of a request that read ``hit`` cached tokens of a prefix of ``full_rows``.
 
-        It computes the rest of its prompt itself, with streaming attention. Then SGLang frees its own slots of
-        what the tree has too, and it reads the tree's. By then ``steps`` tokens were decoded from its own.
+        It computes the rest of its prompt itself, with streaming attention. Then SGLang frees its own slots
+        of what the tree has too, and it reads the tree's. By then ``steps`` tokens were decoded from its own.
         """
         tokens, end = [*prompt, *output], min(len(prompt) + steps, len(prompt) + len(output))
         with torch.inference_mode():
@@ -243,7 +243,7 @@ class DynamicReference:
     def _stream(
         self, tokens: Sequence[int], cache: DynamicCache, lazy: Collection[int], start: int, stop: int
     ) -> torch.Tensor:
-        """float32 [stop - start, vocabulary] of rows that see sink + recent keys in the layers of ``lazy``."""
+        """float32 [stop - start, vocabulary] of rows that see sink + recent keys in ``lazy`` layers."""
         rows = streaming_rows(start, stop, 0, self.sink_tokens, self.recent_tokens)
         self._lazy, self._mask = frozenset(lazy), rows
         logits = self._run(tokens[start:stop], cache, "sdpa").logits[0]

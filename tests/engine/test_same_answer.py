@@ -87,7 +87,8 @@ def test_each_of_n_answers_as_one(cold: Server) -> None:
 def test_a_retracted_request_answers_as_if_it_had_not_been(cold: Server, reference: DynamicReference) -> None:
     """The pool runs full in decode: requests give their K and V up, come back, and go on as they began.
 
-    They may end early, so admission hopes that they do. Short prompts too, whose output is longer than the first block by then.
+    They may end early, so admission hopes that they do. Short prompts too, whose output is longer than the
+    first block by then.
     """
     rng = random.Random(32)
     lengths = [30, 40, BLOCK, 100, 150, 200, 250, 300, 120, 180]
