@@ -99,8 +99,8 @@ def _ways(reference: DynamicReference, answer: Answer, candidates: Collection[in
     """By how much each token misses, for every way in which its prompt may have been computed.
 
     A prefix that a request reads may be longer than what it may take from the cache: it computes at least
-    its last token itself. When its first tokens are decoded, SGLang may have freed that row for the tree's, or not
-    yet: with overlap the next step is launched before.
+    its last token itself. When its first tokens are decoded, SGLang may have freed that row for the tree's,
+    or not yet: with overlap the next step is launched before.
     """
     assert answer.choice is not None
     prompt, lazy = answer.job.prompt, answer.choice["lazy_layers"]
