@@ -64,8 +64,8 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
-        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: with
-        # such windows a run of test_churn.py had a wrong token.
+        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: who
+        # shares only a beginning with others has layers selected for its own question.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
     def touch_prefix(self, key: RadixKey) -> None:
