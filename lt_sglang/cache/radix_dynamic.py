@@ -96,6 +96,8 @@ class DynamicRadixCache(LightTransferRadixCache):
             super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
 
     def _is_known(self, req: Req) -> bool:
+        # True from the moment the forward that selects the layers is launched. What is freed for it from then
+        # on, SGLang frees on the device behind that forward (upstream/recorded.py, shared_read_ends).
         entry = self.prefills.sets.of(request_id(req))
         return entry is not None and entry.known
 

@@ -269,6 +269,18 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
         "f1c3aa916cab",
         "it runs after every chunk of a prefill; slide_window must, too, with extend_end at the chunk's end.",
     ),
+    "sglang.srt.managers.scheduler.Scheduler._apply_war_barrier": (
+        "cb3bed8682e8",
+        "the scheduler frees slots and layer sets of a prefill that still runs; its writes wait behind it.",
+    ),
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": (
+        "73ebcb61b24e",
+        "our prefills read slots and layer tables to their end: no event before it may be offered for them.",
+    ),
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.resolve_prefill_shared_read_ends": (
+        "db46be437a48",
+        "as of shared_read_ends.",
+    ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo.swa_dead_lo": (
         "0f212ea6457b",
         "a request without a sink set keeps the slots below swa_evict_floor, and whoever frees asks here.",
