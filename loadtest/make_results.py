@@ -156,7 +156,7 @@ def _others(stem: str, result: dict[str, Any]) -> Cells:
 
 
 def _short(side: dict[str, Any]) -> str:
-    """Running requests and decode tok/s, or seconds of prefill; as much as the file has."""
+    """Running requests, decode tok/s and retractions, or seconds of prefill; as much as the file has."""
     if "seconds" in side:
         return f"{side['seconds']:.3f} s"
     if "step_ms" in side:
@@ -168,6 +168,8 @@ def _short(side: dict[str, Any]) -> str:
         parts.append(f"{side['decode_tokens_per_second']:.0f} tok/s")
     elif "median_ttft_ms" in side:
         parts.append(f"{side['median_ttft_ms'] / 1000:.3f} s to the first token")
+    if side.get("retractions"):
+        parts.append(f"{side['retractions']} retracted")
     return ", ".join(parts) or f"{side['completed']} answered"
 
 
