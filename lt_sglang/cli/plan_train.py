@@ -37,7 +37,7 @@ COLUMNS = (
     ("run", "hours"),
 )
 NOTES = """\
-On one GPU. state: its share of weights, gradients and AdamW's moments; layers: whole ones in bfloat16,
+On one GPU. state: its share of weights, gradients and AdamW's moments; layers: whole ones,
   gathered for a moment; activations with a layer at work; total with a reserve. host: in its memory, a GPU.
 step, full: with full attention in all layers. share: attention's part of a step's operations, lazy and full.
 Estimates, from shares of peak that were reached elsewhere: a first step says more."""
@@ -60,6 +60,7 @@ def run(argv: list[str]) -> int:
             weight_bytes={"float32": 4, "bfloat16": 2}[args.weights],
             checkpointing=args.gradient_checkpointing,
             lora_rank=args.lora_rank,
+            gather_bytes={"float32": 4, "bfloat16": 2}[args.gather],
             offload=args.offload,
             tokens=args.samples * min(args.sample_tokens or length, length) if args.samples else None,
             epochs=args.epochs,

@@ -229,6 +229,12 @@ def add_job_options(parser: Parser) -> None:
     add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank and merge them; 0: all weights")
     add("--gpus", type=positive, default=1, help="processes, weights sharded over them (FSDP2)")
+    add(
+        "--gather",
+        choices=DTYPES,
+        default=DTYPES[1],
+        help="with --gpus: of weights on their way; default float32",
+    )
     add("--offload", action="store_true", help="with --gpus: weights and optimizer in the host's memory")
     parser.set_defaults(lighttransfer=None)
 

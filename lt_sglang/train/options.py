@@ -22,7 +22,8 @@ class TrainOptions:
 
     config: the static list and its windows. precision: of the arithmetic. weights: of the trained weights
     and so of gradients and optimizer state; bfloat16 halves them and loses small updates. lora_rank: 0
-    trains all weights. gpus: processes of the run. save_steps, eval_steps: 0 for once an epoch.
+    trains all weights. gpus: processes of the run. gather: of the weights that these send to each other.
+    save_steps, eval_steps: 0 for once an epoch.
     """
 
     model_path: str
@@ -49,6 +50,7 @@ class TrainOptions:
     lora_rank: int = 0
     lora_alpha: int = 0
     gpus: int = 1
+    gather: str = "float32"
     offload: bool = False
     resume: bool = False
     save_steps: int = 0

@@ -31,6 +31,7 @@ class TrainJob:
     """What is to be planned. length: tokens of a row; batch: rows a GPU and forward; tokens: of all samples.
 
     weight_bytes: 4 or 2, of trained weights, gradients and each moment. lora_rank: 0 for all weights.
+    gather_bytes: 4 or 2, of a weight that is sent to the other GPUs.
     """
 
     shape: ModelShape
@@ -43,6 +44,7 @@ class TrainJob:
     weight_bytes: int = 4
     checkpointing: bool = True
     lora_rank: int = 0
+    gather_bytes: int = 4
     offload: bool = False
     tokens: float | None = None
     epochs: float = 1.0
@@ -52,7 +54,7 @@ class TrainJob:
 class TrainPlan:
     """Bytes on one GPU, and in the host's memory for it; seconds of a step, lazy and with full attention.
 
-    state: weights, gradients, optimizer. gathered: whole layers in bfloat16. attention_share: of the step's
+    state: weights, gradients, optimizer. gathered: whole layers. attention_share: of the step's
     operations.
     """
 
@@ -81,12 +83,14 @@ def plan_training(job: TrainJob) -> TrainPlan:
     hidden = shape.q_heads * shape.head_dim
     layer = shape.params / shape.layers
     state = _state_bytes(job, hidden) / job.gpus
-    # One process keeps bfloat16 copies of all weights during a step (autocast); several gather two layers.
-    gathered = (
-        2 * (2 * layer + 0.03 * shape.params) if job.gpus > 1 else 2 * shape.params * (not job.lora_rank)
-    )
+    sent = min(job.gather_bytes, job.weight_bytes)
+    # One process keeps bfloat16 copies of all weights during a step (autocast); several gather two layers,
+    # and have such copies of these if they came in float32.
+    gathered = 2 * shape.params * (not job.lora_rank)
+    if job.gpus > 1:
+        gathered = (sent + 2 * (sent == 4)) * (2 * layer + 0.03 * shape.params)
     rows = job.batch * job.length
-    width = 2 if job.gpus > 1 else 4  # bytes of the residual stream
+    width = sent if job.gpus > 1 else 4  # bytes of the residual stream
     inside = rows * _inside(shape, hidden)
     kept = rows * hidden * width * shape.layers
     activations = (kept + inside if job.checkpointing else kept + inside * shape.layers) + HEAD_TILE
@@ -150,7 +154,8 @@ def _step(job: TrainJob, config: LightTransferConfig) -> tuple[float, float]:
     flops = job.gpu.flops
     seconds = products / (flops * MATMUL_SHARE) + attention / (flops * ATTENTION_SHARE)
     if job.gpus > 1:
-        moved = shape.params * (2 + 2 + job.weight_bytes)  # gathered twice, gradients scattered
+        sent = min(job.gather_bytes, job.weight_bytes)
+        moved = shape.params * (2 * sent + job.weight_bytes)  # gathered twice, gradients scattered
         seconds = max(seconds, moved / NVLINK)
     seconds *= job.accumulate
     if job.offload:

@@ -131,10 +131,21 @@ def arguments(options: TrainOptions, layer_classes: list[str], evaluates: bool) 
         **fsdp,
     )
     if fsdp and made.bf16:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        # accelerate's own policy also returns the loss in bfloat16, and adds gradients up in it.
-        made.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+        made.fsdp_plugin_args["mixed_precision_policy"] = sharding_policy(options.gather)
     return made
+
+
+def sharding_policy(gather: str) -> Any:
+    """torch's MixedPrecisionPolicy of weights that are sharded over GPUs.
+
+    In float32 they are computed with as on one GPU: autocast takes bfloat16 for products, and norms and sums
+    stay in float32. In bfloat16 everything is, for half of the bytes on the links and of what a layer keeps.
+    accelerate's own policy also returns the loss in bfloat16, and adds gradients up in it.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(
+        param_dtype=None if gather == "float32" else torch.bfloat16,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+    )

@@ -1,4 +1,7 @@
-"""Two processes that share the weights (FSDP2, gloo) train as one does; QwQ's recipe, on a tiny model."""
+"""Two processes train as one does; weights sharded as a run shards them; QwQ's recipe, on a tiny model.
+
+On a CPU accelerate gives each process all weights (DDP). So how FSDP2 shards them is tested with torch alone.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from loadtest.experiments.train_fsdp import write_data
 from lt_sglang.train.options import read_recipe
+from lt_sglang.train.trainer import sharding_policy
 from tests.engine.models import ensure_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +49,62 @@ def train(out: Path, data: Path, *more: str) -> list[float]:
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return [entry["loss"] for entry in json.loads((out / "log.json").read_text()) if "loss" in entry]
+
+
+def steps(model: torch.nn.Module, rank: int, ranks: int) -> list[float]:
+    """Losses of AdamW under autocast, in bfloat16; each of ``ranks`` takes its share of two rows a step."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    losses = []
+    for _ in range(20):
+        rows = torch.randint(3, 500, (2, 1, 128), generator=generator)
+        mine = rows[rank::ranks]
+        mean = torch.zeros(())
+        for row in mine:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(row, labels=row, use_cache=False).loss.float() / len(mine)
+            loss.backward()
+            mean += loss.detach() / ranks
+        if ranks > 1:
+            dist.all_reduce(mean)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(mean))
+    return losses
+
+
+def tiny_model() -> torch.nn.Module:
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(ensure_model("llama"), dtype=torch.float32)
+
+
+def sharded(rank: int, store: str, gather: str, out: str) -> None:
+    """One of two processes; the first writes its losses."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, mesh, policy = tiny_model(), init_device_mesh("cpu", (2,)), sharding_policy(gather)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    found = steps(model, rank, 2)
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_gathered_in_float32_train_as_one_process_does(tmp_path: Path) -> None:
+    """In bfloat16 they do not: another first loss, and several times further off after twenty steps."""
+    one = steps(tiny_model(), 0, 1)
+    worst = {}
+    for gather in ("float32", "bfloat16"):
+        out = tmp_path / f"{gather}.json"
+        mp.spawn(sharded, (str(tmp_path / f"store-{gather}"), gather, str(out)), nprocs=2)
+        found = json.loads(out.read_text())
+        assert (found[0] == pytest.approx(one[0], rel=1e-6)) == (gather == "float32")
+        worst[gather] = max(abs(a / b - 1) for a, b in zip(found, one, strict=True))
+    assert worst["float32"] < 0.002 < worst["bfloat16"], worst
 
 
 def test_two_processes_as_one(tmp_path: Path) -> None:

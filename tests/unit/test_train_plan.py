@@ -70,7 +70,9 @@ def test_the_recipe_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert ready["gpus"] == 8 and row["length"] == 16384 and row["fits"] and row["hours"] > 0
     assert ready["lighttransfer"]["sink_tokens"] == 129 and len(ready["lighttransfer"]["lazy_layers"]) > 10
     words = ("--shape", "qwen2.5-32b", "--gpus", "8", "--lengths", "4096,16384")
-    assert [row["fits"] for row in told(capsys, *words)["rows"]] == [True, False]
+    assert [row["fits"] for row in told(capsys, *words)["rows"]] == [False, False]
+    rows = told(capsys, *words, "--gather", "bfloat16")["rows"]
+    assert [row["fits"] for row in rows] == [True, False]
 
 
 def test_text_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
