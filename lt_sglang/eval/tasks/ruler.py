@@ -36,7 +36,7 @@ NOUNS = (
     *("fabric", "forest", "fountain", "garage", "garden", "harbor", "helmet", "kitchen", "ladder"),
     *("laundry", "magnet", "meadow", "medal", "metal", "mountain", "napkin", "oven", "paddle"),
     *("parcel", "pencil", "pillow", "pocket", "quilt", "rocket", "shelter", "spoon", "stable"),
-    *("ticket"),
+    "ticket",
 )
 
 
