@@ -127,7 +127,7 @@ def test_engines_that_saw_different_positions() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "one of the arguments --endpoint --engine --engines is required"),
+        ([], "one of the arguments --endpoint --engine --engines --shares is required"),
         (["--endpoint", "a=http://x", "--engine", "b"], "not allowed with argument"),
         (["--endpoint", "localhost:30000"], "--endpoint localhost:30000: write NAME=http://host:port"),
         (["--engine", "full", "--tasks", "needle"], "'needle' is not one of passkey, 3-key, niah_single_1"),
