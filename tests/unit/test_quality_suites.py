@@ -41,16 +41,16 @@ def test_arms_of_shares(tmp_path: Path) -> None:
     counted = _calibrated(
         tmp_path / "c.json", lazy_in_samples=[9, 0, 4, 4], mean_laziness=[0.5, 0.1, 0.2, 0.3]
     )
-    flags = ["--tp-size", "2", "--lt-recent-tokens", "60", "--lt-score", "error-mass"]
+    flags = ["--tp-size", "2", "--lt-sink-tokens", "8", "--lt-score", "error-mass"]
     found, rest = arms((0.25, 0.5), greedy, flags)
     assert rest == ["--tp-size", "2"]
-    window = "--lt-recent-tokens=60"
+    windows = "--lt-sink-tokens=8 --lt-recent-tokens=252"  # the file has 252
     assert found == [
         "full",
-        f"static-25=--lt-lazy-layers=3 --lt-config={greedy} {window}",
-        f"dynamic-25=--lt-mode=dynamic {window} --lt-keep=0.75 --lt-score=error-mass",
-        f"static-50=--lt-lazy-layers=0,3 --lt-config={greedy} {window}",
-        f"dynamic-50=--lt-mode=dynamic {window} --lt-keep=0.5 --lt-score=error-mass",
+        f"static-25=--lt-lazy-layers=3 --lt-mode=static {windows}",
+        f"dynamic-25=--lt-mode=dynamic {windows} --lt-keep=0.75 --lt-score=error-mass",
+        f"static-50=--lt-lazy-layers=0,3 --lt-mode=static {windows}",
+        f"dynamic-50=--lt-mode=dynamic {windows} --lt-keep=0.5 --lt-score=error-mass",
     ]
     assert [arms((share,), counted, [])[0][1].split("=")[2].split()[0] for share in (0.25, 0.5, 0.75)] == [
         "0",
@@ -58,7 +58,7 @@ def test_arms_of_shares(tmp_path: Path) -> None:
         "0,2-3",
     ]
     assert arms((0.3,), "ends", [])[0][1:] == [
-        "static-30=--lt-lazy-layers=ends:0.3",
+        "static-30=--lt-lazy-layers=ends:0.3 --lt-mode=static",
         "dynamic-30=--lt-mode=dynamic --lt-keep=0.7",
     ]
     assert arms((0.5,), None, [])[0] == ["full", "dynamic-50=--lt-mode=dynamic --lt-keep=0.5"]

@@ -63,7 +63,9 @@ def longmemeval(path: str, reading: Reading) -> list[Item]:
             raise LightTransferError(
                 f"{record.where}: haystack_dates: {len(dates)} of them, but {len(sessions)} haystack_sessions"
             )
-        told = sorted(zip(map(str, dates), map(_session, sessions, [record] * len(sessions)), strict=True))
+        told = sorted(
+            (str(date), _session(turns, record)) for date, turns in zip(dates, sessions, strict=True)
+        )
         history = "\n\n".join(f"Conversation of {date}:\n{text}" for date, text in told)
         ids = reading.tokenizer.encode(history)
         if len(ids) > reading.max_tokens:
@@ -83,9 +85,8 @@ def longmemeval(path: str, reading: Reading) -> list[Item]:
 def _session(turns: object, record: Record) -> str:
     if not isinstance(turns, list):
         raise LightTransferError(f"{record.where}: haystack_sessions: holds what is no list of turns")
-    said = [
-        Record(f"{record.where}: haystack_sessions", turn if isinstance(turn, dict) else {}) for turn in turns
-    ]
+    where = f"{record.where}: haystack_sessions"
+    said = [Record(where, turn if isinstance(turn, dict) else {}) for turn in turns]
     return "\n".join(f"{turn.get('role', str)}: {turn.get('content', str).strip()}" for turn in said)
 
 
