@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -168,8 +169,8 @@ def _scores(
     theirs = [] if base is None else [base.scores[n] for n in group.picked]
     # Also a graded metric that was right or wrong each time, such as RULER's with one needle.
     binary = not group.strata and {*mine, *theirs} <= {0.0, 1.0}
-    # Fewer are too few for a bootstrap, whose interval may then be empty.
-    enough = binary or len(mine) >= FEW_ITEMS
+    # Fewer, also of one task, are too few for a bootstrap, whose interval may then be empty.
+    enough = binary or min(Counter(group.strata or ("",) * len(mine)).values()) >= FEW_ITEMS
     interval = wilson(sum(mine), len(mine)) if binary else None
     if not binary and enough:
         interval = paired_means([0.0] * len(mine), mine, group.strata)

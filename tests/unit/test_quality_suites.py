@@ -99,21 +99,28 @@ def test_all_tasks_of_a_benchmark() -> None:
     """RULER's figure is the mean over tasks, LongMemEval's over questions; one task alone has none."""
     items = [
         *(Item("vt", (n,), ("a",), 1, "contains-all", {"tokens": 9}, benchmark="RULER") for n in range(30)),
-        *(Item("cwe", (n,), ("a",), 1, "contains-all", {"tokens": 9}, benchmark="RULER") for n in range(10)),
+        *(Item("cwe", (n,), ("a",), 1, "contains-all", {"tokens": 9}, benchmark="RULER") for n in range(20)),
         *(Item("multi-session", (n,), ("a",), 1, "recall", benchmark="LongMemEval") for n in range(30)),
         *(Item("knowledge-update", (n,), ("a",), 1, "recall", benchmark="LongMemEval") for n in range(10)),
         *(Item("ifeval", (n,), ("a",), 1, "ifeval", benchmark="IFEval") for n in range(5)),
         *(Item("passkey", (n,), ("a",), 1, "begins") for n in range(5)),
     ]
-    full = _answered("full", [0.5] * 30 + [1.0] * 10 + [0.5] * 30 + [1.0] * 10 + [1.0] * 10)
-    light = _answered("light", [0.5] * 30 + [0.5] * 10 + [0.5] * 30 + [0.5] * 10 + [1.0] * 10)
+    full = _answered("full", [0.5] * 30 + [1.0] * 20 + [0.5] * 30 + [1.0] * 10 + [1.0] * 10)
+    light = _answered("light", [0.5] * 30 + [0.5] * 20 + [0.5] * 30 + [0.5] * 10 + [1.0] * 10)
     rows = compare(Questions(tuple(items)), [full, light], 0.05)
     every = {(row.engine, row.benchmark): row for row in rows if row.task.startswith("all tasks")}
     assert {benchmark for _, benchmark in every} == {"RULER", "LongMemEval"}
     ruler, memory = every["light", "RULER"], every["light", "LongMemEval"]
-    assert (ruler.task, ruler.metric, ruler.items) == ("all tasks 9", "mean of tasks", 40)
+    assert (ruler.task, ruler.metric, ruler.items) == ("all tasks 9", "mean of tasks", 50)
     assert (ruler.full, ruler.value, ruler.verdict) == (0.75, 0.5, "worse")
     assert (memory.task, memory.metric, memory.full, memory.value) == ("all tasks", "recall", 0.625, 0.5)
+    few = Questions(tuple(items[:49]))
+    rows_of_few = compare(
+        few, [_answered("full", full.scores[:49]), _answered("light", light.scores[:49])], 0.05
+    )
+    assert (rows_of_few[-1].task, rows_of_few[-1].verdict) == ("all tasks 9", "cannot tell"), (
+        "19 of cwe are too few"
+    )
     text = table(rows)
     assert [line for line in text.splitlines() if line in ("RULER", "LongMemEval", "IFEval")] == [
         "RULER",
@@ -122,7 +129,7 @@ def test_all_tasks_of_a_benchmark() -> None:
     ]
     shown = markdown(rows)
     assert "**RULER**\n\n| task | metric | items | full | light |\n| --- | --- | --- | --- | --- |\n" in shown
-    assert "| all tasks 9 | mean of tasks | 40 | 0.750 (0.750 to 0.750) | 0.500 (-0.250 to -0.250) |" in shown
+    assert "| all tasks 9 | mean of tasks | 50 | 0.750 (0.750 to 0.750) | 0.500 (-0.250 to -0.250) |" in shown
     assert "| passkey | begins | 5 | 1.000 (0.566 to 1.000) | 1.000 (-0.434 to +0.434) |" in shown
 
 
