@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from lt_sglang.eval.items import Item, Tokenizer
 from lt_sglang.eval.metrics import METRICS
 
 FEW_ITEMS = 20
+# Their figure for all tasks is published as the mean over questions; that of others as the mean over tasks.
+BY_QUESTIONS = ("LongBench v2", "LongMemEval")
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -69,6 +72,7 @@ class Row:
     difference: Interval | None = None
     verdict: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
+    benchmark: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -103,9 +107,11 @@ def compare(questions: Questions, outcomes: Sequence[Outcome], margin: float) ->
     rows = []
     for outcome in outcomes:
         base = None if outcome is full else full
-        for label in dict.fromkeys(map(label_of, questions.items)):
-            picked = [n for n, item in enumerate(questions.items) if label_of(item) == label]
-            rows.append(_scores(label, questions, outcome, base, picked, margin))
+        for label, picked in _tasks(questions).items():
+            metric = questions.items[picked[0]].metric
+            rows.append(_scores(_Group(label, metric, tuple(picked)), questions, outcome, base, margin))
+        for group in _benchmarks(questions):
+            rows.append(_scores(group, questions, outcome, base, margin))
         if questions.texts:
             rows += _texts(questions, outcome, base)
     return rows
@@ -116,16 +122,67 @@ def label_of(item: Item) -> str:
     return f"{item.task} {item.cell['tokens']}" if "tokens" in item.cell else item.task
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The items of a row, by their numbers; strata: their tasks, if it is the mean over tasks."""
+
+    label: str
+    metric: str
+    picked: tuple[int, ...]
+    strata: tuple[str, ...] = ()
+
+
+def _tasks(questions: Questions) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, item in enumerate(questions.items):
+        found.setdefault(label_of(item), []).append(number)
+    return found
+
+
+def _benchmarks(questions: Questions) -> Iterator[_Group]:
+    """All tasks of each benchmark, length by length, if there are several."""
+    found: dict[tuple[str, Any], list[int]] = {}
+    for number, item in enumerate(questions.items):
+        found.setdefault((item.benchmark, item.cell.get("tokens")), []).append(number)
+    for (benchmark, tokens), picked in found.items():
+        tasks = tuple(label_of(questions.items[number]) for number in picked)
+        if benchmark and len(set(tasks)) > 1:
+            by_questions = benchmark in BY_QUESTIONS
+            metric = questions.items[picked[0]].metric if by_questions else "mean of tasks"
+            label = "all tasks" if tokens is None else f"all tasks {tokens}"
+            yield _Group(label, metric, tuple(picked), () if by_questions else tasks)
+
+
+def _mean(scores: Sequence[float], strata: Sequence[str]) -> float:
+    if not strata:
+        return statistics.fmean(scores)
+    return statistics.fmean(
+        statistics.fmean(score for score, of in zip(scores, strata, strict=True) if of == stratum)
+        for stratum in dict.fromkeys(strata)
+    )
+
+
 def _scores(
-    label: str, questions: Questions, outcome: Outcome, base: Outcome | None, picked: list[int], margin: float
+    group: _Group, questions: Questions, outcome: Outcome, base: Outcome | None, margin: float
 ) -> Row:
-    metric = questions.items[picked[0]].metric
-    mine = [outcome.scores[n] for n in picked]
-    theirs = [] if base is None else [base.scores[n] for n in picked]
+    mine = [outcome.scores[n] for n in group.picked]
+    theirs = [] if base is None else [base.scores[n] for n in group.picked]
     # Also a graded metric that was right or wrong each time, such as RULER's with one needle.
-    binary = {*mine, *theirs} <= {0.0, 1.0}
+    binary = not group.strata and {*mine, *theirs} <= {0.0, 1.0}
+    # Fewer, also of one task, are too few for a bootstrap, whose interval may then be empty.
+    enough = binary or min(Counter(group.strata or ("",) * len(mine)).values()) >= FEW_ITEMS
     interval = wilson(sum(mine), len(mine)) if binary else None
-    row = Row(outcome.name, label, metric, len(mine), statistics.fmean(mine), interval)
+    if not binary and enough:
+        interval = paired_means([0.0] * len(mine), mine, group.strata)
+    row = Row(
+        outcome.name,
+        group.label,
+        group.metric,
+        len(mine),
+        _mean(mine, group.strata),
+        interval,
+        benchmark=questions.items[group.picked[0]].benchmark,
+    )
     if base is None:
         return row
     notes: dict[str, Any] = {}
@@ -134,14 +191,11 @@ def _scores(
         difference = paired_rates(first, second)
         notes["sign_test_p"] = sign_test(first, second)
     else:
-        difference = paired_means(theirs, mine)
-    told = verdict(difference, margin)
-    if not binary and len(mine) < FEW_ITEMS:
-        # Too few for a bootstrap, whose interval may then be empty.
-        told = "cannot tell"
+        difference = paired_means(theirs, mine, group.strata)
+    told = verdict(difference, margin) if enough else "cannot tell"
     if told == "cannot tell" and binary:
         notes["items_needed"] = trials_needed(first, second, margin)
-    full = statistics.fmean(theirs)
+    full = _mean(theirs, group.strata)
     return replace(row, full=full, difference=difference, verdict=told, notes=notes)
 
 

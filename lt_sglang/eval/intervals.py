@@ -54,8 +54,13 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> Interval:
     return Interval(difference - math.sqrt(max(down, 0.0)), difference + math.sqrt(max(up, 0.0)))
 
 
-def paired_means(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
+def paired_means(
+    first: Sequence[float], second: Sequence[float], strata: Sequence[Hashable] = (), seed: int = 0
+) -> Interval:
     """The 95 % interval of mean(second) - mean(first) over the same items, by a seeded percentile bootstrap.
+
+    strata: of each item, such as its task; then it is the mean over strata of their means, and items are
+    drawn within each of them.
 
     Raises:
         ValueError: they differ in length or are empty.
@@ -65,10 +70,14 @@ def paired_means(first: Sequence[float], second: Sequence[float], seed: int = 0)
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} items cannot be compared in pairs")
     differences = numpy.asarray(second, dtype=float) - numpy.asarray(first, dtype=float)
-    draws = numpy.random.default_rng(seed).integers(
-        0, len(differences), (BOOTSTRAP_SAMPLES, len(differences))
-    )
-    low, high = numpy.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    generator = numpy.random.default_rng(seed)
+    labels = list(strata) or [None] * len(differences)
+    means = []
+    for stratum in dict.fromkeys(labels):
+        inside = differences[[label == stratum for label in labels]]
+        draws = generator.integers(0, len(inside), (BOOTSTRAP_SAMPLES, len(inside)))
+        means.append(inside[draws].mean(axis=1))
+    low, high = numpy.percentile(numpy.mean(means, axis=0), [2.5, 97.5])
     return Interval(float(low), float(high))
 
 

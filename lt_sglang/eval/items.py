@@ -40,6 +40,7 @@ class Item:
     metric: name of a metric (``lt_sglang.eval.metrics``).
     cell: further coordinates, such as tokens and depth.
     details: what a metric needs besides (LongBench's class names).
+    benchmark: whose table the task is in; "" for those of none.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Item:
     metric: str
     cell: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    benchmark: str = ""
 
 
 class HfTokenizer:

@@ -23,8 +23,41 @@ HEADER = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row, columns aligned."""
-    return aligned([HEADER, *map(_cells, rows)])
+    """One line a row, columns aligned; a table for each benchmark, under its name."""
+    return "\n\n".join(
+        "\n".join([*([name] if name else []), aligned([HEADER, *map(_cells, some)])])
+        for name, some in _benchmarks(rows).items()
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each benchmark, tasks by engines: a value, and the interval of its difference from full."""
+    parts = []
+    for name, some in _benchmarks(rows).items():
+        engines = list(dict.fromkeys(row.engine for row in some))
+        cells = {(row.task, row.metric, row.engine): row for row in some}
+        lines = [("task", "metric", "items", *engines), ("---",) * (3 + len(engines))]
+        for task, metric in dict.fromkeys((row.task, row.metric) for row in some):
+            found = [cells.get((task, metric, engine)) for engine in engines]
+            items = next(str(row.items) for row in found if row)
+            lines.append((task, metric, items, *(map(_brief, found))))
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"**{name}**\n\n{text}" if name else text)
+    return "\n\n".join(parts)
+
+
+def _benchmarks(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {
+        name: [r for r in rows if r.benchmark == name] for name in dict.fromkeys(r.benchmark for r in rows)
+    }
+
+
+def _brief(row: Row | None) -> str:
+    if row is None:
+        return ""
+    interval = row.interval if row.difference is None else row.difference
+    told = _range(interval, "" if row.difference is None else "+")
+    return f"{_number(row.value)} ({told})" if told else _number(row.value)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -46,6 +79,7 @@ def as_dict(
         "rows": [_row(row) for row in rows],
         "items": [
             {
+                "benchmark": item.benchmark,
                 "task": item.task,
                 **item.cell,
                 "accepted": list(item.answers),
@@ -61,7 +95,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {
         **{
             name: getattr(row, name)
-            for name in ("engine", "task", "metric", "items", "value", "full", "ratio")
+            for name in ("engine", "benchmark", "task", "metric", "items", "value", "full", "ratio")
         },
         "interval": _pair(row.interval),
         "difference": _pair(row.difference),

@@ -25,8 +25,22 @@ CASES: list[tuple[str, str, list[str], dict[str, Any], float]] = [
     ("qa-f1", "The cat sat.", ["a cat sat down"], {}, 0.8),
     ("qa-f1", "nothing", ["a cat", "Nothing!"], {}, 1),
     ("qa-f1", "Paris\nLondon", ["Paris"], {"first_line": True}, 1),
-    ("rouge-l", "the cat sat on the mat", ["the cat on mat"], {}, 0.8),
+    ("contains-any", "It was paris.", ["Paris", "London"], {}, 1),
+    ("contains-any", "Rome", ["Paris", "London"], {}, 0),
+    ("contains-every", "1 and 2", ["1", "2"], {}, 1),
+    ("contains-every", "1", ["1", "2"], {}, 0),
+    ("withholds", "I cannot tell", ["12345"], {}, 1),
+    ("withholds", "It is 12345", ["12345"], {}, 0),
+    ("qa-f1-zh", "答案是北京。", ["北京"], {}, 4 / 7),
+    ("qa-f1-zh", "北京！", ["东京", "北 京"], {}, 1),
+    ("rouge-l-zh", "北京是首都", ["首都是北京"], {}, 1 / 5 + 1 / 5),
     ("rouge-l", "", ["something"], {}, 0),
+    ("choice", "The correct answer is **(C)**, as", ["C"], {}, 1),
+    ("choice", "The correct answer is C", ["C"], {}, 1),
+    ("choice", "C", ["C"], {}, 0),
+    ("recall", "She drives a red car", ["the red car"], {}, 1),
+    ("recall", "red", ["a red car, a blue car"], {}, 1 / 4),
+    ("ifeval", "yes", [], {"instructions": [("change_case:english_lowercase", {})]}, 1),
     ("classification", "Abbreviation", ["Abbreviation"], {"all_classes": ["Abbreviation", "City"]}, 1),
     ("classification", "City or Abbreviation", ["City"], {"all_classes": ["Abbreviation", "City"]}, 0.5),
     ("classification", "Other entity", ["Other entity"], {"all_classes": ["Other entity", "entity"]}, 1),
@@ -60,12 +74,35 @@ def test_every_metric_has_a_case() -> None:
     assert {case[0] for case in CASES} == set(METRICS)
 
 
+@pytest.mark.parametrize(
+    ("answer", "truth", "expected"),
+    [
+        ("the cat sat on the mat", "the cat on mat", 0.8888888839506174),
+        (
+            "The committee met. It approved the budget. Nobody objected.",
+            "The budget was approved by the committee. There were no objections.",
+            0.39999999505,
+        ),
+        ("a b. c a", "a c. b a. c", 0.6666666616666668),
+        ("One. Two. Three.", "Three. Two. One.", 0.999999995),
+        (
+            "police said the the man was found. He was arrested.",
+            "the man was arrested. police found him.",
+            0.7999999950222222,
+        ),
+    ],
+)
+def test_rouge_l_as_by_the_package_rouge(answer: str, truth: str, expected: float) -> None:
+    """Values of ``rouge`` 1.0.1, which LongBench uses."""
+    assert METRICS["rouge-l"](answer, [truth], {}) == pytest.approx(expected, abs=1e-6)
+
+
 def test_rouge_l_and_f1_of_random_words() -> None:
     """Against the recursive definition of the longest common subsequence, and counted words."""
     rng = random.Random(0)
     for _ in range(40):
-        said = [rng.choice("pqrst") for _ in range(rng.randint(1, 12))]
-        wanted = [rng.choice("pqrst") for _ in range(rng.randint(1, 12))]
+        said = rng.sample("pqrstuvwxyz", rng.randint(1, 8))
+        wanted = rng.sample("pqrstuvwxyz", rng.randint(1, 8))
 
         @cache
         def common(i: int, j: int, x: Words = tuple(said), y: Words = tuple(wanted)) -> int:
@@ -78,6 +115,7 @@ def test_rouge_l_and_f1_of_random_words() -> None:
         precision, recall = common(0, 0) / len(said), common(0, 0) / len(wanted)
         expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
         assert METRICS["rouge-l"](" ".join(said), [" ".join(wanted)], {}) == pytest.approx(expected)
+        said += [rng.choice("pqrst") for _ in range(4)]
         shared = sum(min(n, Counter(wanted)[word]) for word, n in Counter(said).items())
         precision, recall = shared / len(said), shared / len(wanted)
         expected = 2 * precision * recall / (precision + recall) if shared else 0

@@ -1,8 +1,7 @@
-"""Generators of questions: sizes, depths, seeds; readers of published files."""
+"""Generators of questions: sizes, depths, seeds."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.eval.tasks.files import longbench, mathematics
 from lt_sglang.eval.tasks.haystack import NOISE, Prose, documentation, split_sentences
 from lt_sglang.eval.tasks.passkey import MARGIN_TOKENS, PasskeyTask
 from lt_sglang.eval.tasks.ruler import DEPTHS, SHAPES, NiahTask
@@ -108,65 +106,3 @@ def test_prose(tmp_path: Path) -> None:
     with pytest.raises(LightTransferError, match="blank: holds no text"):
         Prose.load(tokenizer, str(tmp_path / "blank"))
     assert split_sentences("One.  Two!\nThree?") == ["One.", "Two!", "Three?"]
-
-
-def _longbench(folder: Path) -> Path:
-    (folder / "config").mkdir()
-    (folder / "data").mkdir()
-    prompts = {"trec": "Type: {context} {input}", "hotpotqa": "Read {context}. {input}"}
-    (folder / "config" / "dataset2prompt.json").write_text(json.dumps(prompts))
-    (folder / "config" / "dataset2maxlen.json").write_text(json.dumps({"trec": 64, "hotpotqa": 32}))
-    record = {"input": "Who?", "context": "word " * 200, "answers": ["Ann", "Anne"], "all_classes": None}
-    (folder / "data" / "hotpotqa.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record))
-    record = {"input": "Q", "context": "c", "answers": ["City"], "all_classes": ["City", "Animal"]}
-    (folder / "data" / "trec.jsonl").write_text(json.dumps(record))
-    return folder
-
-
-def test_longbench(tmp_path: Path) -> None:
-    tokenizer, folder = Words(), str(_longbench(tmp_path))
-    items = longbench(folder, ["hotpotqa", "trec"], None, 1000, tokenizer, chat=True)
-    assert [item.task for item in items] == ["hotpotqa", "hotpotqa", "trec"]
-    assert [item.new_tokens for item in items] == [32, 32, 64]
-    assert [item.metric for item in items] == ["qa-f1", "qa-f1", "classification"]
-    assert items[0].answers == ("Ann", "Anne")
-    assert items[2].details == {"all_classes": ["City", "Animal"], "first_line": True}
-    text = tokenizer.decode(list(items[0].prompt))
-    assert text.startswith("[USER] Read word word") and text.endswith("Who? [ANSWER]")
-    assert tokenizer.decode(list(items[2].prompt)) == "Type: c Q", "few-shot tasks take no chat template"
-    (short, _) = longbench(folder, ["hotpotqa"], None, 50, tokenizer, chat=False)
-    assert len(short.prompt) == 51
-    text = tokenizer.decode(list(short.prompt))
-    assert text.startswith("Read word") and text.endswith("Who?")
-    assert len(longbench(folder, ["hotpotqa"], 1, 50, tokenizer, chat=False)) == 1
-
-
-def test_mathematics(tmp_path: Path) -> None:
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text(json.dumps({"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}) + "\n")
-    (item,) = mathematics("gsm8k", str(path), None, 256, Words(), chat=False)
-    assert (item.answers, item.metric, item.new_tokens) == (("4",), "gsm8k", 256)
-    path.write_text(json.dumps({"Problem": "?", "Answer": 73}) + "\n")
-    (item,) = mathematics("aime", str(path), None, 256, Words(), chat=True)
-    assert (item.answers, item.metric) == (("73",), "aime")
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    tokenizer, folder = Words(), _longbench(tmp_path)
-    with pytest.raises(LightTransferError, match="'narrative' is not one of narrativeqa, "):
-        longbench(str(folder), ["narrative"], None, 100, tokenizer, chat=False)
-    with pytest.raises(LightTransferError, match=r"--longbench .*qasper.jsonl: cannot be read"):
-        longbench(str(folder), ["qasper"], None, 100, tokenizer, chat=False)
-    with pytest.raises(LightTransferError, match=r"dataset2prompt.json cannot be read"):
-        longbench(str(tmp_path / "no"), ["qasper"], None, 100, tokenizer, chat=False)
-    path = tmp_path / "bad.jsonl"
-    for content, message in (
-        ("{}\n", "needs 'question' or 'problem', and 'answer'"),
-        ('{"question": 1}\n{"que', "needs 'question'"),
-        ("{\n", "line 1 is not valid JSON"),
-        ("[1]\n", "line 1 is not a JSON object"),
-        ("\n", "holds no record"),
-    ):
-        path.write_text(content)
-        with pytest.raises(LightTransferError, match=message):
-            mathematics("gsm8k", str(path), 1, 256, tokenizer, chat=False)

@@ -1,117 +1,145 @@
-"""Benchmarks from local files in their published format."""
+"""Local files of published benchmarks: their records, fields that are checked, and prompts made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.eval.items import Item, Tokenizer
+from lt_sglang.eval.items import Tokenizer
 
-# LongBench's eval.py: task -> metric. Its Chinese tasks need jieba and are left out.
-LONGBENCH: dict[str, str] = {
-    **dict.fromkeys(("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), "qa-f1"),
-    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), "rouge-l"),
-    "trec": "classification",
-    "triviaqa": "qa-f1",
-    "passage_retrieval_en": "retrieval",
-    "passage_count": "count",
-    **dict.fromkeys(("lcc", "repobench-p"), "code-similarity"),
-}
-FIRST_LINE = ("trec", "triviaqa", "samsum")
-# No chat template around these (LongBench's pred.py).
-PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
-
-MATH_METRICS = {"gsm8k": "gsm8k", "math500": "math", "aime": "aime"}
-MATH_PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+T = TypeVar("T")
+KINDS = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 
 
-def longbench(
-    folder: str, names: list[str], count: int | None, max_tokens: int, tokenizer: Tokenizer, chat: bool
-) -> list[Item]:
-    """The first ``count`` questions of each task of a local LongBench copy.
+@dataclass(frozen=True)
+class Record:
+    """One object of a file. where: flag, file and line, as errors name them."""
 
-    Read are ``config/dataset2prompt.json``, ``config/dataset2maxlen.json`` and ``data/NAME.jsonl``. Prompts
-    of more than ``max_tokens`` tokens lose their middle, as in LongBench. Raises LightTransferError.
-    """
-    root = Path(folder).expanduser()
-    prompts = _json(root / "config" / "dataset2prompt.json", "--longbench")
-    lengths = _json(root / "config" / "dataset2maxlen.json", "--longbench")
-    items = []
-    for name in names:
-        if name not in LONGBENCH:
-            raise LightTransferError(f"--longbench-tasks: {name!r} is not one of {', '.join(LONGBENCH)}")
-        for record in records(root / "data" / f"{name}.jsonl", "--longbench", count):
-            _need(record, ("input", "context", "answers"), f"{name}.jsonl")
-            text = prompts[name].format(**record)
-            ids = tokenizer.encode(text)
-            if len(ids) > max_tokens:
-                half = max_tokens // 2
-                text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
-            wrap = chat and name not in PLAIN
-            prompt = tokenizer.chat(text) if wrap else [*tokenizer.prefix, *tokenizer.encode(text)]
-            details = {"all_classes": record.get("all_classes"), "first_line": name in FIRST_LINE}
-            items.append(
-                Item(
-                    name, tuple(prompt), tuple(record["answers"]), lengths[name], LONGBENCH[name], {}, details
-                )
+    where: str
+    fields: Mapping[str, Any]
+
+    def get(self, name: str, kind: type[T], allowed: Sequence[T] = ()) -> T:
+        """A field's value; raises LightTransferError if it is missing, of another kind or not allowed."""
+        if name not in self.fields:
+            raise LightTransferError(f"{self.where}: has no {name!r}, only {', '.join(self.fields)}")
+        value = self.fields[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise LightTransferError(f"{self.where}: {name}: {_short(value)} is not {KINDS[kind]}")
+        if allowed and value not in allowed:
+            raise LightTransferError(
+                f"{self.where}: {name}: {_short(value)} is not one of {', '.join(map(str, allowed))}"
             )
-    return items
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of text, or a single text, at least one; raises LightTransferError."""
+        value = self.fields.get(name)
+        found = [value] if isinstance(value, str) else self.get(name, list)
+        if not found or not all(isinstance(text, str) for text in found):
+            raise LightTransferError(f"{self.where}: {name}: {_short(found)} is not text, nor a list of text")
+        return found
+
+    def inner(self, name: str) -> list[Record]:
+        """The objects of a list; raises LightTransferError."""
+        found = self.get(name, list)
+        records = [
+            Record(f"{self.where}: {name} {number}", each) for number, each in enumerate(found, start=1)
+        ]
+        for record in records:
+            if not isinstance(record.fields, dict):
+                raise LightTransferError(f"{record.where}: {_short(record.fields)} is not an object")
+        return records
 
 
-def mathematics(
-    name: str, path: str, count: int | None, new_tokens: int, tokenizer: Tokenizer, chat: bool
-) -> list[Item]:
-    """The first ``count`` problems of GSM8K, MATH-500 or AIME (JSON lines). Raises LightTransferError."""
-    items = []
-    for record in records(Path(path).expanduser(), f"--{name}", count):
-        lower = {key.lower(): value for key, value in record.items()}
-        question = lower.get("question", lower.get("problem"))
-        if question is None or "answer" not in lower:
-            raise LightTransferError(f"--{name} {path}: a line needs 'question' or 'problem', and 'answer'")
-        text = MATH_PROMPT.format(question=question)
-        prompt = tokenizer.chat(text) if chat else [*tokenizer.prefix, *tokenizer.encode(f"{text}\n")]
-        answer = str(lower["answer"]).rpartition("####")[2].strip()
-        items.append(Item(name, tuple(prompt), (answer,), new_tokens, MATH_METRICS[name]))
-    return items
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def records(path: Path, flag: str, count: int | None = None) -> list[dict[str, Any]]:
-    """The first ``count`` objects of a JSON lines file; raises LightTransferError that names the line."""
-    found: list[dict[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if count is not None and len(found) >= count:
-                    break
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise LightTransferError(f"{flag} {path}: line {number} is not a JSON object")
-                found.append(record)
-    except (OSError, UnicodeDecodeError) as error:
-        raise LightTransferError(f"{flag} {path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise LightTransferError(f"{flag} {path}: line {number} is not valid JSON ({error})") from None
+@dataclass(frozen=True)
+class Reading:
+    """How the questions of files are asked.
+
+    count: of each file; None all. max_tokens: longer prompts are shortened. chat: within the chat template.
+    new_tokens: of a problem in mathematics.
+    """
+
+    tokenizer: Tokenizer
+    count: int | None = None
+    max_tokens: int = 8192
+    chat: bool = False
+    new_tokens: int = 2048
+
+    def shortened(self, text: str) -> str:
+        """The text, without its middle if it is too long."""
+        ids = self.tokenizer.encode(text)
+        if len(ids) <= self.max_tokens:
+            return text
+        half = self.max_tokens // 2
+        return self.tokenizer.decode(ids[:half]) + self.tokenizer.decode(ids[-half:])
+
+    def prompt(self, text: str, plain: bool = False) -> tuple[int, ...]:
+        """A text as token ids; ``plain``: never in a chat template."""
+        if self.chat and not plain:
+            return tuple(self.tokenizer.chat(text))
+        return (*self.tokenizer.prefix, *self.tokenizer.encode(text))
+
+
+def read(path: str | Path, flag: str, count: int | None = None) -> list[Record]:
+    """The first ``count`` objects of a file: JSON lines, or a JSON array of objects.
+
+    Raises:
+        LightTransferError: it names the file and the line, or the place in the array.
+    """
+    file = Path(path).expanduser()
+    found: list[Record] = []
+    for where, value in _values(file, flag):
+        if count is not None and len(found) >= count:
+            break
+        if not isinstance(value, dict):
+            raise LightTransferError(f"{where} is not a JSON object")
+        found.append(Record(where, value))
     if not found:
-        raise LightTransferError(f"{flag} {path}: holds no record")
+        raise LightTransferError(f"{flag} {file}: holds no record")
     return found
 
 
-def _json(path: Path, flag: str) -> Mapping[str, Any]:
+def records(path: Path, flag: str, count: int | None = None) -> list[dict[str, Any]]:
+    """As ``read``, the objects alone."""
+    return [dict(record.fields) for record in read(path, flag, count)]
+
+
+def whole(path: str | Path, flag: str) -> Record:
+    """A file that is one JSON object; raises LightTransferError."""
+    file = Path(path).expanduser()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LightTransferError(f"{flag}: {path} cannot be read ({error})") from None
+        raise LightTransferError(f"{flag}: {file} cannot be read ({error})") from None
     if not isinstance(data, dict):
-        raise LightTransferError(f"{flag}: {path} is not a JSON object")
-    return data
+        raise LightTransferError(f"{flag}: {file} is not a JSON object")
+    return Record(f"{flag} {file}", data)
 
 
-def _need(record: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    missing = [key for key in keys if key not in record]
-    if missing:
-        raise LightTransferError(f"--longbench: {where} has a line without {missing[0]!r}")
+def _values(file: Path, flag: str) -> Iterator[tuple[str, Any]]:
+    number = 1
+    try:
+        with file.open(encoding="utf-8") as lines:
+            if lines.read(1) == "[":
+                lines.seek(0)
+                for number, value in enumerate(json.load(lines), start=1):
+                    yield f"{flag} {file}: record {number}", value
+                return
+            lines.seek(0)
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{flag} {file}: line {number}", json.loads(line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise LightTransferError(f"{flag} {file}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        place = max(number, error.lineno)
+        raise LightTransferError(f"{flag} {file}: line {place} is not valid JSON ({error})") from None

@@ -16,6 +16,7 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.items import Item, Tokenizer, rng_of
 from lt_sglang.eval.tasks.haystack import NOISE, Prose, split_sentences
 
+BENCHMARK = "RULER"
 NEW_TOKENS = 128
 DEPTHS = 40
 LINE_WORDS = 16
@@ -36,7 +37,7 @@ NOUNS = (
     *("fabric", "forest", "fountain", "garage", "garden", "harbor", "helmet", "kitchen", "ladder"),
     *("laundry", "magnet", "meadow", "medal", "metal", "mountain", "napkin", "oven", "paddle"),
     *("parcel", "pencil", "pillow", "pocket", "quilt", "rocket", "shelter", "spoon", "stable"),
-    *("ticket"),
+    "ticket",
 )
 
 
@@ -107,6 +108,7 @@ class NiahTask:
             new_tokens=NEW_TOKENS,
             metric="contains-all",
             cell={"tokens": self.tokens},
+            benchmark=BENCHMARK,
         )
 
     def _context(
