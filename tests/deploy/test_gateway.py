@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +42,25 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
             server.stop()
 
 
-def chart_flags() -> list[str]:
+def chart_flags(*sets: str) -> list[str]:
     """The gateway's arguments in the chart, but for where it finds engines and what it listens on."""
-    args = container(one(template(), "Deployment", "lt-sglang-gateway"))["args"]
+    args = container(one(template(*sets), "Deployment", "lt-sglang-gateway"))["args"]
     left_out = ("--host", "--port", "--prometheus", "--service-discovery", "--selector")
     return [arg for arg in args if arg.startswith("--") and not arg.startswith(left_out)]
 
 
 @pytest.fixture(scope="module")
 def url(engines: list[Server], gateway_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, folder = free_port(), tmp_path_factory.mktemp("gateway")
+    with gateway(engines, gateway_path, tmp_path_factory.mktemp("gateway")) as found:
+        yield found
+
+
+@contextmanager
+def gateway(engines: list[Server], gateway_path: Path, folder: Path, *sets: str) -> Iterator[str]:
+    """A gateway before the engines; ``sets``: of the chart."""
+    port = free_port()
     command = [sys.executable, "-m", "sglang_router.launch_router", "--host=127.0.0.1", f"--port={port}"]
-    command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", *chart_flags()]
+    command += [f"--prometheus-port={free_port()}", "--prometheus-host=127.0.0.1", *chart_flags(*sets)]
     command += ["--worker-urls", *(engine.url for engine in engines)]
     process = spawn(command, {"PYTHONPATH": str(gateway_path), "PATH": "/usr/bin:/bin"}, folder / "log")
     found = f"http://127.0.0.1:{port}"
@@ -103,10 +111,12 @@ def test_requests_reach_both_engines(url: str, engines: list[Server]) -> None:
     assert sum(gained) == 40 and min(gained) > 0
 
 
-def test_a_prompt_goes_where_its_prefix_is(url: str, engines: list[Server]) -> None:
+def test_a_prompt_goes_where_its_prefix_is(engines: list[Server], gateway_path: Path, tmp_path: Path) -> None:
+    """By the policy cache_aware, which conversations want; the default spreads."""
     before = [served(engine) for engine in engines]
-    for _ in range(6):
-        assert ask(url, seed=1000, length=400) == 200
+    with gateway(engines, gateway_path, tmp_path, "gateway.policy=cache_aware") as url:
+        for _ in range(6):
+            assert ask(url, seed=1000, length=400) == 200
     gained = [served(engine) - count for engine, count in zip(engines, before, strict=True)]
     assert sorted(gained) == [0, 6], "cache-aware"
 

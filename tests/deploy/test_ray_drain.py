@@ -14,12 +14,15 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 
 from lt_sglang.launch.processes import free_port
 from tests.engine.environment import server_environment
 from tests.engine.models import ensure_model
 
-from .test_ray import FLAGS, START_SECONDS, Client, engine_processes, prompts, wait_until
+from .chart import one
+from .test_ray import FLAGS, START_SECONDS, Client, Outcome, engine_processes, prompts, urls, wait_until
+from .test_ray_config import MANIFESTS
 
 ray = pytest.importorskip("ray")
 
@@ -28,7 +31,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_CPUS = 4  # more than the head has, so that each engine has a node of its own
 STORE = 100 * 2**20
-DRAIN_SECONDS = 300
+(WORKERS,) = one(MANIFESTS["cluster"], "RayCluster")["spec"]["workerGroupSpecs"]
+HOOK = WORKERS["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+DRAIN_SECONDS = int(HOOK[-1])  # what is documented
+# A stream of more than a minute on any machine: SGLang sleeps before each step.
+TOKENS, STEP_SECONDS, MINUTE = 1500, 0.05, 60
+OPERATOR = "operator-key"
 
 
 class Nodes:
@@ -54,6 +62,13 @@ class Nodes:
         below = self.raylet(worker).children(recursive=True)
         return [process for process in engine_processes() if process in below]
 
+    def deadlines(self) -> dict[str, float]:
+        """When each node that is announced to go goes, by Ray's own record, in seconds since the epoch."""
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        draining = GcsClient(address=self.cluster.address).get_draining_nodes()
+        return {node.hex() if isinstance(node, bytes) else node: ms / 1000 for node, ms in draining.items()}
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
@@ -61,6 +76,7 @@ def nodes() -> Iterator[Nodes]:
     os.environ.update(server_environment())
     # A machine that runs other tests too is slow.
     os.environ |= {f"RAY_SERVE_PROXY_{what}_CHECK_TIMEOUT_S": "120" for what in ("READY", "HEALTH")}
+    os.environ["LT_SGLANG_ADMIN_API_KEY"] = OPERATOR
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     found = Nodes()
     try:
@@ -101,6 +117,15 @@ def client(nodes: Nodes) -> Client:
     return Client(f"http://127.0.0.1:{port}")
 
 
+def long_stream(client: Client, seed: int, seen: threading.Event) -> Outcome:
+    """One that takes more than a minute; ``seen``: its first token is here."""
+    for url in urls():
+        key = {"Authorization": f"Bearer {OPERATOR}"}
+        slow = {"forward_sleep_time": STEP_SECONDS}
+        requests.post(f"{url}/slow_down", json=slow, headers=key, timeout=60).raise_for_status()
+    return client.stream(prompts(1, seed)[0], TOKENS, seen)
+
+
 def test_load_scales_from_one_engine_to_two_and_back(nodes: Nodes, client: Client) -> None:
     """Requests in progress decide: more than two for each engine start another; its absence ends one."""
     assert len(engine_processes()) == 1
@@ -134,11 +159,11 @@ def test_an_evicted_node_ends_its_streams_first(nodes: Nodes, client: Client) ->
     (engine,) = nodes.engines(worker)
     seen = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(client.stream, prompts(1, 7)[0], 3000, seen)
+        stream = pool.submit(long_stream, client, 7, seen)
         assert seen.wait(60)
-        begun = time.monotonic()
+        begun, announced = time.monotonic(), time.time()
         hook = subprocess.Popen(
-            [sys.executable, "-m", "deploy.ray.drain", str(DRAIN_SECONDS)],
+            [sys.executable, *HOOK[1:]],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -147,29 +172,33 @@ def test_an_evicted_node_ends_its_streams_first(nodes: Nodes, client: Client) ->
                 "DRAIN_BELOW": str(nodes.raylet(worker).pid),
             },
         )
+        wait_until(lambda: worker.node_id in nodes.deadlines(), 60)
+        given = nodes.deadlines()[worker.node_id] - announced
         outcome = stream.result()
         streamed = time.monotonic() - begun
-        assert hook.wait(DRAIN_SECONDS + 60) == 0, "no engine was left"
-    assert outcome.finished and len(outcome.tokens) == 3000, outcome.error
+        assert hook.wait(180) == 0, "no engine was left"
+    assert DRAIN_SECONDS <= given < DRAIN_SECONDS + 60, "Ray's deadline, from when the hook has started"
+    assert outcome.finished and len(outcome.tokens) == TOKENS, outcome.error
     assert not engine.is_running()
-    print(f"the stream went on for {streamed:.0f} s after the node was announced to go")
+    assert streamed > MINUTE, "Ray itself ends a node's actors sooner than that"
+    print(f"Ray gave {given:.0f} s; the stream went on for {streamed:.0f} s and ended whole")
     nodes.raylet(worker).terminate()
     wait_until(lambda: client.whole([5, 6, 7]).status_code == 200, START_SECONDS)
     assert not nodes.engines(worker)
 
 
 def test_without_the_hook_a_stream_is_cut(nodes: Nodes, client: Client) -> None:
-    """What the hook is for: upon SIGTERM alone Ray ends a node's actors in less than the documented drain."""
+    """What the hook is for: upon SIGTERM alone Ray ends a node's actors long before the documented drain."""
     (worker,) = [worker for worker in nodes.workers[1:] + nodes.workers[:1] if _serves(nodes, worker)]
     seen = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(client.stream, prompts(1, 8)[0], 3000, seen)
+        stream = pool.submit(long_stream, client, 8, seen)
         assert seen.wait(60)
         begun = time.monotonic()
         nodes.raylet(worker).terminate()
         outcome = stream.result()
         cut = time.monotonic() - begun
-    assert not outcome.finished and cut < 60, (cut, len(outcome.tokens))
+    assert outcome.started and not outcome.finished and cut < MINUTE, (cut, len(outcome.tokens))
     print(f"Ray cut the stream {cut:.0f} s after SIGTERM")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -15,41 +14,8 @@ import pytest
 from k8s.render import main
 
 from ..http_server import serving
-from .chart import KUBERNETES, builtin, container, engine_flags, faults, objects, one, template
+from .chart import container, engine_flags, objects, one, template
 from .test_manifests import QWEN2
-
-H100 = "NVIDIA-H100-80GB-HBM3"
-AWQ_72B = {
-    **json.loads(QWEN2),
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
-}
-MIXTRAL = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-}
-QWEN3_FP8 = {
-    **json.loads(QWEN2),
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 128,
-    "num_attention_heads": 64,
-    "intermediate_size": 25600,
-    "vocab_size": 151936,
-    "quantization_config": {"quant_method": "fp8"},
-}
 
 
 @contextmanager
@@ -79,56 +45,6 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing outside this machine is asked."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "options", "gib"),
-    [
-        ("Qwen/Qwen2.5-72B-Instruct-AWQ", AWQ_72B, ["--tp", "4"], 38.6),
-        ("mistralai/Mixtral-8x7B", MIXTRAL, ["--tp", "2", "--gpu", H100], 87.0),
-        ("Qwen/Qwen3-32B-FP8", QWEN3_FP8, ["--tp", "2", "--gpu", H100], 32.0),
-        ("me/private", QWEN3_FP8, ["--set", "model.tokenSecret.name=hub", "--gpu", "NVIDIA-L40S"], 32.0),
-        (
-            "me/air-gapped",
-            QWEN3_FP8,
-            [
-                *("--set", "image.repository=registry.local/lt-sglang", "--set", "image.pullSecrets={local}"),
-                *("--set", "modelCache.extraEnv[0].name=HF_ENDPOINT"),
-                *("--set", "modelCache.extraEnv[0].value=http://mirror.local", "--gpu", ""),
-                *("--set", "engine.gpu.memoryGiB=140"),
-            ],
-            32.0,
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_one_command_from_a_name_to_a_manifest(
-    name: str,
-    config: dict[str, Any],
-    options: list[str],
-    gib: float,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Heads, weights and context come from the hub's config.json, and every object is valid."""
-    with hub({name: config}, "secret") as url:
-        monkeypatch.setenv("HF_ENDPOINT", url)
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        assert main([name, "--lt-mode", "dynamic", *options]) == 0
-        fails = main([name, "--lt-mode", "dynamic", *options, "--set", "engine.gpu.memoryGiB=4"])
-    printed = capsys.readouterr()
-    assert "was not read" not in printed.err
-    named = re.search(r"([0-9.]+) GiB of weights on each GPU", printed.err)
-    assert fails == 2 and named, "too small a GPU names the weights"
-    assert float(named[1]) == pytest.approx(gib / _tp(options), rel=0.02)
-    found = objects(printed.out)
-    wrong = [fault for v in (KUBERNETES[0], KUBERNETES[-1]) for o in builtin(found) for fault in faults(o, v)]
-    assert wrong == []
-    assert engine_flags(found)["--context-length"] == str(config["max_position_embeddings"])
-
-
-def _tp(options: list[str]) -> int:
-    return int(options[options.index("--tp") + 1]) if "--tp" in options else 1
 
 
 def test_two_releases_do_not_replace_one_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ workerGroupSpecs:
               - {name: engine-{{ $gpu }}, containerPort: {{ add 30000 $gpu }}}
               {{- end }}
             lifecycle:
-              # Ray itself gives its workers 30 s. This lets Serve end the node's engines first, their streams included.
+              # Upon SIGTERM Ray cuts the streams of the node's engines. This lets Serve end the engines first, streams included.
               preStop:
                 exec:
                   command: [python3, -m, deploy.ray.drain, {{ .Values.application.drainSeconds | int | quote }}]
