@@ -67,8 +67,11 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
     verdict = _counted(outcome)
     deciders: dict[tuple[str, tuple[float, ...]], list[tuple[int, ...]]] = defaultdict(list)
     prompts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    hits: dict[tuple[str, tuple[float, ...]], set[int]] = defaultdict(set)
     for answer in outcome.answers:
         prompts[answer.version].add(answer.job.prompt)
+        if answer.choice is not None and answer.choice["origin"] == "prefix":
+            hits[answer.version, tuple(answer.choice["laziness"])].add(answer.cached)
         if answer.choice is not None and answer.choice["origin"] == "prompt":
             deciders[answer.version, tuple(answer.choice["laziness"])].append(answer.job.prompt)
     for answer in outcome.answers:
@@ -84,6 +87,9 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
         else:
             known = deciders.get((answer.version, tuple(choice["laziness"])))
             candidates = {_common(prompt, other) for other in known or prompts[answer.version]}
+            # Whoever found less of it cached computed the rest with streaming attention, also for those that
+            # came after it.
+            candidates |= hits[answer.version, tuple(choice["laziness"] or ())]
         best: list[float] | None = None
         for margins in _ways(reference, answer, candidates):
             if best is None or max(margins) < max(best):

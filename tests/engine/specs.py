@@ -50,6 +50,7 @@ DYNAMIC = "dynamic"
 FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
 DYNAMIC_CHURN = "dynamic-churn"
+DYNAMIC_CHURN_RETRACT = "dynamic-churn-retract"
 DYNAMIC_PAGES = "dynamic-pages"
 DYNAMIC_ONE_FULL = "dynamic-one-full"
 DYNAMIC_TP = "dynamic-tp2"
@@ -228,6 +229,16 @@ DYNAMIC_SERVERS = {
         ),
         DynamicServer(
             DYNAMIC_CHURN,
+            partial(ensure_model, "llama"),
+            3,
+            (1, 2, 5),
+            "lighttransfer",
+            recent=28,
+            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
+            env=RESTLESS,
+        ),
+        DynamicServer(
+            DYNAMIC_CHURN_RETRACT,
             partial(ensure_model, "llama"),
             3,
             (1, 2, 5),

@@ -20,7 +20,7 @@ from .dynamic_reference import DynamicReference
 from .models import SEED, ensure_model
 from .reference import Reference
 from .server import Server
-from .specs import DYNAMIC_CHURN, DYNAMIC_SERVERS, LAZY_SERVERS, REUSE
+from .specs import DYNAMIC_CHURN, DYNAMIC_CHURN_RETRACT, DYNAMIC_SERVERS, LAZY_SERVERS, REUSE
 
 pytestmark = pytest.mark.engine
 
@@ -73,7 +73,6 @@ def write(name: str, count: int, verdict: Verdict) -> None:
 
 def assert_worth_it(verdict: Verdict, wanted: churn.Features, cached: int) -> None:
     """What should happen did; cached: answers that must have found a prefix in the cache."""
-    assert verdict.retractions > 0, "nothing was retracted"
     assert verdict.with_cached_prefix >= cached
     assert bool(verdict.cut) == wanted.aborts and bool(verdict.copies) == wanted.copies
     assert bool(verdict.scored) == wanted.embeds
@@ -103,6 +102,7 @@ def test_static(count: int, server: Server, record_property: pytest.RecordProper
     assert len({rid for rid, *_ in judge_static(swapped(outcome), references).wrong}) > 5
     write("static", count, verdict)
     verdict.assert_equal()
+    assert verdict.retractions > 0, "nothing was retracted"
     assert_worth_it(verdict, features(), verdict.answers // 20)
 
 
@@ -110,14 +110,31 @@ def test_static(count: int, server: Server, record_property: pytest.RecordProper
 @pytest.mark.served_by(DYNAMIC_CHURN)
 def test_dynamic(count: int, server: Server, record_property: pytest.RecordProperty) -> None:
     record_property("seed", seed_of(count))
+    verdict = ask_and_judge_dynamic(server, count)
+    verdict.assert_equal()
+    assert_worth_it(verdict, features(), 3)  # copies of a prompt do not read one another's
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="some answers that inherit layers and are retracted go wrong; docs/reliability.md")
+@pytest.mark.served_by(DYNAMIC_CHURN_RETRACT)
+def test_dynamic_retracted(server: Server, record_property: pytest.RecordProperty) -> None:
+    """Admission hopes for short outputs, so that memory runs out in decode."""
+    record_property("seed", seed_of(WHOLE))
+    verdict = ask_and_judge_dynamic(server, WHOLE)
+    verdict.assert_equal()
+    assert verdict.retractions > 0, "nothing was retracted"
+
+
+def ask_and_judge_dynamic(server: Server, count: int) -> Verdict:
+    """Every answer against a reference that is given the layers it was told."""
     outcome = ask(server, count)
-    lazy = DYNAMIC_SERVERS[DYNAMIC_CHURN]
+    lazy = DYNAMIC_SERVERS[server.spec.name]
     references = {
         version: DynamicReference(folder, lazy.keep, lazy.sinks, lazy.recent, lazy.score, lazy.default)
         for version, folder in models().items()
     }
     verdict = judge_dynamic(outcome, references)
     assert len({rid for rid, *_ in judge_dynamic(swapped(outcome), references).wrong}) > 5
-    write("dynamic", count, verdict)
-    verdict.assert_equal()
-    assert_worth_it(verdict, features(), 3)  # copies of a prompt do not read one another's
+    write(server.spec.name, count, verdict)
+    return verdict
