@@ -89,7 +89,8 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
             candidates = {_common(prompt, other) for other in known or prompts[answer.version]}
             # Whoever found less of it cached computed the rest with streaming attention, also for those that
             # came after it.
-            candidates |= hits[answer.version, tuple(choice["laziness"] or ())]
+            earlier = hits[answer.version, tuple(choice["laziness"])]
+            candidates |= {hit for hit in earlier if hit <= answer.cached}
         best: list[float] | None = None
         for margins in _ways(reference, answer, candidates):
             if best is None or max(margins) < max(best):
