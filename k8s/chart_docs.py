@@ -21,6 +21,7 @@ import yaml
 CHARTS = Path(__file__).resolve().parent / "charts"
 TYPES = yaml.safe_load((CHARTS / "types.yaml").read_text(encoding="utf-8"))
 TABLE = "<!-- Below: written by k8s/chart_docs.py from values.yaml. -->"
+EXACT = 2**53 - 1  # the largest integer that Helm keeps as it is
 KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
 
@@ -83,6 +84,14 @@ def table(values: Values, node: yaml.MappingNode, path: str = "") -> Iterator[st
             yield f"| `{path}{name}` | `{json.dumps(value)}` | {said.replace('|', chr(92) + '|')} |"
 
 
+def bound(part: Any) -> None:
+    """Give every integer of a schema a maximum."""
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        bound(inner)
+    if isinstance(part, dict) and "integer" in (part.get("type"), *(part.get("type") or ())):
+        part.setdefault("maximum", EXACT)
+
+
 def documents(chart: Path) -> dict[Path, str]:
     """The two files of a chart, as they should be."""
     values = Values((chart / "values.yaml").read_text(encoding="utf-8"))
@@ -91,6 +100,7 @@ def documents(chart: Path) -> dict[Path, str]:
     found["properties"]["global"] = {"type": "object"}
     whole = {"$schema": "http://json-schema.org/draft-07/schema#", "title": chart.name, **found}
     whole["definitions"] = {name: TYPES[name] for name in sorted(used)}
+    bound(whole)
     readme = (chart / "README.md").read_text(encoding="utf-8").partition(TABLE)[0]
     rows = ["", "| value | default | meaning |", "|---|---|---|", *table(values, values.root), ""]
     return {

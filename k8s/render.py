@@ -8,7 +8,8 @@ Usage:
 
 The flags --lt-* are those of lt-sglang serve. Any other that this does not know is SGLang's: engines get it.
 
-MODEL is a hub name, a folder of this machine with its config.json, or with --claim a path on that volume.
+MODEL is a hub name, a folder of this machine with its config.json, with --claim a path on that volume, or
+s3://BUCKET/FOLDER, from where engines stream the weights.
 What the chart checks (weights, heads, context) is read from config.json, of a hub name from the hub
 (HF_ENDPOINT, HF_TOKEN); where it cannot be had, a line on stderr says that nothing was checked. Needs Helm,
 which is fetched if there is none.
@@ -50,6 +51,7 @@ SERVE_CONFIGS = HERE.parent / "deploy" / "ray" / "serve"
 RELEASE = NAMESPACE = "lt-sglang"
 HUB = "https://huggingface.co"
 HUB_SECONDS = 10.0
+OBJECT_STORE = "s3://"
 
 
 def helm() -> Path:
@@ -149,6 +151,8 @@ def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             "name": Path(args.model).resolve().name,
             "path": f"/models/{Path(args.model).resolve().name}",
         }
+    elif args.model.startswith(OBJECT_STORE):
+        model |= {"name": args.model.rstrip("/").rpartition("/")[2], "url": args.model.rstrip("/")}
     elif names_folder(args.model):
         if not args.claim:
             raise LightTransferError(
@@ -207,6 +211,8 @@ def _model_config(args: argparse.Namespace) -> dict[str, Any] | None:
             model_config = read_model_config(source)
         else:
             model_config, why = None, "it is on the volume"
+    elif source.startswith(OBJECT_STORE):
+        model_config, why = None, "it is in the object store"
     else:
         model_config, why = _from_hub(source, args.revision)
     if model_config is None:

@@ -36,7 +36,7 @@ LOCK = ROOT / "requirements.lock"
 NODEPS_LOCK = ROOT / "requirements-nodeps.lock"
 EXTRAS = ("dev", "loadtest", "ray", "train")
 IMAGE_LOCK = ROOT / "deploy" / "docker" / "engine.lock"
-IMAGE_EXTRAS = ("quality", "ray", "train")  # locust, of loadtest, asks for pytest
+IMAGE_EXTRAS = ("quality", "ray", "streaming", "tracing", "train")  # locust, of loadtest, asks for pytest
 IMAGE_PYTHON = "3.12"
 NODEPS_EXTRA = "cpu-demo"
 READY = ".ready"
@@ -63,7 +63,8 @@ HEADER = """\
 # One file for Python 3.11 and 3.12 on Linux x86-64: both resolve to the same versions.
 """
 IMAGE_HEADER = """\
-# What the engine's image installs: requirements.lock without what tests need. Made by `make lock`.
+# What the engine's image installs: requirements.lock without what tests need, and what exports spans and
+# reads weights out of an object store. Made by `make lock`.
 """
 NODEPS_HEADER = """\
 # Made by `make lock` from pyproject.toml; do not edit. To be installed with `pip install --no-deps`: the demo

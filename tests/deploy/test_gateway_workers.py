@@ -59,6 +59,7 @@ def test_a_deleted_pod_is_gone_within_a_minute(cluster: Cluster, gateway_path: P
         urls = [f"http://{address}:{cluster.port}" for address in OURS]
         url = stack.enter_context(gateway(gateway_path, tmp_path, urls, *SETS, cluster=cluster))
         assert known(url, tmp_path) == set(OURS) and answers(url) == {"ours"}
+        assert (tmp_path / "round").exists(), "what the container's probes look at"
         cluster.delete("engine-1")
         other = {"app.kubernetes.io/instance": "other"}
         cluster.add("other-engine-0", OURS[1], **other)

@@ -28,6 +28,7 @@ SWITCHES = (
     "modelCache.existingClaim=mine",
     "modelCache.existingClaim=mine,model.path=/models/mine",
     "model.tokenSecret.name=hub",
+    "model.url=s3://bucket/folder,engine.serviceAccountAnnotations.a=b,compileCache.size=20Gi",
     "monitoring.podMonitor=false",
     "monitoring.objectives.ttftSeconds=8,monitoring.objectives.minimumRequests=50,monitoring.labels.release=prom",
     "networkPolicy.enabled=false",

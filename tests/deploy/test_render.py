@@ -100,6 +100,19 @@ def test_a_path_on_a_volume(capsys: pytest.CaptureFixture[str]) -> None:
     assert engine_flags(found)["--model-path"] == "/models/mine"
 
 
+def test_an_object_store(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its config.json is given; the name that clients use is the folder's."""
+    asked = ["s3://bucket/models/mine", "--lt-mode", "dynamic"]
+    assert main(asked) == 0
+    assert "it is in the object store" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(QWEN2)
+    assert main([*asked, "--config", str(tmp_path), "--tp", "4"]) == 0
+    printed = capsys.readouterr()
+    given = engine_flags(objects(printed.out))
+    assert printed.err == "" and given["--model-path"] == "s3://bucket/models/mine"
+    assert given["--served-model-name"] == "mine" and int(given["--context-length"]) > 0
+
+
 def test_the_gpus_product_selects_nodes_and_sets_their_memory() -> None:
     def selector(*sets: str) -> dict[str, str] | None:
         spec = one(template(*sets), "Deployment", "lt-sglang-engine")["spec"]["template"]["spec"]

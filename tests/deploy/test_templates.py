@@ -30,6 +30,10 @@ def pod(workload: dict) -> dict:
     return workload["spec"]["template"]["spec"]
 
 
+def pods(found: list[dict]) -> list[dict]:
+    return [pod(item) for item in found if item["kind"] == "Deployment"]
+
+
 def pod_labels(workload: dict) -> dict:
     return workload["spec"]["template"]["metadata"]["labels"]
 
@@ -210,6 +214,20 @@ def test_models_job() -> None:
     mine = template("modelCache.existingClaim=mine", "model.path=/models/mine")
     assert "Job" not in kinds(mine)
     assert "initContainers" not in pod(one(mine, "Deployment", ENGINE))
+
+
+def test_weights_out_of_an_object_store() -> None:
+    """No volume, no download and no waiting; the engine may reach the store, by a role if there is one."""
+    found = template("model.name=", "model.url=s3://bucket/a/b", "engine.serviceAccountAnnotations.role=r")
+    assert not {"Job", "PersistentVolumeClaim"} & set(kinds(found)) and "models" not in json.dumps(
+        pods(found)
+    )
+    deployment = one(found, "Deployment", ENGINE)
+    assert flags(container(deployment))["--model-path"] == "s3://bucket/a/b"
+    assert "initContainers" not in pod(deployment)
+    egress = one(found, "NetworkPolicy", ENGINE)["spec"]["egress"]
+    assert {"ports": [{"port": 443, "protocol": "TCP"}]} in egress
+    assert one(found, "ServiceAccount", ENGINE)["metadata"]["annotations"] == {"role": "r"}
 
 
 def test_models_are_there_before_an_upgrade_begins() -> None:

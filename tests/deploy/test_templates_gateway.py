@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
 
 from k8s.render import render
 
@@ -21,6 +27,21 @@ def test_gateway_deployment() -> None:
     assert given["--policy"] == "power_of_two" and given["--health-check-endpoint"] == "/ready"
     assert given["--service-discovery-namespace"] == "lt-sglang"
     assert kinds(template("gateway.enabled=false")).count("Deployment") == 1
+
+
+@pytest.mark.parametrize(("age", "lives"), [(0, True), (170, True), (300, False), (None, False)])
+def test_the_container_beside_the_gateway_is_started_again_if_it_hangs(
+    age: int | None, lives: bool, tmp_path: Path
+) -> None:
+    """By the age of a file that each of its rounds writes; the gateway's pod stays ready meanwhile."""
+    (_, beside) = one(template(), "Deployment", GATEWAY)["spec"]["template"]["spec"]["containers"]
+    assert beside["readinessProbe"]["exec"]["command"][:2] == ["test", "-f"]
+    if age is not None:
+        file = tmp_path / "round"
+        file.touch()
+        os.utime(file, (time.time() - age,) * 2)
+    command = [word.replace("/tmp", str(tmp_path)) for word in beside["livenessProbe"]["exec"]["command"]]
+    assert (subprocess.run(command, capture_output=True).returncode == 0) == lives
 
 
 def test_gateway_service() -> None:

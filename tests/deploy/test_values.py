@@ -32,6 +32,7 @@ REFUSED_BY_SCHEMA = {
     "a-bad-digest": "image.digest=abc",
     "a-fraction-above-one": "engine.gpu.memoryFraction=1.5",
     "a-path-outside-the-volume": "model.path=/etc/model",
+    "an-address-of-no-object-store": "model.url=http://mirror/model",
     "a-job-that-does-not-exist": "job.command=train",
     "a-share-above-all": "httpRoute.canary.weight=101",
     "a-policy-that-does-not-exist": "gateway.policy=best",
@@ -40,6 +41,11 @@ REFUSED_BY_SCHEMA = {
 }
 REFUSED_BY_ARITHMETIC = {
     "no-model": (("model.name=",), "model.name: required"),
+    "two-places": (
+        ("model.path=/models/a", "modelCache.existingClaim=a", "model.url=s3://b/a"),
+        "model.path is another place",
+    ),
+    "job-without-a-folder": (("job.command=eval", "model.url=s3://b/a"), "model.url is none"),
     "path-without-claim": (("model.path=/models/a",), "modelCache.existingClaim"),
     "tp-over-node": (("engine.tensorParallel=16",), "more than a node's 8"),
     "tp-not-a-divisor": (("engine.tensorParallel=3",), "does not divide the 8 GPUs"),

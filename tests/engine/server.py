@@ -35,7 +35,7 @@ class ServerSpec:
 
     Attributes:
         name: how tests ask for it.
-        model: returns the model's folder.
+        model: returns the model's folder, or its address in an object store.
         lazy: the value of the key ``lighttransfer``; None for stock SGLang.
         flags: further server flags.
         env: further environment variables.
@@ -46,7 +46,7 @@ class ServerSpec:
     """
 
     name: str
-    model: Callable[[], Path]
+    model: Callable[[], Path | str]
     lazy: Mapping[str, Any] | None
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,8 @@
 
 {{- define "lt.checkModel" -}}
 {{- $m := .Values.model -}}
-{{- if not (or $m.name $m.path) }}{{ fail "model.name: required (or model.path, for a folder of the volume)" }}{{ end -}}
+{{- if not (or $m.name $m.path $m.url) }}{{ fail "model.name: required (or model.path, for a folder of the volume, or model.url)" }}{{ end -}}
+{{- if and $m.path $m.url }}{{ fail "model.url: model.path is another place; set one of them" }}{{ end -}}
 {{- if and $m.path (not .Values.modelCache.existingClaim) }}{{ fail "model.path: needs modelCache.existingClaim, the volume that holds it" }}{{ end -}}
 {{- end }}
 
@@ -51,7 +52,7 @@
 {{- $replicas := int (ternary .Values.autoscaling.maxReplicas $e.replicas .Values.autoscaling.enabled) -}}
 {{- if .Values.autoscaling.enabled -}}
 {{- if gt (int .Values.autoscaling.minReplicas) $replicas }}{{ fail "autoscaling.minReplicas: more than autoscaling.maxReplicas" }}{{ end -}}
-{{- if not .Values.monitoring.podMonitor }}{{ fail "autoscaling.enabled: scales on what monitoring.podMonitor scrapes; switch that on" }}{{ end -}}
+{{- if not (or .Values.monitoring.podMonitor .Values.autoscaling.triggers) }}{{ fail "autoscaling.enabled: scales on what monitoring.podMonitor scrapes; switch that on, or give autoscaling.triggers of your own" }}{{ end -}}
 {{- end -}}
 {{- $needed := ternary (mul $replicas $e.nodesPerReplica) (div (add $replicas (div $e.gpu.perNode $e.tensorParallel) -1) (max 1 (div $e.gpu.perNode $e.tensorParallel))) (eq $e.kind "LeaderWorkerSet") | int -}}
 {{- if and $e.clusterNodes (gt $needed (int $e.clusterNodes)) }}{{ fail (printf "engine.replicas: %d replicas of %d GPUs need %d nodes, engine.clusterNodes is %d" $replicas (int $e.tensorParallel) $needed (int $e.clusterNodes)) }}{{ end -}}
@@ -88,13 +89,15 @@
 {{- define "lt.checkVolume" -}}
 {{- $replicas := int (ternary .Values.autoscaling.maxReplicas .Values.engine.replicas .Values.autoscaling.enabled) -}}
 {{- $pods := mul $replicas (int .Values.engine.nodesPerReplica) -}}
-{{- if and (not .Values.modelCache.existingClaim) (eq .Values.modelCache.accessMode "ReadWriteOnce") (gt $pods 1) -}}
+{{- if and (not .Values.modelCache.existingClaim) (not .Values.model.url) (eq .Values.modelCache.accessMode "ReadWriteOnce") (gt $pods 1) -}}
 {{ fail (printf "modelCache.accessMode: ReadWriteOnce is one node's, and %d pods read the volume; use ReadWriteMany or modelCache.existingClaim" $pods) }}
 {{- end -}}
 {{- end }}
 
 {{- /* What a user adds must not replace what the chart relies on. */ -}}
 {{- define "lt.checkExtensions" -}}
+{{- /* Written out as it is, this key would merge the map below it into the one that it is in. */ -}}
+{{- if contains "\"\\u003c\\u003c\":" (toJson .Values) }}{{ fail "<<: is no key of a value; write out what it is to merge" }}{{ end -}}
 {{- $own := list "HOME" "HF_HUB_OFFLINE" "HF_MODULES_CACHE" "LT_API_KEY" "LT_ADMIN_KEY" "LT_SGLANG_ADMIN_API_KEY" "LT_CACHE" -}}
 {{- range $where, $env := dict "engine.extraEnv" .Values.engine.extraEnv "gateway.extraEnv" .Values.gateway.extraEnv "modelCache.extraEnv" .Values.modelCache.extraEnv -}}
 {{- $seen := ternary (list "MODEL" "REVISION" "TARGET" "HOME" "HF_TOKEN") $own (eq $where "modelCache.extraEnv") -}}
@@ -125,6 +128,7 @@
 {{- if and .Values.inferencePool.parentRefs (not .Values.engine.apiKeySecret.name) (not .Values.gateway.withoutKey) }}{{ fail "inferencePool.parentRefs: offers the model to whoever reaches the Gateway; set engine.apiKeySecret.name, or gateway.withoutKey=true if that is wanted" }}{{ end -}}
 {{- if and .Values.engine.queue (hasKey .Values.engine.labels "kueue.x-k8s.io/queue-name") }}{{ fail "engine.labels: kueue.x-k8s.io/queue-name is what engine.queue sets" }}{{ end -}}
 {{- if and .Values.job.command (eq .Values.engine.kind "LeaderWorkerSet") }}{{ fail "job.command: a Job has one node's GPUs; set engine.kind to Deployment" }}{{ end -}}
+{{- if and .Values.job.command .Values.model.url }}{{ fail "job.command: reads a folder, and model.url is none; use modelCache" }}{{ end -}}
 {{- range .Values.job.args -}}
 {{- if or (hasPrefix "--model" .) }}{{ fail (printf "job.args: %s is what the chart sets" .) }}{{ end -}}
 {{- end -}}

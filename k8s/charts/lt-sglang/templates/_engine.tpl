@@ -37,6 +37,10 @@
 - --node-rank=$(LWS_WORKER_INDEX)
 - --dist-init-addr=$(LWS_LEADER_ADDRESS):20000
 {{- end }}
+{{- if and .Values.tracing.endpoint .Values.tracing.engines }}
+- --enable-trace
+- {{ printf "--otlp-traces-endpoint=%s" .Values.tracing.endpoint | quote }}
+{{- end }}
 {{- range $e.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -86,7 +90,7 @@ livenessProbe:
 resources:
   {{- range list "requests" "limits" }}
   {{ . }}:
-    cpu: {{ $e.cpu }}
+    cpu: {{ int $e.cpu }}
     memory: {{ int $e.memoryGiB }}Gi
     {{ $e.gpu.resource | quote }}: {{ ternary $e.gpu.perNode $e.tensorParallel (eq $e.kind "LeaderWorkerSet") }}
     {{- with $e.extraResources }}
@@ -96,9 +100,11 @@ resources:
 {{- end }}
 
 {{- define "lt.engineMounts" -}}
+{{- if not .Values.model.url -}}
 - name: models
   mountPath: /models
   readOnly: true
+{{ end -}}
 - name: scratch
   mountPath: /scratch
 - name: tmp
@@ -160,10 +166,12 @@ volumeMounts:
 {{- end }}
 
 {{- define "lt.engineVolumes" -}}
+{{- if not .Values.model.url -}}
 - name: models
   persistentVolumeClaim:
     claimName: {{ include "lt.claim" . | quote }}
     readOnly: true
+{{ end -}}
 - name: scratch
   emptyDir: {sizeLimit: 20Gi}
 - name: tmp
@@ -269,6 +277,8 @@ replicas: {{ max (int .) (int $.Values.autoscaling.minReplicas) }}
 replicas: {{ int $.Values.engine.replicas }}
 {{- end }}
 {{- end }}
+
+{{- define "lt.podsOrShare" }}{{ if kindIs "string" . }}{{ . | quote }}{{ else }}{{ int . }}{{ end }}{{ end }}
 
 {{- /* The user's labels of the workload, and Kueue's. */ -}}
 {{- define "lt.engineLabels" -}}

@@ -20,7 +20,7 @@
 - --health-success-threshold=1
 - --worker-startup-timeout-secs={{ mul .Values.engine.startupMinutes 60 }}
 - --request-timeout-secs={{ add .Values.engine.drainSeconds 600 }}
-- --shutdown-grace-period-secs={{ .Values.engine.drainSeconds }}
+- --shutdown-grace-period-secs={{ int .Values.engine.drainSeconds }}
 {{- if .Values.engine.apiKeySecret.name }}
 - --api-key=$(LT_API_KEY)
 {{- end }}
@@ -63,6 +63,13 @@ env:
   - {name: NAMESPACE, value: {{ .Release.Namespace | quote }}}
   - {name: SELECTOR, value: {{ printf "app.kubernetes.io/name=lt-sglang,app.kubernetes.io/instance=%s,app.kubernetes.io/component=engine,lt-sglang/serves=http" .Release.Name | quote }}}
   - {name: ENGINE_PORT, value: {{ int .Values.engine.port | quote }}}
+# It writes this file in every round, whoever answers. Once ready it stays so: the gateway serves without it.
+readinessProbe:
+  exec: {command: [test, -f, /tmp/round]}
+livenessProbe:
+  exec: {command: [sh, -c, "find /tmp/round -mmin -3 | grep -q ."]}
+  periodSeconds: 60
+  timeoutSeconds: 5
 resources:
   requests: {cpu: 50m, memory: 64Mi}
   limits: {cpu: 200m, memory: 128Mi}

@@ -72,14 +72,14 @@ imagePullSecrets:
 {{- end -}}
 {{- end }}
 
-{{- define "lt.servedName" -}}{{ .Values.model.servedName | default .Values.model.name | default .Values.model.path }}{{- end }}
+{{- define "lt.servedName" -}}{{ .Values.model.servedName | default .Values.model.name | default .Values.model.path | default .Values.model.url }}{{- end }}
 
 {{- /* The last part is the model's own name: by it the known models' lazy layers are found. */ -}}
 {{- define "lt.modelPath" -}}
-{{ .Values.model.path | default (printf "/models/%s/%s" .Values.model.revision .Values.model.name) }}
+{{ .Values.model.url | default .Values.model.path | default (printf "/models/%s/%s" .Values.model.revision .Values.model.name) }}
 {{- end }}
 
-{{- define "lt.downloads" -}}{{ if and .Values.modelCache.download (not .Values.model.path) }}true{{ end }}{{- end }}
+{{- define "lt.downloads" -}}{{ if and .Values.modelCache.download (not .Values.model.path) (not .Values.model.url) }}true{{ end }}{{- end }}
 {{- define "lt.marker" -}}{{ include "lt.modelPath" . }}/.complete{{- end }}
 
 {{- define "lt.podSecurity" -}}
