@@ -95,7 +95,7 @@ def main() -> None:
         except (OSError, ValueError, KeyError) as error:
             # The gateway is still starting, or one of the two is away.
             print(f"not compared: {error}", flush=True)
-        # The container's probes look at its age.
+        # The container's probes look at this file and its age.
         Path(tempfile.gettempdir(), "round").touch()
         time.sleep(float(os.environ.get("PERIOD_SECONDS", SECONDS)))
 

@@ -85,8 +85,7 @@ def _fill_prometheus(name: str, out: Path) -> None:
 
 
 def _fill_gateway(name: str, out: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    _run([*pip, "--target", str(out), "--requirement", str(GATEWAY_LOCK)])
+    _pip(out, "--no-deps", "--requirement", str(GATEWAY_LOCK))
 
 
 def image_extra() -> list[str]:
@@ -96,13 +95,16 @@ def image_extra() -> list[str]:
 
 
 def _fill_image(name: str, out: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    _run([*pip, "--target", str(out), *image_extra()])
+    _pip(out, "--no-deps", *image_extra())
 
 
 def _fill_from_pypi(name: str, out: Path) -> None:
+    _pip(out, {"checkov": CHECKOV, "cyclonedx": CYCLONEDX}[name])
+
+
+def _pip(out: Path, *what: str) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "--target", str(out), {"checkov": CHECKOV, "cyclonedx": CYCLONEDX}[name]])
+    _run([*pip, "--target", str(out), *what])
 
 
 def _run(command: list[str], cwd: str | None = None) -> None:

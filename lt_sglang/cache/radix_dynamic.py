@@ -64,8 +64,8 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
-        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: who
-        # shares only a beginning with others has layers selected for its own question.
+        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: a
+        # request that shares only a beginning with others has its own layers selected.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
     def touch_prefix(self, key: RadixKey) -> None:
@@ -96,8 +96,8 @@ class DynamicRadixCache(LightTransferRadixCache):
             super().evict_sliding_windows(req, pre_len, eviction_interval=eviction_interval)
 
     def _is_known(self, req: Req) -> bool:
-        # True from the moment the forward that selects the layers is launched. What is freed for it from then
-        # on, SGLang frees on the device behind that forward (upstream/recorded.py, shared_read_ends).
+        # True once the forward that selects the layers is launched, maybe before it ends. What is freed then
+        # changes the device's tables only behind that forward (upstream/recorded.py, shared_read_ends).
         entry = self.prefills.sets.of(request_id(req))
         return entry is not None and entry.known
 

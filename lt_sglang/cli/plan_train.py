@@ -17,6 +17,7 @@ from lt_sglang.planner.shapes import GIB, GPUS, SHAPES, ModelShape, shape_from_c
 from lt_sglang.train.options import read_recipe
 from lt_sglang.train.plan import TrainJob, TrainPlan, as_dict, plan_training
 
+BYTES = {"float32": 4, "bfloat16": 2}
 DEFAULT_GPU = "h100-80"
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
 # Hub names of the recipes, whose config.json may not be at hand.
@@ -57,10 +58,10 @@ def run(argv: list[str]) -> int:
             length=length,
             batch=args.batch_size,
             accumulate=args.accumulate,
-            weight_bytes={"float32": 4, "bfloat16": 2}[args.weights],
+            weight_bytes=BYTES[args.weights],
             checkpointing=args.gradient_checkpointing,
             lora_rank=args.lora_rank,
-            gather_bytes={"float32": 4, "bfloat16": 2}[args.gather],
+            gather_bytes=BYTES[args.gather],
             offload=args.offload,
             tokens=args.samples * min(args.sample_tokens or length, length) if args.samples else None,
             epochs=args.epochs,

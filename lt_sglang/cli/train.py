@@ -233,7 +233,7 @@ def add_job_options(parser: Parser) -> None:
         "--gather",
         choices=DTYPES,
         default=DTYPES[1],
-        help="with --gpus: of weights on their way; default float32",
+        help="with --gpus: type in which weights are gathered, default float32",
     )
     add("--offload", action="store_true", help="with --gpus: weights and optimizer in the host's memory")
     parser.set_defaults(lighttransfer=None)

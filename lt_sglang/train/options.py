@@ -22,7 +22,7 @@ class TrainOptions:
 
     config: the static list and its windows. precision: of the arithmetic. weights: of the trained weights
     and so of gradients and optimizer state; bfloat16 halves them and loses small updates. lora_rank: 0
-    trains all weights. gpus: processes of the run. gather: of the weights that these send to each other.
+    trains all weights. gpus: processes of the run. gather: type in which they gather weights.
     save_steps, eval_steps: 0 for once an epoch.
     """
 

@@ -49,13 +49,17 @@ class TrainJob:
     tokens: float | None = None
     epochs: float = 1.0
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of a weight on its way to the other GPUs: never more than it is kept in."""
+        return min(self.gather_bytes, self.weight_bytes)
+
 
 @dataclass(frozen=True)
 class TrainPlan:
     """Bytes on one GPU, and in the host's memory for it; seconds of a step, lazy and with full attention.
 
-    state: weights, gradients, optimizer. gathered: whole layers. attention_share: of the step's
-    operations.
+    state: weights, gradients, optimizer. gathered: whole layers. attention_share: of the step's operations.
     """
 
     state: float
@@ -83,14 +87,14 @@ def plan_training(job: TrainJob) -> TrainPlan:
     hidden = shape.q_heads * shape.head_dim
     layer = shape.params / shape.layers
     state = _state_bytes(job, hidden) / job.gpus
-    sent = min(job.gather_bytes, job.weight_bytes)
     # One process keeps bfloat16 copies of all weights during a step (autocast); several gather two layers,
     # and have such copies of these if they came in float32.
     gathered = 2 * shape.params * (not job.lora_rank)
     if job.gpus > 1:
-        gathered = (sent + 2 * (sent == 4)) * (2 * layer + 0.03 * shape.params)
+        copy = 2 if job.sent_bytes > 2 else 0
+        gathered = (job.sent_bytes + copy) * (2 * layer + 0.03 * shape.params)
     rows = job.batch * job.length
-    width = sent if job.gpus > 1 else 4  # bytes of the residual stream
+    width = job.sent_bytes if job.gpus > 1 else 4  # bytes of the residual stream
     inside = rows * _inside(shape, hidden)
     kept = rows * hidden * width * shape.layers
     activations = (kept + inside if job.checkpointing else kept + inside * shape.layers) + HEAD_TILE
@@ -154,8 +158,7 @@ def _step(job: TrainJob, config: LightTransferConfig) -> tuple[float, float]:
     flops = job.gpu.flops
     seconds = products / (flops * MATMUL_SHARE) + attention / (flops * ATTENTION_SHARE)
     if job.gpus > 1:
-        sent = min(job.gather_bytes, job.weight_bytes)
-        moved = shape.params * (2 * sent + job.weight_bytes)  # gathered twice, gradients scattered
+        moved = shape.params * (2 * job.sent_bytes + job.weight_bytes)  # gathered twice, gradients scattered
         seconds = max(seconds, moved / NVLINK)
     seconds *= job.accumulate
     if job.offload:

@@ -138,9 +138,10 @@ def arguments(options: TrainOptions, layer_classes: list[str], evaluates: bool) 
 def sharding_policy(gather: str) -> Any:
     """torch's MixedPrecisionPolicy of weights that are sharded over GPUs.
 
-    In float32 they are computed with as on one GPU: autocast takes bfloat16 for products, and norms and sums
-    stay in float32. In bfloat16 everything is, for half of the bytes on the links and of what a layer keeps.
-    accelerate's own policy also returns the loss in bfloat16, and adds gradients up in it.
+    Gathered in float32, they compute as on one GPU: autocast takes bfloat16 for products, and norms and
+    sums stay in float32. Gathered in bfloat16, all is computed in it, for half of the bytes on the links and
+    of what a layer keeps. accelerate's own policy also returns the loss in bfloat16, and adds gradients up
+    in it.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -271,7 +271,7 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     ),
     "sglang.srt.managers.scheduler.Scheduler._apply_war_barrier": (
         "cb3bed8682e8",
-        "the scheduler frees slots and layer sets of a prefill that still runs; its writes wait behind it.",
+        "the scheduler frees slots while the prefill that reads them runs; its writes must wait for that.",
     ),
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": (
         "73ebcb61b24e",
@@ -279,7 +279,7 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     ),
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.resolve_prefill_shared_read_ends": (
         "db46be437a48",
-        "as of shared_read_ends.",
+        "it says where the reads of one prefill end; see shared_read_ends.",
     ),
     "sglang.srt.managers.schedule_batch.ReqKvInfo.swa_dead_lo": (
         "0f212ea6457b",

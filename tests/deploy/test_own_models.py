@@ -12,6 +12,7 @@ import pytest
 
 from k8s import render
 from k8s.render import main
+from tests.unit.test_planner_shapes import MIXTRAL as MIXTRAL_8X7B
 
 from .chart import KUBERNETES, Object, builtin, custom, engine_flags, faults, kinds, objects
 from .pod_security import pods, violations
@@ -27,19 +28,7 @@ AWQ_72B = {
     "num_attention_heads": 64,
     "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
 }
-MIXTRAL = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-}
+MIXTRAL = {**MIXTRAL_8X7B, "architectures": ["MixtralForCausalLM"], "max_position_embeddings": 32768}
 QWEN3_FP8 = {
     **json.loads(QWEN2),
     "architectures": ["Qwen3ForCausalLM"],

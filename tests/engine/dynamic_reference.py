@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ..lazy_queue import popped_layers
-from .reference import TIE_MARGIN, Comparison
+from .reference import TIE_MARGIN, Comparison, missed
 
 LAST_QUERIES = 32
 
@@ -172,9 +172,7 @@ class DynamicReference:
         self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
     ) -> list[float]:
         """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
-        logits = self.logits(prompt, output, lazy, full_rows)
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return missed(self.logits(prompt, output, lazy, full_rows), output)
 
     def logits(
         self, prompt: Sequence[int], output: Sequence[int], lazy: Collection[int], full_rows: int
@@ -188,12 +186,9 @@ class DynamicReference:
         start = min(full_rows, len(prompt) - 1)
         with torch.inference_mode():
             cache = self._full(tokens, start)
-            mask = streaming_rows(start, len(tokens), full_rows, self.sink_tokens, self.recent_tokens)
-            self._lazy, self._mask = frozenset(lazy), mask
-            keep = len(output) + 1
-            logits = self._run(tokens[start:], cache, "sdpa", logits_to_keep=keep).logits[0, :-1]
-            self._lazy, self._mask = frozenset(), None
-        return logits
+            return self._stream(
+                tokens, cache, lazy, start, len(tokens), full_rows=full_rows, keep=len(output) + 1
+            )[:-1]
 
     def margins_of_hit(
         self,
@@ -209,7 +204,7 @@ class DynamicReference:
         It computes the rest of its prompt itself, with streaming attention. Then SGLang frees its own slots
         of what the tree has too, and it reads the tree's. By then ``steps`` tokens were decoded from its own.
         """
-        tokens, end = [*prompt, *output], min(len(prompt) + steps, len(prompt) + len(output))
+        tokens, end = [*prompt, *output], len(prompt) + min(steps, len(output))
         with torch.inference_mode():
             own, tree = self._full(tokens, hit), self._full(tokens, full_rows)
             parts = [self._stream(tokens, own, lazy, hit, end)[len(prompt) - 1 - hit :]]
@@ -218,9 +213,7 @@ class DynamicReference:
                 mine.values[:, :, hit:full_rows] = theirs.values[:, :, hit:]
             if end < len(tokens):
                 parts.append(self._stream(tokens, own, lazy, end, len(tokens)))
-        logits = torch.cat(parts)[: len(output)]
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return missed(torch.cat(parts)[: len(output)], output)
 
     def compare_output(
         self,
@@ -241,12 +234,23 @@ class DynamicReference:
     # ---- how
 
     def _stream(
-        self, tokens: Sequence[int], cache: DynamicCache, lazy: Collection[int], start: int, stop: int
+        self,
+        tokens: Sequence[int],
+        cache: DynamicCache,
+        lazy: Collection[int],
+        start: int,
+        stop: int,
+        *,
+        full_rows: int = 0,
+        keep: int = 0,
     ) -> torch.Tensor:
-        """float32 [stop - start, vocabulary] of rows that see sink + recent keys in ``lazy`` layers."""
-        rows = streaming_rows(start, stop, 0, self.sink_tokens, self.recent_tokens)
-        self._lazy, self._mask = frozenset(lazy), rows
-        logits = self._run(tokens[start:stop], cache, "sdpa").logits[0]
+        """float32 [keep or stop - start, vocabulary], of the last rows of ``start`` to ``stop - 1``.
+
+        Those from ``full_rows`` on see sink + recent keys in ``lazy`` layers.
+        """
+        mask = streaming_rows(start, stop, full_rows, self.sink_tokens, self.recent_tokens)
+        self._lazy, self._mask = frozenset(lazy), mask
+        logits = self._run(tokens[start:stop], cache, "sdpa", logits_to_keep=keep).logits[0]
         self._lazy, self._mask = frozenset(), None
         return logits
 

@@ -51,6 +51,12 @@ class Comparison:
         assert widest > CLEAR_MARGIN, f"the comparison cannot fail: widest margin {widest}, {self.wrong[:4]}"
 
 
+def missed(logits: torch.Tensor, output: Sequence[int]) -> list[float]:
+    """By how much the greedy choice of ``logits`` [len(output), vocabulary] beats each output token."""
+    chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return (logits.max(dim=1).values - chosen).tolist()
+
+
 class Reference:
     """A transformers model whose layers in ``lazy_layers`` attend to sink + recent tokens only.
 
@@ -99,9 +105,7 @@ class Reference:
 
     def margins(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
         """By how much the greedy choice beats each output token, given those before; 0 where it is it."""
-        logits = self._logits(prompt, output)
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        return (logits.max(dim=1).values - chosen).tolist()
+        return missed(self._logits(prompt, output), output)
 
     def is_clear(self, prompt: Sequence[int], output: Sequence[int]) -> bool:
         """Whether every token of a greedy output beats all others by CLEAR_MARGIN: no rounding changes it."""

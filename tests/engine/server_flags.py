@@ -47,7 +47,7 @@ TIGHT_FLAGS = (
 )
 # Windows slide at every step instead of every 128.
 RESTLESS = {"SGLANG_SWA_EVICTION_INTERVAL": "1"}
-# Of outputs that may end early admission reckons with 4 %, so that decode runs out of memory.
+# Admission reckons with a small share of each output that may end early, so that decode runs out of memory.
 HOPEFUL = ("--schedule-conservativeness", "0.05")
 PRIORITY = ("--enable-priority-scheduling",)
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}

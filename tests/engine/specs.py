@@ -178,6 +178,20 @@ LAZY_SERVERS = {
     )
 }
 
+
+def _churned(name: str, *flags: str) -> DynamicServer:
+    return DynamicServer(
+        name,
+        partial(ensure_model, "llama"),
+        3,
+        (1, 2, 5),
+        "lighttransfer",
+        recent=28,
+        flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY, *flags),
+        env=RESTLESS,
+    )
+
+
 DYNAMIC_SERVERS = {
     server.name: server
     for server in (
@@ -227,26 +241,8 @@ DYNAMIC_SERVERS = {
             flags=(*FLAGS, *TINY_POOL, *EXPOSED, "--api-key", CLIENT_KEY),
             env=HEADER_OVERRIDES,
         ),
-        DynamicServer(
-            DYNAMIC_CHURN,
-            partial(ensure_model, "llama"),
-            3,
-            (1, 2, 5),
-            "lighttransfer",
-            recent=28,
-            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY),
-            env=RESTLESS,
-        ),
-        DynamicServer(
-            DYNAMIC_CHURN_RETRACT,
-            partial(ensure_model, "llama"),
-            3,
-            (1, 2, 5),
-            "lighttransfer",
-            recent=28,
-            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY, *HOPEFUL),
-            env=RESTLESS,
-        ),
+        _churned(DYNAMIC_CHURN),
+        _churned(DYNAMIC_CHURN_RETRACT, *HOPEFUL),
         DynamicServer(
             DYNAMIC_PAGES,
             partial(ensure_model, "llama"),

@@ -69,6 +69,11 @@ SHAPES = {
 }
 
 
+def too_few(tokens: int, task: str) -> LightTransferError:
+    """What is said of prompts that are too short for a task."""
+    return LightTransferError(f"lengths: {tokens} tokens are too few for {task}")
+
+
 @dataclass(frozen=True)
 class NiahTask:
     """``trials`` prompts of at most ``tokens`` tokens; room for the answer is not included."""
@@ -98,7 +103,7 @@ class NiahTask:
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
         room = self.tokens - len(tokenizer.prefix) - len(head) - len(tail)
         if room < sum(len(tokenizer.encode(f" {needle}")) for needle in needles):
-            raise LightTransferError(f"lengths: {self.tokens} tokens are too few for {self.name}")
+            raise too_few(self.tokens, self.name)
         straw = self._straw(tokenizer, shape, names, rng)
         context = self._context(tokenizer, needles, straw, room, rng)
         return Item(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.items import Item, Tokenizer, rng_of
 from lt_sglang.eval.tasks.files import Record, read, whole
-from lt_sglang.eval.tasks.ruler import BENCHMARK
+from lt_sglang.eval.tasks.ruler import BENCHMARK, too_few
 from lt_sglang.eval.tasks.ruler_words import fitted
 
 QA_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
@@ -109,7 +109,7 @@ class QaTask:
         least = len(question.documents)
         count = fitted(tokenizer, self.tokens, write, least, len(ordered))
         if count < least:
-            raise LightTransferError(f"lengths: {self.tokens} tokens are too few for {self.name}")
+            raise too_few(self.tokens, self.name)
         if count == len(ordered):
             raise LightTransferError(
                 f"--{QA_FILES[self.name]} {self.path}: its {count} documents are fewer than {self.name} of "

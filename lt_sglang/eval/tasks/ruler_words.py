@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.items import Item, Tokenizer, rng_of
 from lt_sglang.eval.tasks.haystack import NOISE, Prose
-from lt_sglang.eval.tasks.ruler import ADJECTIVES, BENCHMARK, NOUNS
+from lt_sglang.eval.tasks.ruler import ADJECTIVES, BENCHMARK, NOUNS, too_few
 
 HOPS = 4
 COMMON = 10
@@ -89,7 +89,7 @@ class WordsTask:
         most = len(words) if words else self.tokens
         units = fitted(tokenizer, self.tokens, lambda units: write(units)[0], least, most)
         if units < least:
-            raise LightTransferError(f"lengths: {self.tokens} tokens are too few for {self.name}")
+            raise too_few(self.tokens, self.name)
         if units == most:
             raise LightTransferError(
                 f"--text: cwe of {self.tokens} tokens needs more different words than the {most} there are"

@@ -63,7 +63,8 @@ env:
   - {name: NAMESPACE, value: {{ .Release.Namespace | quote }}}
   - {name: SELECTOR, value: {{ printf "app.kubernetes.io/name=lt-sglang,app.kubernetes.io/instance=%s,app.kubernetes.io/component=engine,lt-sglang/serves=http" .Release.Name | quote }}}
   - {name: ENGINE_PORT, value: {{ int .Values.engine.port | quote }}}
-# It writes this file in every round, whoever answers. Once ready it stays so: the gateway serves without it.
+# It touches this file in every round, also if nobody answers. Readiness asks only whether it has begun: the
+# gateway serves without it.
 readinessProbe:
   exec: {command: [test, -f, /tmp/round]}
 livenessProbe:
