@@ -150,7 +150,7 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
         whole = KV(*(torch.cat(parts) for parts in zip(before, rounded, strict=True)))
         out = _causal(query, whole, prefill.prefix, layer)
         chunk = None
-        if state.score is not None:
+        if state.score is not None and prefill.laziness is None:
             chunk = LastQueries(query, out, torch.empty(0), hidden)
             count = state.observed.count if prefill.kind == Kind.STAGED else prefill.last_queries
             with state.stopwatch:
@@ -163,7 +163,9 @@ class DynamicTorchBackend(TorchNativeAttnBackend):
             return out
         with state.stopwatch:
             sets = torch.tensor([prefill.layer_set])
-            if chunk is None:
+            if prefill.laziness is not None:
+                state.sets.laziness[sets, number] = prefill.laziness[number]
+            elif chunk is None:
                 state.sets.laziness[sets, number] = state.listed(number)
             else:
                 state.sets.laziness[sets, number] = self._laziness(prefill, chunk, whole, layer)

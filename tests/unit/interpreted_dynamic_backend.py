@@ -73,6 +73,36 @@ def test_backends_agree(score: str, seed: int, draw: int, monkeypatch: pytest.Mo
         assert [layer for layer, bank in enumerate(banks) if bank >= KEEP] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("score", ["lighttransfer", "residual-error"])
+def test_a_retracted_request_gets_the_layers_it_had(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be another prompt's, inherited with a cached prefix: its own scores must not count.
+
+    In one chunk, over staged chunks, and beside requests that are scored, in both ways.
+    """
+    world = World(1, score, monkeypatch, 1)
+    whole, chunked, scored, scored_chunk = (
+        Request(row, layer_set) for row, layer_set in ((1, 3), (2, 4), (5, 7), (6, 8))
+    )
+    had = {}
+    for order, request in enumerate((whole, chunked)):
+        lazy = set(range(order, order + LAYERS - KEEP))
+        had[request.layer_set] = tuple(
+            10.0 + layer if layer in lazy else layer / 10 for layer in range(LAYERS)
+        )
+    world.prefill([(Kind.STAGED, chunked, 20, 0), (Kind.SELECT, scored, 25, 6)], had)
+    world.prefill(
+        [(Kind.SELECT, whole, 30, 6), (Kind.SELECT, chunked, 9, 6), (Kind.STAGED, scored_chunk, 12, 0)], had
+    )
+    world.prefill([(Kind.SELECT, scored_chunk, 11, 6)], had)
+    for order, request in enumerate((whole, chunked)):
+        banks = world.torch_state.sets.bank_of[request.layer_set].tolist()
+        lazy_now = [layer for layer, bank in enumerate(banks) if bank >= KEEP]
+        assert lazy_now == list(range(order, order + LAYERS - KEEP))
+        told = world.torch_state.sets.laziness[request.layer_set].tolist()
+        assert told == pytest.approx(had[request.layer_set])
+    world.decode([whole, chunked, scored, scored_chunk])
+
+
 def test_an_undecided_prompt_holds_every_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows written, counted: one a token and layer, staged or not; nothing is written beside them."""
     world = World(4, "lighttransfer", monkeypatch)

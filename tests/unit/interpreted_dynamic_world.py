@@ -198,13 +198,21 @@ class World:
         self.tables.sink_set_of[request.row] = sink_set
         self.tables.full_to_streaming[slots[: request.tokens - RECENT]] = 0
 
-    def prefill(self, work: list[tuple[Kind, Request, int, int]]) -> Any:
-        """Prefill (kind, request, new tokens, scored queries) in one batch, in both backends; compare."""
+    def prefill(
+        self,
+        work: list[tuple[Kind, Request, int, int]],
+        remembered: dict[int, tuple[float, ...]] | None = None,
+    ) -> Any:
+        """Prefill (kind, request, new tokens, scored queries) in one batch, in both backends; compare.
+
+        remembered: by layer set, the scores of requests that were retracted.
+        """
         self.plans = []
+        remembered = remembered or {}
         for kind, request, extend, queries in work:
-            prefix = request.tokens
+            prefix, had = request.tokens, remembered.get(request.layer_set)
             self.grow(request, extend)
-            self.plans.append(Prefill(kind, request.row, request.layer_set, prefix, extend, queries))
+            self.plans.append(Prefill(kind, request.row, request.layer_set, prefix, extend, queries, had))
         batch = SimpleNamespace(
             forward_mode=SimpleNamespace(
                 is_idle=lambda: False, is_decode=lambda: False, is_decode_or_idle=lambda: False
