@@ -17,6 +17,7 @@ from lt_sglang.config import LIST, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.scores.factory import get_score
 from lt_sglang.identify.state import STORED_SETS, DynamicState, projections_of, tp_ranks
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.layers.prefill_plans import PrefillPlans
@@ -41,6 +42,7 @@ class LightTransferModelRunner(ModelRunner):
         sink_store: the sink sets, or None when no layer is lazy.
         dynamic: in dynamic mode, memory, layer tables and score; else None.
         prefills: in dynamic mode, which request is to be decided when; else None.
+        full_rows: in dynamic mode, how the rows of each slot were computed; else None.
         prefill_plans: what the backend of dynamic mode is told of the prefill that runs.
     """
 
@@ -53,6 +55,7 @@ class LightTransferModelRunner(ModelRunner):
         self.kv_cache_configurator: Any = None
         self.dynamic: DynamicState | None = None
         self.prefills: PrefillTracker | None = None
+        self.full_rows: FullRows | None = None
         self.prefill_plans = PrefillPlans()
         super().__init__(*args, **kwargs)
 
@@ -179,6 +182,7 @@ class LightTransferModelRunner(ModelRunner):
             projections,
         )
         self.prefills = PrefillTracker(config, sets, self.kv_cache_configurator.sizes.demand.undecided)
+        self.full_rows = FullRows(len(self.token_to_kv_pool_allocator.full_to_swa_index_mapping), self.device)
 
     def begin_batch(self, batch: Any) -> None:
         """Plan the layers of a prefill batch (a ScheduleBatch); called right before its forward."""
@@ -215,6 +219,7 @@ class LightTransferModelRunner(ModelRunner):
         if self.dynamic is None:
             return super().forward(forward_batch, *args, **kwargs)
         self.dynamic.sets.flush()
+        self._tell_rows(forward_batch)
         if forward_batch.forward_mode.is_decode() and not self._fits_graph(forward_batch):
             return self._forward_eagerly(forward_batch, *args, **kwargs)
         try:
@@ -223,6 +228,14 @@ class LightTransferModelRunner(ModelRunner):
             self.prefill_plans.clear()
         self.dynamic.sets.bring()
         return output
+
+    def _tell_rows(self, forward_batch: Any) -> None:
+        """Note how the rows that this forward writes are computed."""
+        assert self.full_rows is not None
+        if forward_batch.forward_mode.is_decode():
+            self.full_rows.decode(forward_batch.out_cache_loc)
+        elif not forward_batch.forward_mode.is_idle():
+            self.full_rows.prefill(forward_batch.out_cache_loc, self.prefill_plans.of(forward_batch))
 
     def _forward_eagerly(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         graphs, self.decode_cuda_graph_runner = self.decode_cuda_graph_runner, None

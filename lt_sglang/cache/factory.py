@@ -19,7 +19,7 @@ def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
 
     def build(params: CacheInitParams) -> LightTransferRadixCache:
         if runner.prefills is not None:
-            return DynamicRadixCache(params, store, runner.prefills)
+            return DynamicRadixCache(params, store, runner.prefills, runner.full_rows)
         return LightTransferRadixCache(params, store, runner.lt_config.lazy_layers)
 
     return create_unified_radix_cache(ctx, cache_class=build)

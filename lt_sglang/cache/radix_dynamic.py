@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.layers.chosen import Remembered, remember, remembered
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSet
 from lt_sglang.layers.prefill import PrefillTracker, is_copy
 from lt_sglang.layers.prefix_index import PromptStart
@@ -40,8 +41,11 @@ TRIES = 4
 class DynamicRadixCache(LightTransferRadixCache):
     """LightTransferRadixCache that keeps the layer sets apart."""
 
-    def __init__(self, params: CacheInitParams, sinks: SinkStore, prefills: PrefillTracker) -> None:
+    def __init__(
+        self, params: CacheInitParams, sinks: SinkStore, prefills: PrefillTracker, full_rows: FullRows
+    ) -> None:
         self.prefills = prefills
+        self.full_rows = full_rows
         super().__init__(params, sinks)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
@@ -60,7 +64,7 @@ class DynamicRadixCache(LightTransferRadixCache):
             if had is None and req is not None and is_copy(req, entry):
                 continue
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
-            if result.device_prefix_len >= needed:
+            if result.device_prefix_len >= needed and (had is None or self._are_as(had, result)):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
@@ -82,7 +86,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         if req.prefix_len:
             entry, prompt = _bound(req)
             had = remembered(req)
-            self.prefills.inherit(request_id(req), entry, prompt, prefix=req.prefix_len, had=had)
+            self.prefills.inherit(request_id(req), entry, prompt, had=had)
         return super().prefix_device_indices(req)
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
@@ -105,7 +109,7 @@ class DynamicRadixCache(LightTransferRadixCache):
         """As LightTransferRadixCache; the request gives its layer set back, or remembers it if retracted."""
         self.report(req)
         if not req.finished():
-            remember(req, self.prefills.memory_of(request_id(req)))
+            remember(req, self.prefills.memory_of(request_id(req), lambda: self._inherited_rows(req)))
         if req.finished() and not is_health_check_generate_req(req):
             self.prefills.sets.count(request_id(req))
         super().on_release(req, checkpointed=checkpointed)
@@ -138,6 +142,18 @@ class DynamicRadixCache(LightTransferRadixCache):
         prompt = self.prefills.prompt_start(req.origin_input_ids, req.extra_key, req.cache_salt)
         own = self.prefills.sets.stored_set(had.uid)
         return prompt, iter(() if own is None else (own,))
+
+    def _are_as(self, had: Remembered, found: MatchResult) -> bool:
+        """Whether none of the rows it had computed with full attention was evicted and computed otherwise."""
+        if had.default:
+            return True
+        slots = self.path_device_indices(found.last_device_node)[: had.full_rows]
+        return self.full_rows.leading(slots) == had.full_rows
+
+    def _inherited_rows(self, req: Req) -> int:
+        """Rows of ``req`` in the tree, from the first on, that were computed with full attention."""
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len]
+        return self.full_rows.leading(row.to(torch.int64))
 
     def _extra_key_of(self, req: Req) -> str | None:
         # Also of its sinks: their rows belong to the streaming banks of one layer set, whoever shares them.

@@ -12,7 +12,7 @@ SGLang prefills at most one request in chunks at a time, so at most one is stage
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
@@ -113,13 +113,12 @@ class PrefillTracker:
         entry: LayerSet | None,
         prompt: PromptStart | None,
         *,
-        prefix: int = 0,
         had: Remembered | None = None,
     ) -> None:
         """``request`` is admitted with a cached prefix and uses its writer's set.
 
         entry: the set its prefix was found in. prompt: None if that is the default, which short prompts use.
-        prefix: its length. had: what the request had before it was retracted.
+        had: what the request had before it was retracted.
         """
         if entry is self.sets.default:
             self.sets.use_default(request, counted=had is None)
@@ -128,17 +127,22 @@ class PrefillTracker:
             raise RuntimeError(f"request {request}: the layer set of its cached prefix is gone")
         assert prompt is not None
         self.sets.inherit(request, entry, prompt, resumed=had is not None)
-        self._full_rows[request] = prefix if had is None else had.full_rows
 
-    def memory_of(self, request: str) -> Remembered | None:
-        """What ``request`` must have again after a retraction; None if nothing was chosen yet."""
+    def memory_of(self, request: str, inherited: Callable[[], int]) -> Remembered | None:
+        """What ``request`` must have again after a retraction; None if nothing was chosen yet.
+
+        inherited: how many rows that it shares with the prefix cache were computed with full attention
+        (layers/full_rows.py); asked of a request that inherited its layers.
+        """
         entry = self.sets.of(request)
         if entry is None or entry.chosen is None:
             return None
+        default = entry is self.sets.default
+        full_rows = 0 if default else self._full_rows.get(request)
         return Remembered(
             uid=entry.uid,
-            default=entry is self.sets.default,
-            full_rows=self._full_rows.get(request, 0),
+            default=default,
+            full_rows=inherited() if full_rows is None else full_rows,
             laziness=entry.chosen.laziness,
         )
 

@@ -116,7 +116,6 @@ def test_dynamic(count: int, server: Server, record_property: pytest.RecordPrope
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="some answers that inherit layers and are retracted go wrong; docs/reliability.md")
 @pytest.mark.served_by(DYNAMIC_CHURN_RETRACT)
 def test_dynamic_retracted(server: Server, record_property: pytest.RecordProperty) -> None:
     """Admission hopes for short outputs, so that memory runs out in decode."""

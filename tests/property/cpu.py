@@ -20,6 +20,7 @@ from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.memory.units import UnitShape
@@ -97,7 +98,10 @@ class Caches:
                 sizes.layer_sets, self.config.lazy_layers, layers, len(self.sinks.set_of), "cpu"
             )
             self.prefills = PrefillTracker(self.config, sets, UNDECIDED)
-            self.tree: LightTransferRadixCache = DynamicRadixCache(params, self.sinks, self.prefills)
+            self.full_rows = FullRows(len(self.allocator.full_to_swa_index_mapping), "cpu")
+            self.tree: LightTransferRadixCache = DynamicRadixCache(
+                params, self.sinks, self.prefills, self.full_rows
+            )
         else:
             self.tree = LightTransferRadixCache(params, self.sinks)
 

@@ -281,6 +281,7 @@ class Scheduler(Reads):
                 self.events[plan.kind.name] += 1
             self._compare_full(full, tags)
             if caches.prefills is not None:
+                caches.full_rows.prefill(full[prefix:], [plan])
                 caches.prefills.sets.bring()
             done = req is not self.chunked
             self.launched[index] = (req, self._next(self.written[request_id(req)]) if done else None, True)

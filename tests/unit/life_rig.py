@@ -27,6 +27,7 @@ from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.cache.radix_static import LightTransferRadixCache
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.hooks import wrappers
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
 from lt_sglang.memory.kv_keys import request_id
@@ -304,7 +305,8 @@ class DynamicRig(Rig):
         )
         sets = LayerSetStore(4 * ROWS, config.lazy_layers, layers, ROWS + 1, "cpu")
         self.prefills = PrefillTracker(config, sets, self.undecided)
-        return DynamicRadixCache(params, self.store, self.prefills)
+        mapping = params.token_to_kv_pool_allocator.full_to_swa_index_mapping
+        return DynamicRadixCache(params, self.store, self.prefills, FullRows(len(mapping), "cpu"))
 
     def begin_forward(self, req: Req) -> None:
         """Layers are planned before each chunk."""

@@ -282,7 +282,7 @@ def test_what_left_the_cache_is_decided_again() -> None:
 def retract(prefills: PrefillTracker, request: Request, output: list[int]) -> None:
     """As DynamicRadixCache.on_release and SGLang do."""
     prefills.sets.bring()
-    remember(request.req, prefills.memory_of(request.name))
+    remember(request.req, prefills.memory_of(request.name, lambda: 0))
     prefills.release(request.name, 1)
     request.req.output_ids = array("q", output)
     request.req.prefix_len = request.req.extend_end = 0

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache
 
 from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.config import LightTransferConfig
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
 from lt_sglang.memory.kv_keys import request_id
@@ -32,11 +33,15 @@ class DynamicRig(Rig):
         )
         self.sets = LayerSetStore(40, config.lazy_layers, LAYERS, self.rows.req_to_token.shape[0], "cpu")
         self.tracker = PrefillTracker(config, self.sets, 500)
-        return DynamicRadixCache(params, self.sinks, self.tracker)
+        mapping = self.allocator.full_to_swa_index_mapping
+        self.full_rows = FullRows(len(mapping), "cpu")
+        return DynamicRadixCache(params, self.sinks, self.tracker, self.full_rows)
 
     def forward(self, req: Req, scores: Sequence[float] = (1, 2, 3, 4, 5, 6)) -> Prefill:
         """The prefill of an admitted request's chunk, as LightTransferModelRunner plans and runs it."""
         (plan,) = self.tracker.begin([(request_id(req), req)])
+        written = self.rows.req_to_token[plan.row, plan.prefix : plan.end].to(torch.int64)
+        self.full_rows.prefill(written, [plan])
         if plan.kind == Kind.SELECT:
             values = torch.tensor(plan.laziness or tuple(map(float, scores)))
             self.sets.laziness[plan.layer_set] = values
@@ -104,7 +109,7 @@ def test_a_name_that_is_used_again_brings_nothing_back() -> None:
     rig = DynamicRig()
     rig.finish(rig.prefilled(rig.request("a", PROMPT)))
     short = rig.prefilled(rig.request("a", PROMPT[:10]))
-    had = rig.tracker.memory_of(request_id(short))
+    had = rig.tracker.memory_of(request_id(short), lambda: 99)
     assert had is not None and had.default and had.full_rows == 0
     rig.check()
 
@@ -137,6 +142,65 @@ def test_a_retracted_request_reads_its_own_set_or_none() -> None:
     assert rig.told(req)["lazy_layers"] == before["lazy_layers"]
     assert rig.sets.stats.decided == 3 and rig.sets.stats.inherited == 0, "coming back is not counted"
     rig.check()
+
+
+def heir_of_an_heir(rig: DynamicRig) -> Req:
+    """It reads 60 rows of the prompt that selected its layers, then 40 of a request that inherited them."""
+    rig.finish(rig.prefilled(rig.request("first", PROMPT)))
+    longer = [*PROMPT, *range(200, 240)]
+    heir = rig.admit(rig.request("heir", longer))
+    assert heir.prefix_len == len(PROMPT)
+    rig.forward(heir)
+    rig.finish(heir)
+    req = rig.admit(rig.request("a", [*longer, 1, 2, 3]))
+    assert req.prefix_len == len(longer)
+    rig.forward(req)
+    rig.decode(req, steps=2)
+    return req
+
+
+def test_an_heir_that_is_retracted_computes_each_row_as_it_was() -> None:
+    """Only the rows that the layers were selected over had full attention, however long its prefix was."""
+    rig = DynamicRig()
+    req = heir_of_an_heir(rig)
+    before = rig.told(req)["lazy_layers"]
+    rig.retract(req)
+    rig.cache.reset()
+    rig.admit(req, chunk=rig.cache.chunk_limit(req))
+    assert (req.prefix_len, req.extend_end) == (0, len(PROMPT))
+    plan = rig.forward(req, scores=(6, 5, 4, 3, 2, 1))
+    assert (plan.kind, rig.told(req)["lazy_layers"]) == (Kind.SELECT, before)
+    rig.check()
+
+
+def test_a_retracted_request_does_not_read_rows_that_were_computed_otherwise_since() -> None:
+    rig = DynamicRig()
+    req = heir_of_an_heir(rig)
+    written = rig.rows.req_to_token[req.kv.req_pool_idx, 50 : len(PROMPT)].to(torch.int64)
+    rig.retract(req)
+    rig.admit(req)
+    assert req.prefix_len > len(PROMPT), "all is still there"
+    rig.forward(req)
+    rig.decode(req, steps=2)
+    rig.retract(req)
+    # As if they had been evicted, and computed again by an heir.
+    rig.full_rows.decode(written)
+    rig.admit(req, chunk=rig.cache.chunk_limit(req))
+    assert (req.prefix_len, req.extend_end) == (0, len(PROMPT))
+    rig.check()
+
+
+def test_rows_say_how_they_were_computed() -> None:
+    rows = FullRows(40, "cpu")
+    kinds = (Kind.STAGED, Kind.SELECT, Kind.KNOWN, Kind.SELECT)
+    slots = torch.arange(39, 19, -1)
+    rows.prefill(
+        slots, [Prefill(kind, 1, 1, 0, extend) for kind, extend in zip(kinds, (3, 4, 5, 8), strict=True)]
+    )
+    found = [rows.leading(slots[at:]) for at in range(20)]
+    assert found == [7, 6, 5, 4, 3, 2, 1, 0, 0, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1]
+    rows.decode(slots[[2, 15]])
+    assert (rows.leading(slots), rows.leading(slots[12:]), rows.leading(slots[:0])) == (2, 3, 0)
 
 
 def test_a_retracted_short_prompt_stays_short() -> None:

@@ -14,6 +14,7 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from lt_sglang import model_runner as module
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
+from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.layers.prefill_plans import PrefillPlans
@@ -44,6 +45,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, sizes: Sizes | None = None) -> Any:
         "prefills": caches.prefills,
         "dynamic": None,
         "prefill_plans": PrefillPlans(),
+        "full_rows": FullRows(64, "cpu"),
         "token_to_kv_pool": caches.allocator.get_kvcache(),
         "token_to_kv_pool_allocator": caches.allocator,
         "kv_cache_configurator": SimpleNamespace(flat_pool=caches.flat),
@@ -67,7 +69,9 @@ def runner(monkeypatch: pytest.MonkeyPatch, sizes: Sizes | None = None) -> Any:
 
 
 def batch(mode: ForwardMode = ForwardMode.DECODE, **fields: Any) -> Any:
-    return SimpleNamespace(forward_mode=mode, **fields)
+    nothing = {"rids": None, "extend_prefix_lens_cpu": [], "extend_seq_lens_cpu": []}
+    slots = torch.arange(1, 1 + sum(fields.get("extend_seq_lens_cpu", ())))
+    return SimpleNamespace(**{"forward_mode": mode, "out_cache_loc": slots, **nothing, **fields})
 
 
 def capture(made: Any, row: int = 3) -> None:
@@ -82,7 +86,7 @@ def test_a_runner_begins_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ModelRunner, "__init__", lambda self, *a, **k: events.append((vars(self).copy(), a, k))
     )
     LightTransferModelRunner(1, lt_config=CONFIG, two=2)
-    nothing = ("sink_store", "kv_cache_configurator", "dynamic", "prefills")
+    nothing = ("sink_store", "kv_cache_configurator", "dynamic", "prefills", "full_rows")
     known = {"lt_config": CONFIG, **dict.fromkeys(nothing)}
     facts, args, kwargs = events[0]
     assert known.items() <= facts.items() and (args, kwargs) == ((1,), {"two": 2})
@@ -174,12 +178,18 @@ def test_a_prefill_is_planned_once_and_its_plan_forgotten(monkeypatch: pytest.Mo
     plans = made.prefill_plans.of(given)
     assert [(plan.kind, plan.row, plan.end) for plan in plans] == [(Kind.SELECT, 1, 20), (Kind.KNOWN, 2, 3)]
     assert made.prefills.sets.stats.short == 0, "a health check is no short prompt"
-    short = admitted("s", 2, 3)
-    made.begin_batch(extend(short))
-    assert made.prefills.sets.stats.short == 1
-    made.begin_batch(batch(ForwardMode.DECODE, reqs=[one]))
     made.forward(given)
     assert made.prefill_plans._plans is None
+    assert made.full_rows.leading(torch.arange(1, 24)) == 20, "those of the one that is selected for"
+    short = extend(admitted("s", 2, 3))
+    made.begin_batch(short)
+    assert made.prefills.sets.stats.short == 1
+    made.begin_batch(batch(ForwardMode.DECODE, reqs=[one]))
+    short.out_cache_loc = torch.tensor([10, 11])
+    made.forward(short)
+    assert made.full_rows.leading(torch.arange(1, 24)) == 9, "a short prompt's are not"
+    made.forward(batch(out_cache_loc=torch.tensor([5])))
+    assert made.full_rows.leading(torch.arange(1, 24)) == 4, "nor a decoded token's"
     with pytest.raises(LightTransferError, match="a batch of requests runs that was not planned"):
         made.prefill_plans.of(given)
 

@@ -273,7 +273,7 @@ def test_which_cache_a_server_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     given_ctx, build = built.pop()
     made = build(params)
     assert given_ctx is ctx and type(made) is LightTransferRadixCache and made.given[:2] == (params, "store")
-    runner.prefills = "prefills"
+    runner.prefills, runner.full_rows = "prefills", "rows"
     factory.create(ctx)
     made = built.pop()[1](params)
-    assert type(made) is DynamicRadixCache and made.given == (params, "store", "prefills")
+    assert type(made) is DynamicRadixCache and made.given == (params, "store", "prefills", "rows")
