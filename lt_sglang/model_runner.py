@@ -234,7 +234,7 @@ class LightTransferModelRunner(ModelRunner):
         assert self.full_rows is not None
         if forward_batch.forward_mode.is_decode():
             self.full_rows.decode(forward_batch.out_cache_loc)
-        elif not forward_batch.forward_mode.is_idle():
+        elif forward_batch.rids and not forward_batch.forward_mode.is_idle():  # not a warm-up
             self.full_rows.prefill(forward_batch.out_cache_loc, self.prefill_plans.of(forward_batch))
 
     def _forward_eagerly(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
