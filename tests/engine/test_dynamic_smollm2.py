@@ -39,6 +39,7 @@ def _assert_fails(reference: DynamicReference, prompt: list[int], reply: Reply, 
     control.assert_differs()
 
 
+@pytest.mark.slow  # 250 s, most of it for the reference's own weights of 6,000 tokens
 @pytest.mark.served_by(DYNAMIC_SMOLLM2)
 def test_long_prompts(server: Server) -> None:
     """Five prompts of 1,100 to 6,000 tokens, sent at once: the paper's ratios, layers and greedy outputs."""

@@ -190,7 +190,9 @@ class Scheduler(Reads):
             limit = getattr(tree, "chunk_limit", lambda _: None)(req)
             size = self._whole_pages(req, size if limit is None else min(size, limit))
             lock = tree.lock(req.last_node)
-            if not size or not self._room(need + size, len(batch) + 1):
+            # The sinks of a cached prefix are not evictable any more once it is taken; Demand has them too.
+            hits = sum(bool(one.prefix_len) for one in (*batch, req))
+            if not size or not self._room(need + size, len(batch) + 1, hits):
                 tree.unlock(lock)
                 break
             req.lock, req.extend_end = lock, req.prefix_len + size
@@ -217,14 +219,15 @@ class Scheduler(Reads):
             end = end // page * page
         return max(end - req.prefix_len, 0)
 
-    def _room(self, tokens: int, requests: int = 1) -> bool:
+    def _room(self, tokens: int, requests: int = 1, hits: int = 0) -> bool:
         tree, allocator, page = self.caches.tree, self.caches.allocator, self.caches.sizes.page
         pages = -(-tokens // page) + (requests if page > 1 else 0)
         free, full = len(allocator.units), allocator.full_available_size()
         if not self.caches.sizes.disable:
             free += allocator.evictable_units(tree)
             full += tree.full_evictable_size()
-        return bool(free >= allocator.shape.units(pages, pages) and full >= pages * page)
+        need = allocator.shape.units(pages, pages) + hits * allocator.units_of_sinks
+        return bool(free >= need and full >= pages * page)
 
     def _make_room(self) -> None:
         while self.running and not self._room(len(self.running), len(self.running)):
