@@ -30,7 +30,16 @@ def measure(conversations: int, seed: int = 1) -> tuple[float, float, float]:
     """Milliseconds for all waiting requests: best, median, and the best without the search for the set."""
     rng = random.Random(seed)
     slots = conversations * (SYSTEM + OWN)
-    sizes = Sizes(SINK, RECENT, slots, slots, conversations, 8, conversations + 8, dynamic=True)
+    sizes = Sizes(
+        SINK,
+        RECENT,
+        units=2 * slots,
+        sets=conversations,
+        rows=8,
+        layer_sets=conversations + 8,
+        chunk=SYSTEM + OWN,
+        dynamic=True,
+    )
     caches = Caches(sizes)
     tree, prefills = caches.tree, caches.prefills
     assert prefills is not None
