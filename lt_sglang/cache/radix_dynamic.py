@@ -64,7 +64,7 @@ class DynamicRadixCache(LightTransferRadixCache):
             if had is None and req is not None and is_copy(req, entry):
                 continue
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
-            if result.device_prefix_len >= needed and (had is None or self._are_as(had, result)):
+            if result.device_prefix_len >= needed and (had is None or self._rows_unchanged(had, result)):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
@@ -143,8 +143,8 @@ class DynamicRadixCache(LightTransferRadixCache):
         own = self.prefills.sets.stored_set(had.uid)
         return prompt, iter(() if own is None else (own,))
 
-    def _are_as(self, had: Remembered, found: MatchResult) -> bool:
-        """Whether none of the rows it had computed with full attention was evicted and computed otherwise."""
+    def _rows_unchanged(self, had: Remembered, found: MatchResult) -> bool:
+        """Whether all rows that had full attention then still have it: none was evicted and made anew."""
         if had.default:
             return True
         slots = self.path_device_indices(found.last_device_node)[: had.full_rows]

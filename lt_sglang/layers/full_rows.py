@@ -18,7 +18,7 @@ from lt_sglang.layers.prefill import Kind, Prefill
 
 
 class FullRows:
-    """One bit a slot. Forwards write it on their own stream, in the order in which they write K and V.
+    """A flag for each slot. Forwards write it on their own stream, in the order in which they write K and V.
 
     Args:
         slots: full slots there are, padding included.

@@ -118,7 +118,7 @@ def test_dynamic(count: int, server: Server, record_property: pytest.RecordPrope
 @pytest.mark.slow
 @pytest.mark.served_by(DYNAMIC_CHURN_RETRACT)
 def test_dynamic_retracted(server: Server, record_property: pytest.RecordProperty) -> None:
-    """Admission hopes for short outputs, so that memory runs out in decode."""
+    """Admission reckons with a small share of each output, so that memory runs out in decode."""
     record_property("seed", seed_of(WHOLE))
     verdict = ask_and_judge_dynamic(server, WHOLE)
     verdict.assert_equal()

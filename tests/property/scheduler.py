@@ -312,6 +312,8 @@ class Scheduler(Reads):
             caches.write(False, full[-1:], tags[-1:])
             assert streaming[-1] > 0
             caches.write(True, streaming[-1:], tags[-1:])
+            if caches.prefills is not None:
+                caches.full_rows.decode(full[-1:])
             seen = visible(length - 1, caches.sizes.sink, caches.sizes.recent)
             self._compare(caches.read(True, slots), tags[seen])
             self._compare_full(full, tags)
