@@ -27,7 +27,8 @@ OPTIONS_HELP = f"""\
 which layers?
   Nothing is known of your model: --lt-mode dynamic. It finds them in each request's prompt and needs no data.
   Its publisher trained it with lazy layers (lt-sglang models), or you did (lt-sglang train): no flag.
-  You have samples of your traffic: lt-sglang calibrate writes a list; serve it with --lt-config FILE.json.
+  You have samples of your traffic: lt-sglang calibrate writes a list; serve it with --lt-config FILE.json
+  --lt-mode dynamic --lt-score list. For chat and shared documents that is best: docs/quality.md.
   The layers decide what is lost; lt-sglang eval measures it. A list made for another model tells nothing.
 
 lazy layers:

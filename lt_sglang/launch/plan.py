@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.config import CONFIG_KEY, DYNAMIC_FIELDS, LIST, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing, ensure_model
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import admin
@@ -22,7 +22,7 @@ from lt_sglang.launch import sglang_args as flags
 from lt_sglang.launch.admin import KEY_VARIABLE, Admin
 from lt_sglang.launch.cpu import CPU_LIMITS, CompilerMissing, cpu_environment, cpu_server_args, has_gpu
 from lt_sglang.launch.model_config import check_tp, read_model_config
-from lt_sglang.launch.options import resolve_config, take_options
+from lt_sglang.launch.options import LtOptions, resolve_config, take_options
 from lt_sglang.launch.ports import check_port
 from lt_sglang.launch.ready import TRY_VARIABLE, URL_VARIABLE, base_url, say
 from lt_sglang.launch.sglang_args import SglangArgs
@@ -30,7 +30,7 @@ from lt_sglang.names import BACKEND
 from lt_sglang.numerals import read_int
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
-# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml).
+# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml, greedy-list-50 of conversations.yaml).
 DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000  # SGLang's
 LAST_PORT = 65535
@@ -103,7 +103,7 @@ def plan_launch(argv: list[str], env: Mapping[str, str], machine: Machine | None
     if model_path is None:
         model_path = _demo_model(machine)
         if options.config is None:
-            overrides.setdefault(CONFIG_KEY, {"lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"})
+            overrides.setdefault(CONFIG_KEY, _demo_config(options))
         args = SglangArgs([*args.argv, "--model-path", model_path])
     model_config = machine.model_config(model_path, args.get(flags.REVISION))
     config = resolve_config(options, model_path, model_config, overrides)
@@ -191,6 +191,13 @@ def _check_backends(args: SglangArgs) -> None:
                 f"{names[0]} {name}: lt-sglang serves with {BACKEND}; leave the flag out, or serve without "
                 "lazy layers: python -m sglang.launch_server"
             )
+
+
+def _demo_config(options: LtOptions) -> dict[str, object]:
+    """The list, cut after the prompt as a chat's should be (docs/quality.md), unless options choose otherwise."""
+    chosen = (getattr(options, name) for name in ("mode", "lazy_layers", *DYNAMIC_FIELDS))
+    after_prompt = {} if any(value is not None for value in chosen) else {"mode": "dynamic", "score": LIST}
+    return {**after_prompt, "lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"}
 
 
 def _demo_model(machine: Machine) -> str:

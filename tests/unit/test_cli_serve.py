@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lt_sglang.cli import server
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.config import CONFIG_KEY, LIST, LightTransferConfig
 from lt_sglang.demo.smollm2 import DemoModelMissing
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import ready
@@ -167,6 +167,7 @@ def test_demo_model_on_a_cpu() -> None:
     assert len(launch.config.lazy_layers) == 15
     assert launch.config.source == "the demonstration"
     assert not {7, 18, 23} & set(launch.config.lazy_layers), "the layers it retrieves with"
+    assert launch.config.dynamic and launch.config.score == LIST, "cut after the prompt: docs/quality.md"
     for flag, value in CPU_LIMITS:
         assert values(launch, flag) == ([] if flag == "--max-total-tokens" else [value])
     assert "http://127.0.0.1:31000/v1/chat/completions" in launch.try_line
@@ -176,7 +177,7 @@ def test_demo_model_on_a_cpu() -> None:
 def test_demo_model_with_other_layers() -> None:
     launch = Fake(gpu=False).launch("--lt-lazy-layers", "2")
     assert launch.config is not None
-    assert launch.config.lazy_layers == (2,)
+    assert launch.config.lazy_layers == (2,) and not launch.config.dynamic
     given = json.dumps({CONFIG_KEY: {"lazy_layers": "3"}})
     launch = Fake(gpu=False).launch("--json-model-override-args", given)
     assert launch.config is not None
@@ -189,6 +190,21 @@ def test_demo_model_with_other_layers_from_a_file(tmp_path: Path) -> None:
     launch = Fake(gpu=False).launch("--lt-config", str(file))
     assert launch.config is not None
     assert launch.config.lazy_layers == (4,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode", "score"),
+    [
+        (("--lt-mode", "static"), "static", "residual-error"),
+        (("--lt-mode", "dynamic"), "dynamic", "residual-error"),
+        (("--lt-mode", "dynamic", "--lt-score", "error-mass"), "dynamic", "error-mass"),
+        (("--lt-recent-tokens", "252"), "dynamic", LIST),
+    ],
+)
+def test_demo_model_in_another_mode(flags: tuple[str, ...], mode: str, score: str) -> None:
+    config = Fake(gpu=False, config=SMOLLM2).launch(*flags).config
+    assert config is not None
+    assert (config.mode, config.score) == (mode, score)
 
 
 def test_demo_model_on_a_gpu() -> None:
