@@ -4,6 +4,10 @@ A cached prefix is K and V of its writer's layers; a request may only reuse it w
 tree is entered under the uid of a set, and a hit that does not cover the whole first block is a miss. Which
 sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
 
+A request that shares only a beginning with others has its own layers selected. Not so with a list, by which
+all have the same: then it keeps a window where it parts from the others, in its own name space, and whoever
+comes next with this beginning has a hit there. SGLang does so within one name space (swa_branching_seqlen).
+
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
 not known yet. It keeps its streaming slots until it is decided.
 """
@@ -68,9 +72,11 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
-        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either: a
-        # request that shares only a beginning with others has its own layers selected.
-        return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
+        # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
+        result = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
+        if self.prefills.listed and had is None and prompt is not None:
+            return result._replace(swa_branching_seqlen=self.prefills.sets.agreed(prompt) or None)
+        return result
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.

@@ -30,7 +30,8 @@ from lt_sglang.names import BACKEND
 from lt_sglang.numerals import read_int
 
 # Half of SmolLM2's 30 layers, from lt-sglang calibrate --greedy 32 --windows prefill. What they cost is in
-# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml, greedy-list-50 of conversations.yaml).
+# docs/quality.md (static-greedy-50 of loadtest/experiments/quality.yaml, greedy-list-50 of
+# loadtest/conversations.yaml).
 DEMO_LAZY_LAYERS = "0-5,10-13,16,25,27-29"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 30000  # SGLang's
 LAST_PORT = 65535
@@ -194,7 +195,7 @@ def _check_backends(args: SglangArgs) -> None:
 
 
 def _demo_config(options: LtOptions) -> dict[str, object]:
-    """The list, cut after the prompt as a chat's should be (docs/quality.md), unless options choose otherwise."""
+    """The list, cut after the prompt as chats should have it, unless options choose otherwise."""
     chosen = (getattr(options, name) for name in ("mode", "lazy_layers", *DYNAMIC_FIELDS))
     after_prompt = {} if any(value is not None for value in chosen) else {"mode": "dynamic", "score": LIST}
     return {**after_prompt, "lazy_layers": DEMO_LAZY_LAYERS, "source": "the demonstration"}

@@ -119,6 +119,13 @@ class LayerSetStore:
         for uid in self._index.find(prompt):
             yield self._stored[uid]
 
+    def agreed(self, prompt: PromptStart) -> int:
+        """How many tokens ``prompt`` shares with one that a stored set is found by.
+
+        0, or its first block at least.
+        """
+        return self._index.agreed(prompt)
+
     def of(self, request: str) -> LayerSet | None:
         """The set ``request`` uses, or None if its prefill has not begun."""
         return self._of_request.get(request)

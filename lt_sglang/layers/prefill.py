@@ -19,7 +19,7 @@ from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
+from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LIST, LightTransferConfig
 from lt_sglang.layers.chosen import Remembered, remembered
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.layers.prefix_index import PromptStart, prompt_start
@@ -88,12 +88,14 @@ class PrefillTracker:
     Attributes:
         sets: the layer sets.
         block_tokens: tokens of the first block, w_sink + w_recent; no longer prompts use set 0.
+        listed: whether all requests have the same layers, those of a list.
         staged: the request between two chunks whose layers are not known, or None.
     """
 
     def __init__(self, config: LightTransferConfig, sets: LayerSetStore, undecided_tokens: int) -> None:
         self.sets = sets
         self.block_tokens = config.lazy_tokens
+        self.listed = config.score == LIST
         self.staged: str | None = None
         self._config = config
         self._undecided_tokens = undecided_tokens

@@ -157,6 +157,20 @@ class PrefixIndex:
                 yield from _new(reversed(node.ends), seen)
             yield from _new(node.latest(), seen)
 
+    def agreed(self, prompt: PromptStart) -> int:
+        """How many of its first tokens ``prompt`` shares with any that is filed; 0, or a block at least."""
+        node = self._roots.get(prompt.root)
+        if node is None:
+            return 0
+        at, rest, width = 0, prompt.rest, prompt.width
+        while (child := node.children.get(rest[at : at + width])) is not None:
+            common = _common(child.edge, rest, at, width)
+            at += common
+            if common < len(child.edge):
+                break
+            node = child
+        return (len(prompt.block) + at) // width
+
     @property
     def keys(self) -> set[int]:
         """All keys that can be found."""

@@ -144,6 +144,22 @@ def test_pages_and_layer_counts_without_a_common_divisor(name: str, server: Serv
     assert len(known) == CONTROLS
 
 
+def _share_documents(server: Server, reference: DynamicReference, rng: random.Random) -> None:
+    """Of a document's users the third and all after it have a hit; their questions stream in lazy layers."""
+    for length in (CHUNK - 40, 2 * CHUNK + 30):
+        document = random_prompt(length, rng)
+        outputs = Comparison(0, 0, [])
+        for user in range(5):
+            prompt = [*document, *random_prompt(rng.randint(20, 60), rng)]
+            reply = server.generate(prompt, NEW_TOKENS, ask=True)
+            found = length if user >= 2 else 0
+            assert (reply.cached, reply.choice["origin"]) == (found, "prefix" if found else "prompt"), user
+            reference.compare_output(
+                outputs, prompt, reply.tokens, reply.choice["lazy_layers"], found or len(prompt)
+            )
+        outputs.assert_equal()
+
+
 @pytest.mark.served_by(DYNAMIC_LIST)
 def test_a_given_list_is_cut_behind_the_prompt(server: Server) -> None:
     """Whole and staged prompts, with full attention in prefill; a repeat inherits; short ones have it too."""
@@ -175,5 +191,6 @@ def test_a_given_list_is_cut_behind_the_prompt(server: Server) -> None:
         control.assert_differs()
     again = server.generate(asked[-1], 1, ask=True)
     assert again.choice == {**replies[-1].choice, "origin": "prefix"} and again.cached == lengths[-1] - 1
+    _share_documents(server, reference, rng)
     info = server.lighttransfer()
     assert info["score"] == "list" and info["mode"] == "dynamic" and info["lazy_layers"] == "0,3,5"

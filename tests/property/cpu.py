@@ -19,7 +19,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.cache.radix_dynamic import DynamicRadixCache
 from lt_sglang.cache.radix_static import LightTransferRadixCache
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import LIST, LightTransferConfig
 from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSetStore
 from lt_sglang.layers.prefill import PrefillTracker
@@ -35,7 +35,7 @@ BANK = 1 << 56  # above all tags
 class Sizes:
     """Of caches to build. sink, recent: w_sink, w_recent. full: layers; lazy: layers. rows: of req_to_token.
 
-    units: of ``page`` tokens.
+    units: of ``page`` tokens. listed: dynamic mode with a list.
     """
 
     sink: int = 2
@@ -50,12 +50,14 @@ class Sizes:
     layer_sets: int = 10
     chunk: int = 10
     dynamic: bool = False
+    listed: bool = False
     disable: bool = False
 
     @property
     def config(self) -> LightTransferConfig:
         """As a server would have it."""
         given: dict[str, Any] = {"mode": "dynamic", "keep": self.full} if self.dynamic else {}
+        given |= {"score": LIST} if self.listed else {}
         lazy = tuple(range(self.full, self.full + self.lazy))
         return LightTransferConfig(lazy, sink_tokens=self.sink, recent_tokens=self.recent, **given)
 

@@ -56,6 +56,7 @@ SIZES = {
         Sizes(dynamic=True, sink=4, recent=5, layer_sets=7, units=260),
         Sizes(dynamic=True, full=1, lazy=2, units=390),
         Sizes(dynamic=True, page=4, chunk=12, units=80),
+        Sizes(dynamic=True, listed=True, layer_sets=8, units=260),
     ],
 }
 

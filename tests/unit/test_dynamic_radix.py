@@ -113,6 +113,23 @@ def test_what_was_evicted_is_looked_for_in_the_next_set() -> None:
         assert given.lighttransfer_hit == (None, None)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_with_a_list_the_third_that_begins_alike_has_a_hit(listed: bool) -> None:
+    """The first keeps no window where others will part from it; the second does, as it sees where that is.
+
+    Without a list each has its own layers selected, however many begin alike.
+    """
+    scheduler = Scheduler(Sizes(dynamic=True, listed=listed, units=420, chunk=80))
+    trunk = LONG[:20]
+    for name, tail, found in (("a", 1, 0), ("b", 2, 0), ("c", 3, len(trunk)), ("d", 4, len(trunk))):
+        prompt = trunk + [tail] * 10
+        assert hit(scheduler, prompt) == (found if listed else 0), name
+        run(scheduler, request(name, prompt, output=BLOCK + 4))
+    stats = sets(scheduler).stats
+    assert (stats.decided, stats.inherited) == ((2, 2) if listed else (4, 0))
+    assert hit(scheduler, trunk[:12] + [0] * 9) == 0, "no window there yet"
+
+
 def test_no_more_than_a_few_sets_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(Sizes(dynamic=True, units=560, layer_sets=20, rows=8, chunk=80))
     run(scheduler, *[request(f"r{n}", LONG[:10] + [n], output=1) for n in range(8)])

@@ -107,6 +107,22 @@ def test_agreement_counts_along_the_whole_way() -> None:
     assert list(index.find(begin(trunk + [4, 5]))) == [2, 1, 0, 3]
 
 
+def test_how_many_tokens_agree() -> None:
+    """Within an edge, at its end, beyond everything; of any width."""
+    trunk = list(range(100, 100 + BLOCK + 3))
+    index = PrefixIndex()
+    assert index.agreed(begin(trunk)) == 0
+    index.file(0, begin(trunk + [4, 5, 6, 7, 8]))
+    index.file(1, begin(trunk + [4, 5, 9]))
+    for more, agreed in (([4, 5, 6, 7, 8, 1], 5), ([4, 5, 6, 1], 3), ([4, 5, 1], 2), ([4, 5], 2), ([1], 0)):
+        assert index.agreed(begin(trunk + more)) == len(trunk) + agreed
+    assert index.agreed(begin(trunk[:BLOCK] + [1])) == BLOCK
+    assert index.agreed(begin([1] + trunk[1:])) == 0
+    assert index.agreed(begin(trunk, owner="another")) == 0
+    index.clear()
+    assert index.agreed(begin(trunk)) == 0
+
+
 def test_what_is_dropped_leaves_nothing() -> None:
     rng = random.Random(4)
     index = PrefixIndex()
@@ -264,6 +280,8 @@ class Scan(RuleBasedStateMachine):
                 best[key] = max(best.get(key, rank), rank)
         expected = sorted(best, key=lambda key: best[key], reverse=True)
         assert list(self.index.find(begin(prompt, 2, owner))) == expected
+        longest = max((rank[0] for rank in best.values()), default=0)
+        assert self.index.agreed(begin(prompt, 2, owner)) == longest
 
     @invariant()
     def nothing_is_left_over(self) -> None:
