@@ -183,6 +183,7 @@ def model_values(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
             "kvBytes": config.kv_bytes,
             "score": options.score,
             "decide": options.decide,
+            "lastQueries": options.last_queries,
             "checkTables": bool(options.check_tables),
         }
     if args.claim:

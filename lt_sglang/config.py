@@ -26,9 +26,9 @@ DEFAULT_RECENT_TOKENS = 1020
 DEFAULT_KEEP = 0.5
 DEFAULT_SCORE = "residual-error"
 DEFAULT_DECIDE = "prompt"
-LAST_QUERIES = 32  # w_last, appendix A
-LAST_QUERIES_FIRST_CHUNK = 128
-DYNAMIC_FIELDS = ("keep", "score", "decide", "check_tables")
+DEFAULT_LAST_QUERIES = 32  # w_last, appendix A
+LAST_QUERIES_FIRST_CHUNK = 128  # also the most that may be asked for
+DYNAMIC_FIELDS = ("keep", "score", "decide", "last_queries", "check_tables")
 MAX_TOKENS = 1 << 24
 MAX_BYTES = 1 << 48
 
@@ -108,6 +108,7 @@ class LightTransferConfig:
     score: how a layer's laziness is measured, one of SCORES; "list" takes lazy_layers for every request.
     decide: "prompt": at the prompt's last token (the paper). "first-chunk": at the end of the first prefill
         chunk that reaches decide_tokens; later chunks already use streaming attention.
+    last_queries: w_last, how many of a prompt's last queries the score looks at; a first chunk's 128.
     check_tables: compare the layer tables of all tensor-parallel ranks after every prefill (debugging).
     """
 
@@ -120,6 +121,7 @@ class LightTransferConfig:
     keep: int | float | None = None
     score: str = DEFAULT_SCORE
     decide: str = DEFAULT_DECIDE
+    last_queries: int = DEFAULT_LAST_QUERIES
     check_tables: bool = False
     choice: str | None = None
 
@@ -275,8 +277,13 @@ class LightTransferConfig:
 
 
 _ALLOWED = {"mode": MODES, "score": (*SCORES, LIST), "decide": DECIDE}
-_RANGES = {"sink_tokens": (0, MAX_TOKENS), "recent_tokens": (1, MAX_TOKENS), "kv_bytes": (1, MAX_BYTES)}
-_REQUIRED = {*_ALLOWED, "sink_tokens", "recent_tokens", "check_tables"}
+_RANGES = {
+    "sink_tokens": (0, MAX_TOKENS),
+    "recent_tokens": (1, MAX_TOKENS),
+    "kv_bytes": (1, MAX_BYTES),
+    "last_queries": (1, LAST_QUERIES_FIRST_CHUNK),
+}
+_REQUIRED = {*_ALLOWED, "sink_tokens", "recent_tokens", "last_queries", "check_tables"}
 _OPTIONAL = {"keep", "kv_bytes"}
 
 

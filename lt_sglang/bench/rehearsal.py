@@ -79,9 +79,8 @@ def _scaled(tokens: int) -> int:
 
 def _engine(engine: Engine, most_tp: int) -> Engine:
     given = dict(engine.lighttransfer)
-    own: dict[str, Any] = {
-        name: given[name] for name in ("mode", "score", "decide", "check_tables") if name in given
-    }
+    kept = ("mode", "score", "decide", "last_queries", "check_tables")
+    own: dict[str, Any] = {name: given[name] for name in kept if name in given}
     return replace(
         engine,
         shape=SHAPE,

@@ -5,8 +5,9 @@ tree is entered under the uid of a set, and a hit that does not cover the whole 
 sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
 
 A request that shares only a beginning with others has its own layers selected. Not so with a list, by which
-all have the same: then it keeps a window where it parts from the others, in its own name space, and whoever
-comes next with this beginning has a hit there. SGLang does so within one name space (swa_branching_seqlen).
+all have the same: then its prefill stops where it parts from the others, the list is applied there, and
+whoever comes next with this beginning has a hit. So in a name space all rows up to one place had full
+attention, and none behind it, whoever computed them.
 
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
 not known yet. It keeps its streaming slots until it is decided.
@@ -72,11 +73,10 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
+        if req is not None and had is None and prompt is not None:
+            self.prefills.part(req, prompt)
         # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
-        result = super().match_prefix(replace(params, key=_within(key, NOWHERE)))
-        if self.prefills.listed and had is None and prompt is not None:
-            return result._replace(swa_branching_seqlen=self.prefills.sets.agreed(prompt) or None)
-        return result
+        return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.
@@ -211,6 +211,7 @@ def _bind(req: Any, entry: LayerSet | None, prompt: PromptStart | None) -> None:
     """Remember with the request, which may never be admitted, whose K and V it was shown for ``prompt``."""
     if req is not None:
         req.lighttransfer_hit = entry, prompt
+        req.lighttransfer_parts_at = 0
 
 
 def _bound(req: Any) -> tuple[LayerSet | None, PromptStart | None]:

@@ -73,9 +73,17 @@ class LightTransferRadixCache(UnifiedRadixCache):
         result = super().match_prefix(params)
         if result.device_prefix_len <= self._kept_tokens:
             return result
-        if self.sinks.touch(self._sinks_of(params.key)):
+        sinks = self._sinks_of(params.key)
+        if self.sinks.touch(sinks):
+            if params.req is not None:
+                params.req.lighttransfer_sinks = sinks
             return result
         return zero_match_result(self, result, extra_key=params.key.extra_key)
+
+    def admitted(self, req: Req) -> None:
+        """``req`` will be in the next batch: the sinks of its cached prefix stay until it takes them over."""
+        if not req.kv.holds_kv and req.prefix_len > self._kept_tokens:
+            self.sinks.promise(req.lighttransfer_sinks)
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""

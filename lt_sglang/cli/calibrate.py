@@ -15,6 +15,7 @@ from lt_sglang.config import (
     CONFIG_KEY,
     DEFAULT_DECIDE,
     DEFAULT_KEEP,
+    DEFAULT_LAST_QUERIES,
     DEFAULT_RECENT_TOKENS,
     DEFAULT_SCORE,
     DEFAULT_SINK_TOKENS,
@@ -77,6 +78,7 @@ def run(argv: list[str]) -> int:
         decide=options.decide or DEFAULT_DECIDE,
         sink_tokens=_or(options.sink_tokens, DEFAULT_SINK_TOKENS),
         recent_tokens=_or(options.recent_tokens, DEFAULT_RECENT_TOKENS),
+        last_queries=_or(options.last_queries, DEFAULT_LAST_QUERIES),
         data_sha256=sha256_of(data),
         max_tokens=args.max_tokens,
     )
@@ -214,7 +216,7 @@ def check_endpoint(endpoint: Endpoint, setting: Setting) -> None:
     told = endpoint.info()["lighttransfer"] or {}
     if told.get("mode") != "dynamic":
         raise LightTransferError("--endpoint: the server is not in dynamic mode (--lt-mode dynamic)")
-    for name in ("score", "decide", "sink_tokens", "recent_tokens"):
+    for name in ("score", "decide", "sink_tokens", "recent_tokens", "last_queries"):
         if told.get(name) != getattr(setting, name):
             flag = f"--lt-{name.replace('_', '-')}"
             raise LightTransferError(

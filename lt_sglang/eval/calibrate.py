@@ -40,6 +40,7 @@ class Setting:
     decide: str
     sink_tokens: int
     recent_tokens: int
+    last_queries: int
     data_sha256: str
     max_tokens: int
 

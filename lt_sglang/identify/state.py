@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
+from lt_sglang.config import LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.observation_window import ObservationWindow
 from lt_sglang.identify.scores.base import Score
@@ -76,7 +76,7 @@ class DynamicState:
         self.table_checks = TableChecks()
         self.before_stop: Callable[[], None] = lambda: None
         first_chunk = config.decide == "first-chunk"
-        self.observed = ObservationWindow(LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES)
+        self.observed = ObservationWindow(LAST_QUERIES_FIRST_CHUNK if first_chunk else config.last_queries)
 
     @property
     def layout(self) -> BankLayout:

@@ -51,6 +51,8 @@ dynamic mode only:
   --lt-decide prompt|first-chunk   at the prompt's last token, as in the paper (default), or at the end of the
                             first prefill chunk that reaches sink + recent + 128 tokens, after which a prefill
                             is cheaper
+  --lt-last-queries N       how many of a prompt's last queries the score looks at, 1 to 128 (default 32);
+                            where a first chunk decides, always its last 128
   --lt-check-tables on|off  compare all ranks' decisions after every prefill (debugging; default off)
   Each of them replaces one value. What is not given comes from --lt-config, else from the key 'lighttransfer'
   of --json-model-override-args, else of the model's config.json, else from the known models
@@ -75,6 +77,7 @@ class LtOptions:
     keep: int | float | None = None
     score: str | None = None
     decide: str | None = None
+    last_queries: int | None = None
     check_tables: bool | None = None
 
     def given(self) -> list[str]:
@@ -254,7 +257,7 @@ def _typed(flag: str, name: str, text: str) -> str | int | float | bool:
     value: str | int | float = text
     if name == "keep":
         value = read_amount(text)
-    elif name.endswith(("_tokens", "_bytes")) and (number := read_int(text)) is not None:
+    elif name.endswith(("_tokens", "_bytes", "_queries")) and (number := read_int(text)) is not None:
         value = number
     check_value(name, value, flag)
     return value

@@ -19,7 +19,7 @@ from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LIST, LightTransferConfig
+from lt_sglang.config import LAST_QUERIES_FIRST_CHUNK, LIST, LightTransferConfig
 from lt_sglang.layers.chosen import Remembered, remembered
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.layers.prefix_index import PromptStart, prompt_start
@@ -152,12 +152,26 @@ class PrefillTracker:
         """Most tokens of a waiting request's next chunk, or None: where full attention was to end, it ends.
 
         A request that was retracted and whose K and V are gone computes its prompt again as it did at first,
-        and its output in a chunk of its own, as decode did: with streaming attention in its lazy layers.
+        and its output in a chunk of its own, as decode did: with streaming attention in its lazy layers. With
+        a list, full attention ends where a prompt parts from others (``part``).
         """
         had = remembered(req)
-        if had is None or had.default or req.prefix_len >= had.full_rows:
-            return None
-        return int(had.full_rows - req.prefix_len)
+        end = self._parts_at(req) if had is None else 0 if had.default else had.full_rows
+        return int(end - req.prefix_len) if end > req.prefix_len else None
+
+    def part(self, req: Any, prompt: PromptStart) -> None:
+        """``req``, which has no hit, is to leave one for others where its ``prompt`` parts from theirs.
+
+        With a list only, and not for one of n copies: those are computed as if nobody had come before.
+        """
+        agreed = self.sets.agreed(prompt) if self.listed and getattr(req.sampling_params, "n", 1) == 1 else 0
+        # Of a prompt that was there as a whole the last token is left to compute.
+        req.lighttransfer_parts_at = agreed if agreed < len(req.origin_input_ids) - 1 else 0
+
+    @staticmethod
+    def _parts_at(req: Any) -> int:
+        """Where ``req`` parts from prompts that others had, in tokens; 0: nowhere, or nobody asked."""
+        return int(getattr(req, "lighttransfer_parts_at", 0))
 
     def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
         """Plan the prefill of a batch, in its order; called once, right before its forward.
@@ -197,12 +211,14 @@ class PrefillTracker:
         kind, queries, had = Kind.KNOWN, 0, None
         if not entry.known:
             had = remembered(req)
-            total = len(req.origin_input_ids) + len(req.output_ids) if had is None else had.full_rows
+            total = self._parts_at(req) or len(req.origin_input_ids) + len(req.output_ids)
+            total = total if had is None else had.full_rows
             first_chunk = self._config.decide == "first-chunk"
             if end >= total:
-                kind, queries = Kind.SELECT, LAST_QUERIES
+                kind, queries = Kind.SELECT, self._config.last_queries
             elif end > self._undecided_tokens:
-                kind, queries = Kind.SELECT, LAST_QUERIES_FIRST_CHUNK if first_chunk else LAST_QUERIES
+                kind = Kind.SELECT
+                queries = LAST_QUERIES_FIRST_CHUNK if first_chunk else self._config.last_queries
             else:
                 kind = Kind.STAGED
         if kind == Kind.SELECT:

@@ -296,17 +296,17 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """As SWATokenToKVPoolAllocator."""
-        self.promised = 0
+        self._settle()
         return super().alloc(need_size) if self.new_pages_available(need_size, need_size) else None
 
     def alloc_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """As SWATokenToKVPoolAllocator."""
-        self.promised = 0
+        self._settle()
         return super().alloc_extend(*args, **kwargs)
 
     def alloc_decode(self, seq_lens: Any, seq_lens_cpu: Any, last_loc: Any) -> torch.Tensor | None:
         """As SWATokenToKVPoolAllocator."""
-        self.promised = 0
+        self._settle()
         new = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
         if not self.new_pages_available(new, new):
             return None
@@ -321,8 +321,14 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> UnitBudget:
         """Both sides priced in units."""
-        self.promised = 0
+        self._settle()
         return UnitBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+
+    def _settle(self) -> None:
+        """What was promised to a batch is taken, or a new batch is formed."""
+        self.promised = 0
+        if self.sink_store is not None:
+            self.sink_store.settle()
 
     def evictable_units(self, tree_cache: Any) -> int:
         """Units that the prefix cache and stored sink sets would give back."""

@@ -33,12 +33,14 @@ class UnitBudget(PrefillBudget):
         self._per_token = self._demand.both / self.page_size
         self._extend = self._output = 0
         self._full_offset: int | None = None
+        self._considered: Req | None = None
 
     def consider(self, req: Req, adder: Any) -> None:
         """SGLang is about to ask whether ``req`` fits, and to reserve for it if so."""
         if self._full_offset is None:
             running = () if adder.running_batch is None else adder.running_batch.reqs
             self._full_offset = sum(output_of(one, adder.new_token_ratio, self._demand) for one in running)
+        self._considered = req
         self._extend = len(req.full_untruncated_fill_ids) - req.prefix_len
         self._output = output_of(req, adder.new_token_ratio, self._demand)
 
@@ -92,6 +94,7 @@ class UnitBudget(PrefillBudget):
         self.total_offset += self._need() / self._per_token
         assert self._full_offset is not None, "a request was admitted that nobody considered"
         self._full_offset += self._extend + self._output
+        self.tree_cache.admitted(self._considered)
 
     def _need(self) -> int:
         return self._demand.of_new(self._extend, self._output)

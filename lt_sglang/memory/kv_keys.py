@@ -66,7 +66,8 @@ NO_MATTER = frozenset(
     early_send_prefix_end metadata_buffer_index expected_kv_checksum pending_bootstrap
     _cache_breakdown_computed _is_reasoning_over _session_mm_items _think_end_matcher _think_end_match_len
     _think_start_match_len
-    lighttransfer_hit lighttransfer_memory lighttransfer_weights lighttransfer_digest
+    lighttransfer_hit lighttransfer_memory lighttransfer_sinks lighttransfer_weights lighttransfer_digest
+    lighttransfer_parts_at
     """.split()  # noqa: SIM905
 )
 

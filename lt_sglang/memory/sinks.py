@@ -14,7 +14,7 @@ that were freed meanwhile still hold what is copied.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -100,6 +100,7 @@ class SinkStore:
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
         self._of_request: dict[str, SinkSet] = {}
+        self._promised: set[SinkKey] = set()
         self._refused: set[str] = set()  # of the running ones; each asks again and again, and counts once
         self._row_of_request: dict[str, Callable[[], int | None]] = {}
         self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
@@ -116,6 +117,17 @@ class SinkStore:
             return False
         self._sets.move_to_end(key)
         return True
+
+    def promise(self, key: SinkKey) -> None:
+        """A request that was admitted will adopt ``key``: until ``settle`` it is not dropped for others.
+
+        SGLang may evict in between, for requests that it preempts in the same pass.
+        """
+        self._promised.add(key)
+
+    def settle(self) -> None:
+        """Those that were admitted have adopted their sets."""
+        self._promised.clear()
 
     def holds(self, request: str) -> bool:
         """Whether ``request`` already uses a set, or needs none because w_sink is 0."""
@@ -193,7 +205,7 @@ class SinkStore:
 
     def trim(self, keep: int, until: Callable[[], bool] = lambda: False) -> None:
         """Drop unused sets, longest unused first, down to ``keep`` of them, or until ``until`` is true."""
-        unused = [entry for entry in self._sets.values() if not entry.users]
+        unused = list(self._droppable())
         for entry in unused[: max(len(unused) - keep, 0)]:
             if until():
                 return
@@ -274,6 +286,10 @@ class SinkStore:
         self._row_of_request[request] = row
         self._pending_rows.append((row, entry.index))
 
+    def _droppable(self) -> Iterator[SinkSet]:
+        """Sets that no request uses or will use, the longest unused first."""
+        return (e for e in self._sets.values() if not e.users and e.key not in self._promised)
+
     def _take(self) -> tuple[int, torch.Tensor] | None:
         """An index and slots for a new set, in place of the longest unused ones if there is no room."""
         while True:
@@ -281,7 +297,7 @@ class SinkStore:
             if slots is not None:
                 # A copy: a slice would keep the whole list of free units that it was cut from.
                 return self._free.pop(), slots.clone()
-            entry = next((entry for entry in self._sets.values() if not entry.users), None)
+            entry = next(self._droppable(), None)
             if entry is None:
                 return None
             self._drop(entry)

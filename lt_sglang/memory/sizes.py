@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lt_sglang.config import LAST_QUERIES, LightTransferConfig
+from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.demand import Demand
 from lt_sglang.memory.units import UnitShape
@@ -146,5 +146,5 @@ def _undecided(config: LightTransferConfig, demand: Demand, units: int) -> int:
     if config.decide == "first-chunk":
         return config.decide_tokens - 1
     # A prompt whose keys are all sink or recent tells no layers apart.
-    least = config.lazy_tokens + LAST_QUERIES
+    least = config.lazy_tokens + config.last_queries
     return min(max(demand.undecided_limit(units), least), demand.context)

@@ -77,7 +77,7 @@ def test_engine_deployment() -> None:
 def test_engine_in_dynamic_mode() -> None:
     dynamic = [
         f"lightTransfer.{pair}"
-        for pair in ("mode=dynamic", "keep=40", "score=residual-error", "decide=prompt")
+        for pair in ("mode=dynamic", "keep=40", "score=residual-error", "decide=prompt", "lastQueries=8")
     ]
     given = flags(container(engine(*dynamic)))
     wanted = {
@@ -85,6 +85,7 @@ def test_engine_in_dynamic_mode() -> None:
         "keep": "40",
         "score": "residual-error",
         "decide": "prompt",
+        "last-queries": "8",
     }
     assert {f"--lt-{name}": value for name, value in wanted.items()}.items() <= given.items()
     assert "--lt-check-tables" not in given

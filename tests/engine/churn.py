@@ -90,10 +90,11 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """All answers, and requests that failed: (rid, why)."""
+    """All answers, requests that failed: (rid, why), and those that were cut before they told anything."""
 
     answers: list[Answer] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    silent: list[Job] = field(default_factory=list)
 
 
 def jobs(
@@ -162,7 +163,10 @@ def run(server: Server, steps: Sequence[Job | Update], clients: int = 24) -> Out
             update(server, step)
             return []
         try:
-            return _send(server, step)
+            found = _send(server, step)
+            if not found:
+                outcome.silent.append(step)
+            return found
         except ServerFailed:
             raise
         except Exception as error:  # each belongs into the report, beside the other requests' ends

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,17 +57,24 @@ def judge_static(outcome: Outcome, references: Mapping[str, Reference]) -> Verdi
     return verdict
 
 
-def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) -> Verdict:
+def judge_dynamic(
+    outcome: Outcome, references: Mapping[str, DynamicReference], *, listed: bool = False
+) -> Verdict:
     """Greedy tokens, given the layers that each was told.
 
     Of a request that inherits, the queries that its prompt has in common with the decider's saw everything,
     the others streamed. The decider is known by its scores; one that was cut before it was told is not, and
     then any prompt may have been it. Scored requests are not told their layers: they disturb the others.
+    Prompts of requests that were cut and said nothing count too.
+
+    listed: all have the same layers, those of a list. Then full attention may end where the decider's prompt
+        parted from one that came before.
     """
     verdict = _counted(outcome)
     deciders: dict[tuple[str, tuple[float, ...]], list[tuple[int, ...]]] = defaultdict(list)
     prompts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     hits: dict[tuple[str, tuple[float, ...]], set[int]] = defaultdict(set)
+    silent = {job.prompt for job in outcome.silent}
     for answer in outcome.answers:
         prompts[answer.version].add(answer.job.prompt)
         if answer.choice is not None and answer.choice["origin"] == "prefix":
@@ -82,24 +89,32 @@ def judge_dynamic(outcome: Outcome, references: Mapping[str, DynamicReference]) 
             continue
         prompt, choice = answer.job.prompt, answer.choice
         reference = references[answer.version]
-        if choice["origin"] != "prefix":
-            candidates = {len(prompt) if choice["origin"] == "prompt" else 0}
+        everybody = prompts[answer.version] | silent
+        if choice["origin"] == "default":
+            candidates = {0}
+        elif choice["origin"] == "prompt":
+            candidates = {len(prompt), *(_common(prompt, other) for other in everybody if listed)}
         else:
-            known = deciders.get((answer.version, tuple(choice["laziness"])))
-            candidates = {_common(prompt, other) for other in known or prompts[answer.version]}
+            known = deciders.get((answer.version, tuple(choice["laziness"]))) if not listed else None
+            candidates = {_common(prompt, other) for other in known or everybody}
             # Whoever found less of it cached computed the rest with streaming attention, also for those that
             # came after it.
             earlier = hits[answer.version, tuple(choice["laziness"])]
             candidates |= {hit for hit in earlier if hit <= answer.cached}
-        best: list[float] | None = None
-        for margins in _ways(reference, answer, candidates):
-            if best is None or max(margins) < max(best):
-                best = margins
-            if max(best) < TIE_MARGIN:
-                break
-        assert best is not None
-        _judge_margins(verdict, answer, best)
+        _judge_margins(verdict, answer, _best(_ways(reference, answer, candidates)))
     return verdict
+
+
+def _best(ways: Iterable[list[float]]) -> list[float]:
+    """The first way that misses nothing, else the one that misses least."""
+    best: list[float] | None = None
+    for margins in ways:
+        if best is None or max(margins) < max(best):
+            best = margins
+        if max(best) < TIE_MARGIN:
+            break
+    assert best is not None
+    return best
 
 
 def _ways(reference: DynamicReference, answer: Answer, candidates: Collection[int]) -> Iterator[list[float]]:

@@ -55,6 +55,7 @@ class DynamicReference:
     """A transformers model whose lazy layers may differ from call to call.
 
     keep: P. score: the name of a score. default: lazy layers of prompts of at most sink + recent tokens.
+    queries: w_last; ``scores`` and ``compare_choice`` are told theirs.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class DynamicReference:
         default: Collection[int],
         *,
         threads: int = 1,
+        queries: int = LAST_QUERIES,
     ) -> None:
         self.keep = keep
+        self.queries = queries
         self.sink_tokens = sink_tokens
         self.recent_tokens = recent_tokens
         self.default = tuple(sorted(default))

@@ -59,7 +59,7 @@ class DynamicServer:
     """A server that finds each request's lazy layers, and what its reference needs.
 
     keep: layers that keep full attention. default: lazy layers of short prompts. kv_tokens: as LazyServer.
-    more: further keys of the configuration.
+    last_queries: that the score looks at. more: further keys of the configuration.
     """
 
     name: str
@@ -74,6 +74,7 @@ class DynamicServer:
     tp: int = 1
     kv_tokens: int | None = KV_TOKENS
     env: Mapping[str, str] = field(default_factory=dict)
+    last_queries: int = 32
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +86,7 @@ class DynamicServer:
             "lazy_layers": list(self.default),
             "score": self.score,
             "decide": self.decide,
+            "last_queries": self.last_queries,
             "sink_tokens": self.sinks,
             "recent_tokens": self.recent,
             "kv_bytes": kv_bytes(self.kv_tokens, self.tp),

@@ -51,6 +51,7 @@ FIRST_CHUNK = "dynamic-first-chunk"
 DYNAMIC_LIST = "dynamic-list"
 DYNAMIC_CHURN = "dynamic-churn"
 DYNAMIC_CHURN_RETRACT = "dynamic-churn-retract"
+DYNAMIC_CHURN_LIST = "dynamic-churn-list"
 DYNAMIC_PAGES = "dynamic-pages"
 DYNAMIC_ONE_FULL = "dynamic-one-full"
 DYNAMIC_TP = "dynamic-tp2"
@@ -179,13 +180,13 @@ LAZY_SERVERS = {
 }
 
 
-def _churned(name: str, *flags: str) -> DynamicServer:
+def _churned(name: str, *flags: str, score: str = "lighttransfer") -> DynamicServer:
     return DynamicServer(
         name,
         partial(ensure_model, "llama"),
         3,
         (1, 2, 5),
-        "lighttransfer",
+        score,
         recent=28,
         flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY, *flags),
         env=RESTLESS,
@@ -243,6 +244,7 @@ DYNAMIC_SERVERS = {
         ),
         _churned(DYNAMIC_CHURN),
         _churned(DYNAMIC_CHURN_RETRACT, *HOPEFUL),
+        _churned(DYNAMIC_CHURN_LIST, *HOPEFUL, score="list"),
         DynamicServer(
             DYNAMIC_PAGES,
             partial(ensure_model, "llama"),
@@ -250,6 +252,7 @@ DYNAMIC_SERVERS = {
             (1, 2, 5),
             "lighttransfer",
             flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5", "--page-size", "16"),
+            last_queries=64,
         ),
         DynamicServer(
             DYNAMIC_ONE_FULL,
@@ -258,6 +261,7 @@ DYNAMIC_SERVERS = {
             (0, 1, 2, 4, 5),
             "lighttransfer",
             flags=(*FLAGS, *TINY_POOL, "--schedule-conservativeness", "1.5"),
+            last_queries=8,
         ),
         DynamicServer(
             DYNAMIC_LIST,

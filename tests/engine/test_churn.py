@@ -14,13 +14,22 @@ from pathlib import Path
 
 import pytest
 
+from lt_sglang.config import LIST
+
 from . import churn
 from .churn_judges import Verdict, judge_dynamic, judge_static
 from .dynamic_reference import DynamicReference
 from .models import SEED, ensure_model
 from .reference import Reference
 from .server import Server
-from .specs import DYNAMIC_CHURN, DYNAMIC_CHURN_RETRACT, DYNAMIC_SERVERS, LAZY_SERVERS, REUSE
+from .specs import (
+    DYNAMIC_CHURN,
+    DYNAMIC_CHURN_LIST,
+    DYNAMIC_CHURN_RETRACT,
+    DYNAMIC_SERVERS,
+    LAZY_SERVERS,
+    REUSE,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -125,15 +134,27 @@ def test_dynamic_retracted(server: Server, record_property: pytest.RecordPropert
     assert verdict.retractions > 0, "nothing was retracted"
 
 
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.served_by(DYNAMIC_CHURN_LIST)
+def test_list(count: int, server: Server, record_property: pytest.RecordProperty) -> None:
+    """Beginnings are shared: windows are kept where prompts part."""
+    record_property("seed", seed_of(count))
+    verdict = ask_and_judge_dynamic(server, count)
+    verdict.assert_equal()
+    assert_worth_it(verdict, features(), verdict.answers // 20)
+
+
 def ask_and_judge_dynamic(server: Server, count: int) -> Verdict:
     """Every answer against a reference that is given the layers it was told."""
     outcome = ask(server, count)
     lazy = DYNAMIC_SERVERS[server.spec.name]
     references = {
-        version: DynamicReference(folder, lazy.keep, lazy.sinks, lazy.recent, lazy.score, lazy.default)
+        # It is told the layers, so the score plays no part.
+        version: DynamicReference(folder, lazy.keep, lazy.sinks, lazy.recent, "lighttransfer", lazy.default)
         for version, folder in models().items()
     }
-    verdict = judge_dynamic(outcome, references)
-    assert len({rid for rid, *_ in judge_dynamic(swapped(outcome), references).wrong}) > 5
+    judge = partial(judge_dynamic, references=references, listed=lazy.score == LIST)
+    verdict = judge(outcome)
+    assert len({rid for rid, *_ in judge(swapped(outcome)).wrong}) > 5
     write(server.spec.name, count, verdict)
     return verdict

@@ -48,7 +48,14 @@ def make_reference(name: str, threads: int = 1) -> DynamicReference:
     """The reference of a server."""
     lazy = DYNAMIC_SERVERS[name]
     return DynamicReference(
-        lazy.model(), lazy.keep, lazy.sinks, lazy.recent, lazy.score, lazy.default, threads=threads
+        lazy.model(),
+        lazy.keep,
+        lazy.sinks,
+        lazy.recent,
+        lazy.score,
+        lazy.default,
+        threads=threads,
+        queries=lazy.last_queries,
     )
 
 
@@ -70,7 +77,7 @@ def check(
             reference.compare_output(outputs, prompt, reply.tokens, lazy, 0)
             continue
         assert reply.choice["origin"] == "prompt", reply.choice
-        reference.compare_choice(choices, prompt, reply.choice, len(prompt), LAST_QUERIES)
+        reference.compare_choice(choices, prompt, reply.choice, len(prompt), reference.queries)
         reference.compare_output(outputs, prompt, reply.tokens, lazy, len(prompt))
     return choices, outputs
 
@@ -121,8 +128,12 @@ def test_choices_and_outputs_equal_the_reference(server: Server, reference: Dyna
     ],
 )
 def test_pages_and_layer_counts_without_a_common_divisor(name: str, server: Server) -> None:
-    """Whole and staged prompts, and turns that inherit, where a token has rows in several units or pages."""
+    """Whole and staged prompts, and turns that inherit, where a token has rows in several units or pages.
+
+    Scored by more and by fewer queries than by default; a last chunk may be shorter than either.
+    """
     reference = make_reference(name)
+    assert reference.queries != LAST_QUERIES
     server.flush_cache()
     asked = prompts()[::2]
     replies = server.generate_all(asked, NEW_TOKENS, ask=True)
@@ -145,7 +156,10 @@ def test_pages_and_layer_counts_without_a_common_divisor(name: str, server: Serv
 
 
 def _share_documents(server: Server, reference: DynamicReference, rng: random.Random) -> None:
-    """Of a document's users the third and all after it have a hit; their questions stream in lazy layers."""
+    """Of a document's users the third and all after it have a hit.
+
+    Questions stream in lazy layers, also the second user's, whose prefill stops where the two part.
+    """
     for length in (CHUNK - 40, 2 * CHUNK + 30):
         document = random_prompt(length, rng)
         outputs = Comparison(0, 0, [])
@@ -154,9 +168,8 @@ def _share_documents(server: Server, reference: DynamicReference, rng: random.Ra
             reply = server.generate(prompt, NEW_TOKENS, ask=True)
             found = length if user >= 2 else 0
             assert (reply.cached, reply.choice["origin"]) == (found, "prefix" if found else "prompt"), user
-            reference.compare_output(
-                outputs, prompt, reply.tokens, reply.choice["lazy_layers"], found or len(prompt)
-            )
+            full_rows = length if user else len(prompt)
+            reference.compare_output(outputs, prompt, reply.tokens, reply.choice["lazy_layers"], full_rows)
         outputs.assert_equal()
 
 

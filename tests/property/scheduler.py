@@ -33,6 +33,7 @@ INTERVAL = 4
 class Scheduler(Reads):
     """Requests waiting, running, and perhaps one between two chunks.
 
+    preempts: tokens that are evicted for, once, in the middle of the next pass that admits a request.
     events: how often what happened, so that a test can tell whether it saw all it should.
     """
 
@@ -43,6 +44,7 @@ class Scheduler(Reads):
         self.running: list[Req] = []
         self.chunked: Req | None = None
         self.doomed: Req | None = None
+        self.preempts = 0
         self.launched: list[tuple[Req, int | None, bool]] | None = None
         self.events: Counter[str] = Counter()
         self.ended: dict[str, Req] = {}  # by rid
@@ -198,6 +200,11 @@ class Scheduler(Reads):
             req.lock, req.extend_end = lock, req.prefix_len + size
             self.waiting.pop(0)
             batch.append(req)
+            tree.admitted(req)
+            if self.preempts:
+                self.caches.allocator.evict_to_free_tokens(tree, self.preempts)
+                self.preempts = 0
+                self.events["evicted in a pass"] += 1
             budget, need, free_rows = budget - size, need + size, free_rows - 1
             self.events["hit" if req.prefix_len else "miss"] += 1
             self.events["long hit"] += req.prefix_len > self.caches.config.retained_tokens

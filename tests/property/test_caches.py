@@ -149,6 +149,12 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.evict(full, streaming)
 
     @precondition(lambda self: not self.scheduler.caches.sizes.disable)
+    @rule(tokens=st.integers(1, 240))
+    def preempt(self, tokens: int) -> None:
+        """SGLang evicts in the pass that admits, for requests that it preempts (release_req)."""
+        self.scheduler.preempts = tokens
+
+    @precondition(lambda self: not self.scheduler.caches.sizes.disable)
     @rule()
     def touch(self) -> None:
         self.scheduler.touch()

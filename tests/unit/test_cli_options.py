@@ -53,6 +53,7 @@ def test_every_option(tmp_path: Path) -> None:
         "keep": 5,
         "score": "squeeze",
         "decide": "first-chunk",
+        "last_queries": 8,
         "check_tables": "on",
     }
     flags = [f"--lt-{name.replace('_', '-')}" for name in expected]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lt_sglang.config import LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
+from lt_sglang.config import DEFAULT_LAST_QUERIES, LAST_QUERIES_FIRST_CHUNK, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.scores.factory import get_score
@@ -114,11 +114,11 @@ def test_last_queries_are_kept_as_long_as_somebody_is_staged(plans: list[Prefill
 def test_chunk_after_chunk_the_earlier_ones_are_remembered() -> None:
     """A last chunk of one token is scored by the last queries of all that came before."""
     state = one_of_two_ranks([0, 1, 2, 3, 4, 5], check=False)
-    assert state.observed.count == LAST_QUERIES
+    assert state.observed.count == DEFAULT_LAST_QUERIES
     for chunk in range(3):
         state.observed.keep(0, queries(float(chunk)), first=chunk == 0)
         state.finish([Prefill(Kind.STAGED, 1, 2, 2 * chunk, 2)])
-    found = state.observed.join(0, queries(3.0), LAST_QUERIES).query[:, 0, 0]
+    found = state.observed.join(0, queries(3.0), DEFAULT_LAST_QUERIES).query[:, 0, 0]
     assert found.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

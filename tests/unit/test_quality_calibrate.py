@@ -31,7 +31,7 @@ from .words import Words
 
 # Not first loaded within a test: its log handler keeps the stderr it finds, and capsys closes its own.
 assert AutoTokenizer is not None
-SETTING = Setting("m", "residual-error", "prompt", 4, 60, "00", 500)
+SETTING = Setting("m", "residual-error", "prompt", 4, 60, 32, "00", 500)
 
 
 def test_the_laziest_are_those_the_queue_pops() -> None:

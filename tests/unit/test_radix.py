@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -117,6 +118,24 @@ def test_sinks_that_go_between_match_and_admission_are_an_error() -> None:
     scheduler.caches.sinks.clear()
     with pytest.raises(RuntimeError, match="the sinks of its cached prefix are gone"):
         scheduler.caches.tree.prefix_device_indices(late)
+
+
+def test_a_request_that_was_admitted_finds_its_sinks_whatever_is_evicted() -> None:
+    """SGLang evicts in the pass that admits, for a request of lower priority that it preempts."""
+    scheduler = Scheduler(Sizes(sets=1))
+    run(scheduler, request("a", LONG))
+    tree, sinks = scheduler.caches.tree, scheduler.caches.sinks
+    late = request("b", LONG + [99])
+    late.init_next_round_input(tree)
+    tree.admitted(late)
+    sinks.trim(keep=0)
+    taken = sinks.capture("c", ("c",), lambda: None, lambda: torch.zeros(2, dtype=torch.int64))
+    assert not taken and sinks.stats.evicted == 0, "a window goes on without a set rather than in their place"
+    assert len(tree.prefix_device_indices(late)) == len(LONG)
+    sinks.release(request_id(late))
+    sinks.settle()
+    sinks.trim(keep=0)
+    assert sinks.used == 0
 
 
 @pytest.mark.parametrize("names", [{"extra_key": "k"}, {"cache_salt": "s"}])

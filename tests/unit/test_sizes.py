@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lt_sglang.config import LAST_QUERIES, LightTransferConfig
+from lt_sglang.config import DEFAULT_LAST_QUERIES, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.demand import Demand
 from lt_sglang.memory.sizes import MAX_POSITIONS, POSITION_BYTES, TABLE_BYTES, Sizes, size_memory
@@ -186,7 +186,7 @@ def test_how_long_a_prompt_may_stay_undecided() -> None:
     held = small.demand.undecided + small.demand.chunk
     assert small.demand.units(held, held) + small.demand.both + 4 <= small.units
     least = sized(6 << 28, UnitShape(16, 16), DYNAMIC, chunk_tokens=4000)
-    assert least.demand.undecided >= 1024 + LAST_QUERIES
+    assert least.demand.undecided >= 1024 + DEFAULT_LAST_QUERIES
     first = LightTransferConfig((1, 3), mode="dynamic", keep=2, decide="first-chunk")
     assert sized(50 << 30, UnitShape(16, 16), first).demand.undecided == first.decide_tokens - 1
 

@@ -60,7 +60,7 @@
 
 {{- define "lt.checkTokens" -}}
 {{- $t := .Values.lightTransfer -}}
-{{- if and (eq $t.mode "static") (or $t.keep $t.score $t.decide $t.checkTables) }}{{ fail "lightTransfer.mode: keep, score, decide and checkTables are for dynamic" }}{{ end -}}
+{{- if and (eq $t.mode "static") (or $t.keep $t.score $t.decide $t.lastQueries $t.checkTables) }}{{ fail "lightTransfer.mode: keep, score, decide, lastQueries and checkTables are for dynamic" }}{{ end -}}
 {{- end }}
 
 {{- define "lt.checkArgs" -}}

@@ -24,7 +24,7 @@
 {{- if $t.checkTables }}
 - --lt-check-tables=on
 {{- end }}
-{{- range $flag, $value := dict "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "kv-bytes" $t.kvBytes }}
+{{- range $flag, $value := dict "sink-tokens" $t.sinkTokens "recent-tokens" $t.recentTokens "kv-bytes" $t.kvBytes "last-queries" $t.lastQueries }}
 {{- if not (kindIs "invalid" $value) }}
 - --lt-{{ $flag }}={{ int $value }}
 {{- end }}
