@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lt_sglang.config import LightTransferConfig
+from lt_sglang.config import LIST, LightTransferConfig
 from lt_sglang.layers.chosen import remember
 from lt_sglang.layers.layer_sets import LayerSet, LayerSetStore
 from lt_sglang.layers.prefill import Kind, Prefill, PrefillTracker
@@ -19,7 +19,7 @@ SINKS, RECENT = 4, 60
 BLOCK = SINKS + RECENT
 
 
-def tracker(decide: str = "prompt", undecided: int = 3000) -> PrefillTracker:
+def tracker(decide: str = "prompt", undecided: int = 3000, score: str = "residual-error") -> PrefillTracker:
     config = LightTransferConfig(
         (0, 4, 5),
         mode="dynamic",
@@ -27,6 +27,7 @@ def tracker(decide: str = "prompt", undecided: int = 3000) -> PrefillTracker:
         recent_tokens=RECENT,
         keep=3,
         decide=decide,
+        score=score,
     )
     if decide == "first-chunk":
         undecided = config.decide_tokens - 1
@@ -46,6 +47,7 @@ class Request:
             extra_key=extra_key,
             cache_salt=None,
             kv=SimpleNamespace(req_pool_idx=row),
+            sampling_params=SimpleNamespace(n=1),
         )
 
     def chunk(self, tokens: int) -> tuple[str, Any]:
@@ -342,3 +344,44 @@ def test_a_decision_nobody_may_share_is_not_found() -> None:
     assert prefills.sets.stored == 0
     prefills.release("a", 1)
     assert prefills.sets.check_integrity() == []
+
+
+@pytest.mark.parametrize("score", [LIST, "residual-error"])
+def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
+    """Chunks before that are staged; the next chunk is known. Without a list nobody looks at others."""
+    prefills = tracker(score=score)
+    first, second = Request("a", tokens(500)), Request("b", tokens(300) + tokens(250, seed=1), row=2)
+    prefills.begin([first.chunk(500)])
+    start = prefills.prompt_start(second.req.origin_input_ids, None, None)
+    prefills.part(second.req, start)
+    listed = score == LIST
+    assert prefills.chunk_limit(second.req) == (300 if listed else None)
+    found = []
+    for _ in range(3):
+        limit = prefills.chunk_limit(second.req) or 200
+        (plan,) = prefills.begin([second.chunk(min(200, limit))])
+        found.append((plan.kind, plan.end))
+        second.req.prefix_len = second.req.extend_end  # as SGLang has it when it asks for the next limit
+    ends = [(Kind.STAGED, 200), (Kind.SELECT, 300), (Kind.KNOWN, 500)]
+    assert found == (ends if listed else [(Kind.STAGED, 200), (Kind.STAGED, 400), (Kind.SELECT, 550)])
+    memory = prefills.memory_of("b", lambda: -1)
+    assert memory is None or memory.full_rows == (300 if listed else 550)
+
+
+def test_who_does_not_stop_where_prompts_part() -> None:
+    """One of n copies; a prompt that was there as a whole; one that shares less than the first block."""
+    prefills = tracker(score=LIST)
+    prefills.begin([Request("a", tokens(500)).chunk(500)])
+
+    def limit(prompt: list[int], n: int = 1) -> int | None:
+        req = Request("b", prompt).req
+        req.sampling_params.n = n
+        prefills.part(req, prefills.prompt_start(req.origin_input_ids, None, None))
+        return prefills.chunk_limit(req)
+
+    other = tokens(200, seed=1)
+    assert limit(tokens(500)[:300] + other) == 300
+    assert limit(tokens(500)[:300] + other, n=2) is None
+    assert limit(tokens(500)) is None and limit([*tokens(500), 7]) is None
+    assert limit([*tokens(500), 7, 8]) == 500
+    assert limit(tokens(500)[: BLOCK - 1] + other) is None
