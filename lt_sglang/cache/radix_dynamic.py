@@ -5,9 +5,9 @@ tree is entered under the uid of a set, and a hit that does not cover the whole 
 sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
 
 A request that shares only a beginning with others has its own layers selected. Not so with a list, by which
-all have the same: then its prefill stops where it parts from the others, the list is applied there, and
-whoever comes next with this beginning has a hit. So in a name space all rows up to one place had full
-attention, and none behind it, whoever computed them.
+all have the same: if little more than a question is left, its prefill stops where it parts from the others,
+the list is applied there, and whoever comes next with this beginning and a question has a hit. So in a name
+space all rows up to one place had full attention, and none behind it, whoever computed them.
 
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
 not known yet. It keeps its streaming slots until it is decided.
@@ -69,12 +69,15 @@ class DynamicRadixCache(LightTransferRadixCache):
             if had is None and req is not None and is_copy(req, entry):
                 continue
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
-            if result.device_prefix_len >= needed and (had is None or self._rows_unchanged(had, result)):
+            found = result.device_prefix_len
+            if had is None and self.prefills.refuses(entry, len(key.token_ids), found):
+                continue
+            if found >= needed and (had is None or self._rows_unchanged(had, result)):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
         if req is not None and had is None and prompt is not None:
-            self.prefills.part(req, prompt)
+            self.prefills.part(req, prompt, self.page_size)
         # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 

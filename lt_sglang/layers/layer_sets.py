@@ -42,6 +42,7 @@ class LayerSet:
     uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
     stored: whether later requests find it. users: requests. heirs: those that inherited it. decision: its
     layers, from the forward that decided it on. selected_for: digest of the whole prompt that decided it.
+    parted_at: tokens, if that was done where its prompt parts from others (layers/prefill.py), else 0.
     """
 
     index: int
@@ -53,6 +54,7 @@ class LayerSet:
     heirs: set[str] = field(default_factory=set)
     chosen: ChosenLayers | None = None
     selected_for: bytes = b""
+    parted_at: int = 0
 
 
 @dataclass
@@ -125,6 +127,10 @@ class LayerSetStore:
         0, or its first block at least.
         """
         return self._index.agreed(prompt)
+
+    def part(self, request: str, tokens: int) -> None:
+        """The layers of ``request`` are selected after so many tokens, where its prompt parts from others."""
+        self._of_request[request].parted_at = tokens
 
     def of(self, request: str) -> LayerSet | None:
         """The set ``request`` uses, or None if its prefill has not begun."""

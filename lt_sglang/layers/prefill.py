@@ -159,14 +159,25 @@ class PrefillTracker:
         end = self._parts_at(req) if had is None else 0 if had.default else had.full_rows
         return int(end - req.prefix_len) if end > req.prefix_len else None
 
-    def part(self, req: Any, prompt: PromptStart) -> None:
+    def part(self, req: Any, prompt: PromptStart, page_size: int) -> None:
         """``req``, which has no hit, is to leave one for others where its ``prompt`` parts from theirs.
 
-        With a list only, and not for one of n copies: those are computed as if nobody had come before.
+        With a list only, and only if what is left is short enough to lie in a window: it streams in lazy
+        layers. Not for one of n copies: those are computed as if nobody had come before.
         """
-        agreed = self.sets.agreed(prompt) if self.listed and getattr(req.sampling_params, "n", 1) == 1 else 0
+        end, total = 0, len(req.origin_input_ids)
+        if self.listed and getattr(req.sampling_params, "n", 1) == 1:
+            end = self.sets.agreed(prompt) // page_size * page_size
         # Of a prompt that was there as a whole the last token is left to compute.
-        req.lighttransfer_parts_at = agreed if agreed < len(req.origin_input_ids) - 1 else 0
+        useful = self.block_tokens <= end < total - 1 and total - end <= self.block_tokens
+        req.lighttransfer_parts_at = end if useful else 0
+
+    def refuses(self, entry: LayerSet, tokens: int, hit: int) -> bool:
+        """Whether a prompt of ``tokens`` should not go on behind a hit that ends where others parted.
+
+        What is longer than a window gets full attention of its own, as it would without the hit.
+        """
+        return hit <= entry.parted_at and tokens - hit > self.block_tokens
 
     @staticmethod
     def _parts_at(req: Any) -> int:
@@ -236,6 +247,8 @@ class PrefillTracker:
 
     def _select(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
+        if end == self._parts_at(req) and remembered(req) is None:
+            self.sets.part(name, end)
         stored = determined_by_key(req) and not self._is_one_copy_more(name, req)
         self.sets.mark_known(name, stored=stored, selected_for=digest(req), resumed=resumed)
 

@@ -350,37 +350,45 @@ def test_a_decision_nobody_may_share_is_not_found() -> None:
 def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
     """Chunks before that are staged; the next chunk is known. Without a list nobody looks at others."""
     prefills = tracker(score=score)
-    first, second = Request("a", tokens(500)), Request("b", tokens(300) + tokens(250, seed=1), row=2)
+    first, second = Request("a", tokens(500)), Request("b", tokens(300) + tokens(60, seed=1), row=2)
     prefills.begin([first.chunk(500)])
     start = prefills.prompt_start(second.req.origin_input_ids, None, None)
-    prefills.part(second.req, start)
+    prefills.part(second.req, start, 1)
     listed = score == LIST
     assert prefills.chunk_limit(second.req) == (300 if listed else None)
     found = []
     for _ in range(3):
-        limit = prefills.chunk_limit(second.req) or 200
-        (plan,) = prefills.begin([second.chunk(min(200, limit))])
+        limit = prefills.chunk_limit(second.req) or 120
+        (plan,) = prefills.begin([second.chunk(min(120, limit))])
         found.append((plan.kind, plan.end))
         second.req.prefix_len = second.req.extend_end  # as SGLang has it when it asks for the next limit
-    ends = [(Kind.STAGED, 200), (Kind.SELECT, 300), (Kind.KNOWN, 500)]
-    assert found == (ends if listed else [(Kind.STAGED, 200), (Kind.STAGED, 400), (Kind.SELECT, 550)])
-    memory = prefills.memory_of("b", lambda: -1)
-    assert memory is None or memory.full_rows == (300 if listed else 550)
+    ends = [(Kind.STAGED, 120), (Kind.STAGED, 240), (Kind.SELECT, 300 if listed else 360)]
+    assert found == ends
+    entry = prefills.sets.of("b")
+    assert entry is not None and entry.parted_at == (300 if listed else 0)
+    if listed:
+        (plan,) = prefills.begin([second.chunk(120)])
+        assert (plan.kind, plan.end) == (Kind.KNOWN, 360)
+        assert not prefills.refuses(entry, 364, 300) and prefills.refuses(entry, 365, 300)
+        assert not prefills.refuses(entry, 1000, 301), "the next turn of a conversation"
 
 
 def test_who_does_not_stop_where_prompts_part() -> None:
-    """One of n copies; a prompt that was there as a whole; one that shares less than the first block."""
+    """One of n copies; a prompt that was there as a whole; with less than a block before, or more behind."""
     prefills = tracker(score=LIST)
     prefills.begin([Request("a", tokens(500)).chunk(500)])
 
-    def limit(prompt: list[int], n: int = 1) -> int | None:
+    def limit(prompt: list[int], n: int = 1, page: int = 1) -> int | None:
         req = Request("b", prompt).req
         req.sampling_params.n = n
-        prefills.part(req, prefills.prompt_start(req.origin_input_ids, None, None))
+        prefills.part(req, prefills.prompt_start(req.origin_input_ids, None, None), page)
         return prefills.chunk_limit(req)
 
-    other = tokens(200, seed=1)
+    other = tokens(BLOCK, seed=1)
     assert limit(tokens(500)[:300] + other) == 300
+    assert limit([*tokens(500)[:300], *other, 7]) is None
+    assert limit(tokens(500)[:300] + other[:50], page=16) == 288
+    assert limit(tokens(500)[: BLOCK + 1] + other[:50], page=24) is None
     assert limit(tokens(500)[:300] + other, n=2) is None
     assert limit(tokens(500)) is None and limit([*tokens(500), 7]) is None
     assert limit([*tokens(500), 7, 8]) == 500

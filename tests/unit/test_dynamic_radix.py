@@ -122,12 +122,15 @@ def test_with_a_list_the_third_that_begins_alike_has_a_hit(listed: bool) -> None
     scheduler = Scheduler(Sizes(dynamic=True, listed=listed, units=420, chunk=80))
     trunk = LONG[:20]
     for name, tail, found in (("a", 1, 0), ("b", 2, 0), ("c", 3, len(trunk)), ("d", 4, len(trunk))):
-        prompt = trunk + [tail] * 10
+        prompt = trunk + [tail] * 6
         assert hit(scheduler, prompt) == (found if listed else 0), name
         run(scheduler, request(name, prompt, output=BLOCK + 4))
     stats = sets(scheduler).stats
     assert (stats.decided, stats.inherited) == ((2, 2) if listed else (4, 0))
-    assert hit(scheduler, trunk[:12] + [0] * 9) == 0, "no window there yet"
+    assert hit(scheduler, trunk[:12] + [0] * 6) == 0, "no window there yet"
+    longer = trunk + [9] * (BLOCK + 1)
+    assert hit(scheduler, longer) == 0, "what is longer than a window gets full attention of its own"
+    assert hit(scheduler, longer[:-1]) == (len(trunk) if listed else 0)
 
 
 def test_no_more_than_a_few_sets_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
