@@ -42,7 +42,7 @@ class LayerSet:
     uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
     stored: whether later requests find it. users: requests. heirs: those that inherited it. decision: its
     layers, from the forward that decided it on. selected_for: digest of the whole prompt that decided it.
-    parted_at: tokens, if that was done where its prompt parts from others (layers/prefill.py), else 0.
+    parted_at: with a list, after how many tokens, if its prompt went on (layers/prefill.py); else 0.
     """
 
     index: int
@@ -129,7 +129,7 @@ class LayerSetStore:
         return self._index.agreed(prompt)
 
     def part(self, request: str, tokens: int) -> None:
-        """The layers of ``request`` are selected after so many tokens, where its prompt parts from others."""
+        """The list is applied to ``request`` after so many tokens, and its prompt goes on."""
         self._of_request[request].parted_at = tokens
 
     def of(self, request: str) -> LayerSet | None:

@@ -173,7 +173,7 @@ class PrefillTracker:
         req.lighttransfer_parts_at = end if useful else 0
 
     def refuses(self, entry: LayerSet, tokens: int, hit: int) -> bool:
-        """Whether a prompt of ``tokens`` should not go on behind a hit that ends where others parted.
+        """Whether a prompt of ``tokens`` should not go on behind a hit of tokens that had full attention.
 
         What is longer than a window gets full attention of its own, as it would without the hit.
         """
@@ -247,7 +247,7 @@ class PrefillTracker:
 
     def _select(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
-        if end == self._parts_at(req) and remembered(req) is None:
+        if self.listed and end < len(req.origin_input_ids):
             self.sets.part(name, end)
         stored = determined_by_key(req) and not self._is_one_copy_more(name, req)
         self.sets.mark_known(name, stored=stored, selected_for=digest(req), resumed=resumed)

@@ -371,6 +371,7 @@ def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
         assert (plan.kind, plan.end) == (Kind.KNOWN, 360)
         assert not prefills.refuses(entry, 364, 300) and prefills.refuses(entry, 365, 300)
         assert not prefills.refuses(entry, 1000, 301), "the next turn of a conversation"
+        assert prefills.sets.of("a").parted_at == 0, "its list was applied at the end of its prompt"
 
 
 def test_who_does_not_stop_where_prompts_part() -> None:
