@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 # Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
 TRIES = 4
+# Sets behind those that are looked through for one that ends where prompts part.
+LOOKED_THROUGH = 64
 
 
 class DynamicRadixCache(LightTransferRadixCache):
@@ -58,16 +60,18 @@ class DynamicRadixCache(LightTransferRadixCache):
         key, req, had = params.key, params.req, remembered(params.req)
         if had is None:
             needed, prompt = self.prefills.hit_tokens(len(key.token_ids)), self._prompt_start(key)
-            sets: Iterator[LayerSet] = islice(self._sets_of(prompt), TRIES)
+            sets = self._sets_to_try(prompt)
         else:
             needed = had.full_rows
             prompt, sets = self._comes_back(req, had)
+        copied: LayerSet | None = None
         for entry in sets:
             # A copy reads all but its last token from the cache and computes that one with streaming
             # attention, where the first run had full attention; and SGLang sends a request with n > 1 once
-            # ahead, to fill the cache. So each copy is computed as n = 1 would be, and selected for itself.
+            # ahead, to fill the cache. So each copy is computed as that one was, and selected for itself.
             if had is None and req is not None and is_copy(req, entry):
-                continue
+                copied = entry
+                break
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
             found = result.device_prefix_len
             if had is None and self.prefills.refuses(entry, len(key.token_ids), found):
@@ -76,8 +80,8 @@ class DynamicRadixCache(LightTransferRadixCache):
                 _bind(req, entry, prompt)
                 return result
         _bind(req, None, None)
-        if req is not None and had is None and prompt is not None:
-            self.prefills.part(req, prompt, self.page_size)
+        if req is not None and had is None and prompt is not None and not self.disable:
+            self.prefills.part(req, prompt, copied, most=len(key), page_size=self.page_size)
         # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
@@ -177,6 +181,15 @@ class DynamicRadixCache(LightTransferRadixCache):
     def _sets_of(self, prompt: PromptStart | None) -> Iterator[LayerSet]:
         sets = self.prefills.sets
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
+
+    def _sets_to_try(self, prompt: PromptStart | None) -> Iterator[LayerSet]:
+        """The first few, and with a list one that others left where this prompt parts from theirs."""
+        sets = self._sets_of(prompt)
+        yield from islice(sets, TRIES)
+        if prompt is not None and self.prefills.listed:
+            agreed = self.prefills.sets.agreed(prompt)
+            left = (entry for entry in islice(sets, LOOKED_THROUGH) if 0 < entry.parted_at <= agreed)
+            yield from islice(left, 1)
 
     def _prompt_start(self, key: RadixKey) -> PromptStart | None:
         """How the key's prompt begins; None if it is too short to have layers of its own."""

@@ -159,18 +159,27 @@ class PrefillTracker:
         end = self._parts_at(req) if had is None else 0 if had.default else had.full_rows
         return int(end - req.prefix_len) if end > req.prefix_len else None
 
-    def part(self, req: Any, prompt: PromptStart, page_size: int) -> None:
+    def part(
+        self, req: Any, prompt: PromptStart, copied: LayerSet | None, *, most: int, page_size: int
+    ) -> None:
         """``req``, which has no hit, is to leave one for others where its ``prompt`` parts from theirs.
 
         With a list only, and only if what is left is short enough to lie in a window: it streams in lazy
-        layers. Not for one of n copies: those are computed as if nobody had come before.
+        layers.
+
+        Args:
+            req: the request.
+            prompt: how it begins.
+            copied: the set of the same prompt, of which ``req`` is one of n copies: it stops where that did.
+            most: tokens that ``req`` may read from the cache; fewer where it asks for log-probabilities.
+            page_size: hits are whole pages.
         """
-        end, total = 0, len(req.origin_input_ids)
-        if self.listed and getattr(req.sampling_params, "n", 1) == 1:
-            end = self.sets.agreed(prompt) // page_size * page_size
+        total = len(req.origin_input_ids)
+        agreed = self.sets.agreed(prompt) if self.listed else 0
         # Of a prompt that was there as a whole the last token is left to compute.
-        useful = self.block_tokens <= end < total - 1 and total - end <= self.block_tokens
-        req.lighttransfer_parts_at = end if useful else 0
+        end = agreed // page_size * page_size if agreed < total - 1 else 0
+        useful = self.block_tokens <= end <= most and total - end <= self.block_tokens
+        req.lighttransfer_parts_at = copied.parted_at if copied else end if useful else 0
 
     def refuses(self, entry: LayerSet, tokens: int, hit: int) -> bool:
         """Whether a prompt of ``tokens`` should not go on behind a hit of tokens that had full attention.
@@ -227,6 +236,8 @@ class PrefillTracker:
             first_chunk = self._config.decide == "first-chunk"
             if end >= total:
                 kind, queries = Kind.SELECT, self._config.last_queries
+                if self.listed and end < len(req.origin_input_ids):
+                    self.sets.part(name, end)
             elif end > self._undecided_tokens:
                 kind = Kind.SELECT
                 queries = LAST_QUERIES_FIRST_CHUNK if first_chunk else self._config.last_queries
@@ -247,8 +258,6 @@ class PrefillTracker:
 
     def _select(self, name: str, req: Req, end: int, *, resumed: bool) -> None:
         self._full_rows[name] = end
-        if self.listed and end < len(req.origin_input_ids):
-            self.sets.part(name, end)
         stored = determined_by_key(req) and not self._is_one_copy_more(name, req)
         self.sets.mark_known(name, stored=stored, selected_for=digest(req), resumed=resumed)
 

@@ -353,7 +353,7 @@ def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
     first, second = Request("a", tokens(500)), Request("b", tokens(300) + tokens(60, seed=1), row=2)
     prefills.begin([first.chunk(500)])
     start = prefills.prompt_start(second.req.origin_input_ids, None, None)
-    prefills.part(second.req, start, 1)
+    prefills.part(second.req, start, None, most=359, page_size=1)
     listed = score == LIST
     assert prefills.chunk_limit(second.req) == (300 if listed else None)
     found = []
@@ -375,14 +375,14 @@ def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
 
 
 def test_who_does_not_stop_where_prompts_part() -> None:
-    """One of n copies; a prompt that was there as a whole; with less than a block before, or more behind."""
+    """A whole prompt again; less than a block before, or more behind; who may not read so much."""
     prefills = tracker(score=LIST)
     prefills.begin([Request("a", tokens(500)).chunk(500)])
 
-    def limit(prompt: list[int], n: int = 1, page: int = 1) -> int | None:
+    def limit(prompt: list[int], page: int = 1, most: int = 999) -> int | None:
         req = Request("b", prompt).req
-        req.sampling_params.n = n
-        prefills.part(req, prefills.prompt_start(req.origin_input_ids, None, None), page)
+        start = prefills.prompt_start(req.origin_input_ids, None, None)
+        prefills.part(req, start, None, most=most, page_size=page)
         return prefills.chunk_limit(req)
 
     other = tokens(BLOCK, seed=1)
@@ -390,7 +390,29 @@ def test_who_does_not_stop_where_prompts_part() -> None:
     assert limit([*tokens(500)[:300], *other, 7]) is None
     assert limit(tokens(500)[:300] + other[:50], page=16) == 288
     assert limit(tokens(500)[: BLOCK + 1] + other[:50], page=24) is None
-    assert limit(tokens(500)[:300] + other, n=2) is None
+    assert limit(tokens(500)[:300] + other, most=299) is None
     assert limit(tokens(500)) is None and limit([*tokens(500), 7]) is None
     assert limit([*tokens(500), 7, 8]) == 500
+    assert limit(tokens(500), page=16) is None
     assert limit(tokens(500)[: BLOCK - 1] + other) is None
+
+
+def test_copies_stop_where_the_request_ahead_of_them_did() -> None:
+    prefills = tracker(score=LIST)
+    prompt = tokens(300) + tokens(60, seed=1)
+    prefills.begin([Request("a", tokens(500)).chunk(500)])
+    for parted_at in (0, 300):
+        req = Request("b", prompt).req
+        ahead = LayerSet(1, 1, parted_at=parted_at)
+        start = prefills.prompt_start(req.origin_input_ids, None, None)
+        prefills.part(req, start, ahead, most=359, page_size=1)
+        assert prefills.chunk_limit(req) == (parted_at or None)
+
+
+def test_a_list_applied_for_want_of_memory_parts_nothing() -> None:
+    """A prompt too long to stay undecided goes on too, and its hit is for everybody."""
+    prefills = tracker(undecided=100, score=LIST)
+    request = Request("a", tokens(500))
+    (plan,) = prefills.begin([request.chunk(200)])
+    entry = prefills.sets.of("a")
+    assert plan.kind == Kind.SELECT and entry is not None and entry.parted_at == 0

@@ -133,6 +133,28 @@ def test_with_a_list_the_third_that_begins_alike_has_a_hit(listed: bool) -> None
     assert hit(scheduler, longer[:-1]) == (len(trunk) if listed else 0)
 
 
+def test_a_hit_where_prompts_part_is_found_behind_many_others() -> None:
+    """Long rests behind the same beginning have sets of their own, which were used since."""
+    scheduler = Scheduler(Sizes(dynamic=True, listed=True, units=900, layer_sets=24, chunk=80))
+    trunk = LONG[:20]
+    for name, rest in (("a", [1] * 6), ("b", [2] * 6)):
+        run(scheduler, request(name, trunk + rest, output=BLOCK + 4))
+    for number in range(2 * TRIES):
+        longer = trunk + [10 + number] * (BLOCK + 4)
+        run(scheduler, request(f"long{number}", longer, output=BLOCK + 4))
+    assert sets(scheduler).stats.inherited == 0
+    assert hit(scheduler, trunk + [3] * 6) == len(trunk)
+
+
+def test_without_a_tree_nothing_is_left_for_others() -> None:
+    scheduler = Scheduler(Sizes(dynamic=True, listed=True, units=420, chunk=80, disable=True))
+    trunk = LONG[:20]
+    run(scheduler, request("a", trunk + [1] * 6, output=1))
+    asked: Any = request("b", trunk + [2] * 6)
+    match(scheduler, trunk + [2] * 6, asked)
+    assert scheduler.caches.tree.chunk_limit(asked) is None
+
+
 def test_no_more_than_a_few_sets_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(Sizes(dynamic=True, units=560, layer_sets=20, rows=8, chunk=80))
     run(scheduler, *[request(f"r{n}", LONG[:10] + [n], output=1) for n in range(8)])
