@@ -95,19 +95,30 @@ def _consider(adder: Any, req: Any) -> None:
 
 
 def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[], Any]) -> Any:
-    limit = _chunk_limit(adder, req)
-    if limit is None:
-        return admit()
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if has_chunked_req or adder.new_chunked_req is not None:
+    limit = _chunk_limit(adder, req)
+    if (has_chunked_req or adder.new_chunked_req is not None) and (limit is not None or _is_cut(adder, req)):
         return AddReqResult.OTHER  # SGLang keeps track of one request between chunks
+    if limit is None:
+        return admit()
     given = adder.rem_chunk_tokens
     adder.rem_chunk_tokens = limit  # the chunk is then the batch's last
     result = admit()
     if result in (AddReqResult.OTHER, AddReqResult.NO_TOKEN) and adder.new_chunked_req is not req:
         adder.rem_chunk_tokens = given
     return result
+
+
+def _is_cut(adder: Any, req: Any) -> bool:
+    """Whether ``req`` would be cut into chunks.
+
+    SGLang counts on an unfinished chunk to have used up the pass. Ours may have ended for want of memory, and
+    a preemption or an eviction since then makes room.
+    """
+    most = adder.rem_chunk_tokens
+    priced = hasattr(adder.memory_budget, "consider")
+    return priced and most is not None and len(req.full_untruncated_fill_ids) - req.prefix_len > most
 
 
 def _chunk_limit(adder: Any, req: Any) -> int | None:

@@ -109,6 +109,19 @@ def test_as_many_are_admitted_as_fit() -> None:
         assert 0 <= one.memory_budget.remaining_units < each
 
 
+def test_beside_an_unfinished_chunk_nobody_is_cut_into_chunks() -> None:
+    """SGLang stops with an assertion if a chunk that ended for memory leaves room for another."""
+    for prompt, unfinished, result in (
+        (30, True, AddReqResult.CONTINUE),
+        (100, True, AddReqResult.OTHER),
+        (100, False, AddReqResult.OTHER),
+    ):
+        one, asked = adder(memory(2000)), request(prompt, 20)
+        assert one.add_one_req(asked, has_chunked_req=unfinished, truncation_align_size=None) == result
+        assert one.new_chunked_req is (asked if prompt == 100 and not unfinished else None)
+        assert (asked in one.can_run_list) == (one.new_chunked_req is asked or prompt == 30)
+
+
 def test_the_last_unit_is_given_out() -> None:
     made = memory(1000)
     each = made.allocator.demand.of_new(30, 20)
