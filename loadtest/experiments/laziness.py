@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lt_sglang.bench.machine import stamp
 from lt_sglang.eval.items import HfTokenizer
-from lt_sglang.eval.plots import require_matplotlib
+from lt_sglang.eval.plots import require_matplotlib, save
 from lt_sglang.eval.tasks.haystack import Prose
 from lt_sglang.eval.tasks.passkey import PasskeyTask
 
@@ -84,7 +85,7 @@ def summary(found: Sequence[torch.Tensor]) -> dict[str, Any]:
         for block in range(blocks):
             later = ratios[:, 1 + block * BLOCK : 1 + (block + 1) * BLOCK].mean(1)
             agreed[block].append(len(chosen & set(later.topk(layers // 2).indices.tolist())) / len(chosen))
-            ranked[block].append(_rank_correlation(ratios[:, 0], later))
+            ranked[block].append(float(spearmanr(ratios[:, 0], later).statistic))
     generated = torch.stack(list(found))[:, :, 1:]
     return {
         "prompts": len(found),
@@ -95,11 +96,6 @@ def summary(found: Sequence[torch.Tensor]) -> dict[str, Any]:
         "prompt_by_layer": _rounded(torch.stack([one[:, 0] for one in found]).mean(0)),
         "generated_by_layer": _rounded(generated.mean((0, 2))),
     }
-
-
-def _rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
@@ -118,8 +114,7 @@ def draw(found: dict[str, list[torch.Tensor]], path: Path) -> None:
         axis.set_xlabel("prompt's last queries | generated token")
     axes[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=list(axes[0]), label="lazy ratio")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    save(pyplot, figure, path)
 
 
 def main() -> None:

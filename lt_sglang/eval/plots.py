@@ -56,7 +56,7 @@ def depth_heatmaps(questions: Questions, outcomes: Sequence[Outcome], folder: Pa
         axes[0][0].set_yticks(range(DEPTH_BINS), ticks, fontsize=8)
         axes[0][0].set_ylabel("depth")
         figure.colorbar(image, ax=list(axes[0]), label="found")
-        paths.append(_save(pyplot, figure, folder / f"{task}.png"))
+        paths.append(save(pyplot, figure, folder / f"{task}.png"))
     return paths
 
 
@@ -69,7 +69,7 @@ def score_heatmap(laziness: Sequence[Sequence[float]], score: str, path: Path) -
     axis.set_xlabel("sample")
     axis.set_ylabel("layer")
     figure.colorbar(image, label=f"laziness by {score}")
-    return _save(pyplot, figure, path)
+    return save(pyplot, figure, path)
 
 
 def frequency_bars(counts: Sequence[int], samples: int, chosen: Sequence[int], path: Path) -> Path:
@@ -84,14 +84,15 @@ def frequency_bars(counts: Sequence[int], samples: int, chosen: Sequence[int], p
     axis.legend(handles=[Patch(color=colour, label=label) for colour, label in labels.items()])
     axis.set_xlabel("layer")
     axis.set_ylabel("share of samples\nwhere it is lazy")
-    return _save(pyplot, figure, path)
+    return save(pyplot, figure, path)
 
 
 def _bin(depth: float) -> int:
     return min(int(depth * DEPTH_BINS), DEPTH_BINS - 1)
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> Path:
+def save(pyplot: Any, figure: Any, path: Path) -> Path:
+    """Write ``figure`` to ``path`` and close it."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     return path

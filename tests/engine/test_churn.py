@@ -118,9 +118,7 @@ def test_static(count: int, server: Server, record_property: pytest.RecordProper
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.served_by(DYNAMIC_CHURN)
 def test_dynamic(count: int, server: Server, record_property: pytest.RecordProperty) -> None:
-    record_property("seed", seed_of(count))
-    verdict = ask_and_judge_dynamic(server, count)
-    verdict.assert_equal()
+    verdict = churned_dynamic(server, count, record_property)
     assert_worth_it(verdict, features(), 3)  # copies of a prompt do not read one another's
 
 
@@ -128,24 +126,21 @@ def test_dynamic(count: int, server: Server, record_property: pytest.RecordPrope
 @pytest.mark.served_by(DYNAMIC_CHURN_RETRACT)
 def test_dynamic_retracted(server: Server, record_property: pytest.RecordProperty) -> None:
     """Admission reckons with a small share of each output, so that memory runs out in decode."""
-    record_property("seed", seed_of(WHOLE))
-    verdict = ask_and_judge_dynamic(server, WHOLE)
-    verdict.assert_equal()
+    verdict = churned_dynamic(server, WHOLE, record_property)
     assert verdict.retractions > 0, "nothing was retracted"
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.served_by(DYNAMIC_CHURN_LIST)
 def test_list(count: int, server: Server, record_property: pytest.RecordProperty) -> None:
-    """Beginnings are shared: windows are kept where prompts part."""
-    record_property("seed", seed_of(count))
-    verdict = ask_and_judge_dynamic(server, count)
-    verdict.assert_equal()
+    """The third prompt with the same beginning and a short rest has a hit."""
+    verdict = churned_dynamic(server, count, record_property)
     assert_worth_it(verdict, features(), verdict.answers // 40)  # long rests compute all of it
 
 
-def ask_and_judge_dynamic(server: Server, count: int) -> Verdict:
-    """Every answer against a reference that is given the layers it was told."""
+def churned_dynamic(server: Server, count: int, record_property: pytest.RecordProperty) -> Verdict:
+    """Every answer equals that of a reference that is given the layers it was told."""
+    record_property("seed", seed_of(count))
     outcome = ask(server, count)
     lazy = DYNAMIC_SERVERS[server.spec.name]
     references = {
@@ -157,4 +152,5 @@ def ask_and_judge_dynamic(server: Server, count: int) -> Verdict:
     verdict = judge(outcome)
     assert len({rid for rid, *_ in judge(swapped(outcome)).wrong}) > 5
     write(server.spec.name, count, verdict)
+    verdict.assert_equal()
     return verdict
