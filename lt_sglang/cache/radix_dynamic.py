@@ -5,9 +5,9 @@ tree is entered under the uid of a set, and a hit that does not cover the whole 
 sets are tried tells how prompts begin (layers/prefix_index.py); the first that has a hit is taken.
 
 A request that shares only a beginning with others has its own layers selected. Not so with a list, by which
-all have the same: if little more than a question is left, its prefill stops where it parts from the others,
-the list is applied there, and whoever comes next with this beginning and a question has a hit. So in a name
-space all rows up to one place had full attention, and none behind it, whoever computed them.
+all have the same: if the rest of its prompt fits into a window, its prefill stops at its branching point,
+where it parts from the others. The list is applied there, and the next prompt with this beginning and a short
+rest has a hit. So in each name space all rows up to one token had full attention, and none behind it.
 
 A request that waits undecided between two chunks stays out of the tree: which layers its K and V belong to is
 not known yet. It keeps its streaming slots until it is decided.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 NOWHERE = "lt:none"
 # Sets that are tried for a prompt. The right one is the first unless its K and V are gone.
 TRIES = 4
-# Sets behind those that are looked through for one that ends where prompts part.
+# Further sets among which one with a branching point is looked for.
 LOOKED_THROUGH = 64
 
 
@@ -81,7 +81,7 @@ class DynamicRadixCache(LightTransferRadixCache):
                 return result
         _bind(req, None, None)
         if req is not None and had is None and prompt is not None and not self.disable:
-            self.prefills.part(req, prompt, copied, most=len(key), page_size=self.page_size)
+            self.prefills.branch(req, prompt, copied, most=len(key), page_size=self.page_size)
         # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
 
@@ -183,12 +183,12 @@ class DynamicRadixCache(LightTransferRadixCache):
         return iter((sets.default,)) if prompt is None else sets.find(prompt)
 
     def _sets_to_try(self, prompt: PromptStart | None) -> Iterator[LayerSet]:
-        """The first few, and with a list one that others left where this prompt parts from theirs."""
+        """The first few; with a list, also the next one whose branching point this prompt reaches."""
         sets = self._sets_of(prompt)
         yield from islice(sets, TRIES)
         if prompt is not None and self.prefills.listed:
             agreed = self.prefills.sets.agreed(prompt)
-            left = (entry for entry in islice(sets, LOOKED_THROUGH) if 0 < entry.parted_at <= agreed)
+            left = (entry for entry in islice(sets, LOOKED_THROUGH) if 0 < entry.branching_seqlen <= agreed)
             yield from islice(left, 1)
 
     def _prompt_start(self, key: RadixKey) -> PromptStart | None:
@@ -227,7 +227,7 @@ def _bind(req: Any, entry: LayerSet | None, prompt: PromptStart | None) -> None:
     """Remember with the request, which may never be admitted, whose K and V it was shown for ``prompt``."""
     if req is not None:
         req.lighttransfer_hit = entry, prompt
-        req.lighttransfer_parts_at = 0
+        req.lighttransfer_branching_seqlen = 0
 
 
 def _bound(req: Any) -> tuple[LayerSet | None, PromptStart | None]:

@@ -98,7 +98,7 @@ def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[]
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     limit = _chunk_limit(adder, req)
-    if (has_chunked_req or adder.new_chunked_req is not None) and (limit is not None or _is_cut(adder, req)):
+    if (has_chunked_req or adder.new_chunked_req is not None) and (limit is not None or _is_cut(adder)):
         return AddReqResult.OTHER  # SGLang keeps track of one request between chunks
     if limit is None:
         return admit()
@@ -110,15 +110,14 @@ def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[]
     return result
 
 
-def _is_cut(adder: Any, req: Any) -> bool:
-    """Whether ``req`` would be cut into chunks.
+def _is_cut(adder: Any) -> bool:
+    """Whether the request that the budget considers would be cut into chunks.
 
     SGLang counts on an unfinished chunk to have used up the pass. Ours may have ended for want of memory, and
     a preemption or an eviction since then makes room.
     """
     most = adder.rem_chunk_tokens
-    priced = hasattr(adder.memory_budget, "consider")
-    return priced and most is not None and len(req.full_untruncated_fill_ids) - req.prefix_len > most
+    return most is not None and getattr(adder.memory_budget, "extend_tokens", 0) > most
 
 
 def _chunk_limit(adder: Any, req: Any) -> int | None:

@@ -42,7 +42,7 @@ class LayerSet:
     uid: never used twice; names its part of the prefix cache. prompt: of the request that is to decide it.
     stored: whether later requests find it. users: requests. heirs: those that inherited it. decision: its
     layers, from the forward that decided it on. selected_for: digest of the whole prompt that decided it.
-    parted_at: with a list, after how many tokens, if its prompt went on (layers/prefill.py); else 0.
+    branching_seqlen: where a list was applied before the end of its prompt (layers/prefill.py), else 0.
     """
 
     index: int
@@ -54,7 +54,7 @@ class LayerSet:
     heirs: set[str] = field(default_factory=set)
     chosen: ChosenLayers | None = None
     selected_for: bytes = b""
-    parted_at: int = 0
+    branching_seqlen: int = 0
 
 
 @dataclass
@@ -128,9 +128,9 @@ class LayerSetStore:
         """
         return self._index.agreed(prompt)
 
-    def part(self, request: str, tokens: int) -> None:
-        """The list is applied to ``request`` after so many tokens, and its prompt goes on."""
-        self._of_request[request].parted_at = tokens
+    def branch(self, request: str, tokens: int) -> None:
+        """The list is applied to ``request`` at ``tokens``, before the end of its prompt."""
+        self._of_request[request].branching_seqlen = tokens
 
     def of(self, request: str) -> LayerSet | None:
         """The set ``request`` uses, or None if its prefill has not begun."""

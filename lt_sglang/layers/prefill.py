@@ -153,19 +153,19 @@ class PrefillTracker:
 
         A request that was retracted and whose K and V are gone computes its prompt again as it did at first,
         and its output in a chunk of its own, as decode did: with streaming attention in its lazy layers. With
-        a list, full attention ends where a prompt parts from others (``part``).
+        a list, full attention may end at a prompt's branching point (``branch``).
         """
-        had = remembered(req)
-        end = self._parts_at(req) if had is None else 0 if had.default else had.full_rows
-        return int(end - req.prefix_len) if end > req.prefix_len else None
+        end = self._full_until(req)
+        return None if end is None or end <= req.prefix_len else end - int(req.prefix_len)
 
-    def part(
+    def branch(
         self, req: Any, prompt: PromptStart, copied: LayerSet | None, *, most: int, page_size: int
     ) -> None:
-        """``req``, which has no hit, is to leave one for others where its ``prompt`` parts from theirs.
+        """Decide whether the prefill of ``req``, which has no hit, stops at its branching point.
 
-        With a list only, and only if what is left is short enough to lie in a window: it streams in lazy
-        layers.
+        That is where its ``prompt`` parts from those of stored sets. Later prompts with the same beginning
+        then have a hit there. With a list only, and only if what is left of the prompt fits into a window: it
+        streams in lazy layers.
 
         Args:
             req: the request.
@@ -179,19 +179,22 @@ class PrefillTracker:
         # Of a prompt that was there as a whole the last token is left to compute.
         end = agreed // page_size * page_size if agreed < total - 1 else 0
         useful = self.block_tokens <= end <= most and total - end <= self.block_tokens
-        req.lighttransfer_parts_at = copied.parted_at if copied else end if useful else 0
+        req.lighttransfer_branching_seqlen = copied.branching_seqlen if copied else end if useful else 0
 
     def refuses(self, entry: LayerSet, tokens: int, hit: int) -> bool:
-        """Whether a prompt of ``tokens`` should not go on behind a hit of tokens that had full attention.
+        """Whether a prompt of ``tokens`` should not take a ``hit`` up to the branching point of ``entry``.
 
-        What is longer than a window gets full attention of its own, as it would without the hit.
+        A rest that is longer than a window is computed with full attention, as it would be without the hit.
         """
-        return hit <= entry.parted_at and tokens - hit > self.block_tokens
+        return hit <= entry.branching_seqlen and tokens - hit > self.block_tokens
 
     @staticmethod
-    def _parts_at(req: Any) -> int:
-        """Where ``req`` parts from prompts that others had, in tokens; 0: nowhere, or nobody asked."""
-        return int(getattr(req, "lighttransfer_parts_at", 0))
+    def _full_until(req: Any) -> int | None:
+        """The token at which full attention ends before ``req`` does; None: nowhere."""
+        had = remembered(req)
+        if had is None:
+            return getattr(req, "lighttransfer_branching_seqlen", 0) or None
+        return None if had.default else had.full_rows
 
     def begin(self, requests: Sequence[tuple[str, Req]], probes: Collection[str] = ()) -> list[Prefill]:
         """Plan the prefill of a batch, in its order; called once, right before its forward.
@@ -231,13 +234,13 @@ class PrefillTracker:
         kind, queries, had = Kind.KNOWN, 0, None
         if not entry.known:
             had = remembered(req)
-            total = self._parts_at(req) or len(req.origin_input_ids) + len(req.output_ids)
-            total = total if had is None else had.full_rows
+            until = self._full_until(req)
+            total = len(req.origin_input_ids) + len(req.output_ids) if until is None else until
             first_chunk = self._config.decide == "first-chunk"
             if end >= total:
                 kind, queries = Kind.SELECT, self._config.last_queries
                 if self.listed and end < len(req.origin_input_ids):
-                    self.sets.part(name, end)
+                    self.sets.branch(name, end)
             elif end > self._undecided_tokens:
                 kind = Kind.SELECT
                 queries = LAST_QUERIES_FIRST_CHUNK if first_chunk else self._config.last_queries

@@ -25,13 +25,16 @@ class UnitBudget(PrefillBudget):
 
     ``consider`` tells which request SGLang asks about next (hooks/wrappers.py); its calls name only numbers,
     some of them clipped.
+
+    Attributes:
+        extend_tokens: that the request has to compute yet.
     """
 
     def __init__(self, allocator: Any, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         self._demand: Demand = allocator.demand
         self._per_token = self._demand.both / self.page_size
-        self._extend = self._output = 0
+        self.extend_tokens = self._output = 0
         self._full_offset: int | None = None
         self._considered: Req | None = None
 
@@ -41,7 +44,7 @@ class UnitBudget(PrefillBudget):
             running = () if adder.running_batch is None else adder.running_batch.reqs
             self._full_offset = sum(output_of(one, adder.new_token_ratio, self._demand) for one in running)
         self._considered = req
-        self._extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+        self.extend_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
         self._output = output_of(req, adder.new_token_ratio, self._demand)
 
     @property
@@ -93,15 +96,15 @@ class UnitBudget(PrefillBudget):
         self.allocator.promised += self._demand.both * (self._demand.pages(extend_input_len) + 1)
         self.total_offset += self._need() / self._per_token
         assert self._full_offset is not None, "a request was admitted that nobody considered"
-        self._full_offset += self._extend + self._output
+        self._full_offset += self.extend_tokens + self._output
         self.tree_cache.admitted(self._considered)
 
     def _need(self) -> int:
-        return self._demand.of_new(self._extend, self._output)
+        return self._demand.of_new(self.extend_tokens, self._output)
 
     def _fits(self) -> bool:
         full = self.allocator.full_available_size() + self.tree_cache.full_evictable_size()
-        wanted = self._extend + self._output + self.page_size + (self._full_offset or 0)
+        wanted = self.extend_tokens + self._output + self.page_size + (self._full_offset or 0)
         return self._need() <= self.remaining_units and (wanted <= full or not self.allocator.full_is_limited)
 
 

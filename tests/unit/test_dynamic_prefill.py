@@ -353,7 +353,7 @@ def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
     first, second = Request("a", tokens(500)), Request("b", tokens(300) + tokens(60, seed=1), row=2)
     prefills.begin([first.chunk(500)])
     start = prefills.prompt_start(second.req.origin_input_ids, None, None)
-    prefills.part(second.req, start, None, most=359, page_size=1)
+    prefills.branch(second.req, start, None, most=359, page_size=1)
     listed = score == LIST
     assert prefills.chunk_limit(second.req) == (300 if listed else None)
     found = []
@@ -365,13 +365,13 @@ def test_with_a_list_full_attention_ends_where_prompts_part(score: str) -> None:
     ends = [(Kind.STAGED, 120), (Kind.STAGED, 240), (Kind.SELECT, 300 if listed else 360)]
     assert found == ends
     entry = prefills.sets.of("b")
-    assert entry is not None and entry.parted_at == (300 if listed else 0)
+    assert entry is not None and entry.branching_seqlen == (300 if listed else 0)
     if listed:
         (plan,) = prefills.begin([second.chunk(120)])
         assert (plan.kind, plan.end) == (Kind.KNOWN, 360)
         assert not prefills.refuses(entry, 364, 300) and prefills.refuses(entry, 365, 300)
         assert not prefills.refuses(entry, 1000, 301), "the next turn of a conversation"
-        assert prefills.sets.of("a").parted_at == 0, "its list was applied at the end of its prompt"
+        assert prefills.sets.of("a").branching_seqlen == 0, "its list was applied at the end of its prompt"
 
 
 def test_who_does_not_stop_where_prompts_part() -> None:
@@ -382,7 +382,7 @@ def test_who_does_not_stop_where_prompts_part() -> None:
     def limit(prompt: list[int], page: int = 1, most: int = 999) -> int | None:
         req = Request("b", prompt).req
         start = prefills.prompt_start(req.origin_input_ids, None, None)
-        prefills.part(req, start, None, most=most, page_size=page)
+        prefills.branch(req, start, None, most=most, page_size=page)
         return prefills.chunk_limit(req)
 
     other = tokens(BLOCK, seed=1)
@@ -401,12 +401,12 @@ def test_copies_stop_where_the_request_ahead_of_them_did() -> None:
     prefills = tracker(score=LIST)
     prompt = tokens(300) + tokens(60, seed=1)
     prefills.begin([Request("a", tokens(500)).chunk(500)])
-    for parted_at in (0, 300):
+    for branching_seqlen in (0, 300):
         req = Request("b", prompt).req
-        ahead = LayerSet(1, 1, parted_at=parted_at)
+        ahead = LayerSet(1, 1, branching_seqlen=branching_seqlen)
         start = prefills.prompt_start(req.origin_input_ids, None, None)
-        prefills.part(req, start, ahead, most=359, page_size=1)
-        assert prefills.chunk_limit(req) == (parted_at or None)
+        prefills.branch(req, start, ahead, most=359, page_size=1)
+        assert prefills.chunk_limit(req) == (branching_seqlen or None)
 
 
 def test_a_list_applied_for_want_of_memory_parts_nothing() -> None:
@@ -415,4 +415,4 @@ def test_a_list_applied_for_want_of_memory_parts_nothing() -> None:
     request = Request("a", tokens(500))
     (plan,) = prefills.begin([request.chunk(200)])
     entry = prefills.sets.of("a")
-    assert plan.kind == Kind.SELECT and entry is not None and entry.parted_at == 0
+    assert plan.kind == Kind.SELECT and entry is not None and entry.branching_seqlen == 0
