@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.utils import get_device_module
 
 from lt_sglang.attention.indices import StreamingTables, Windows
 from lt_sglang.config import LIST, LightTransferConfig
@@ -46,8 +47,9 @@ class LightTransferModelRunner(ModelRunner):
         prefill_plans: what the backend of dynamic mode is told of the prefill that runs.
     """
 
-    decode_cuda_graph_runner: Any  # ModelRunner's, like the next
+    decode_cuda_graph_runner: Any  # ModelRunner's, like the next two
     weight_updater: Any
+    forward_stream: Any
 
     def __init__(self, *args: Any, lt_config: LightTransferConfig, **kwargs: Any) -> None:
         self.lt_config = lt_config
@@ -138,6 +140,8 @@ class LightTransferModelRunner(ModelRunner):
     def _weights_change(self) -> None:
         if self.sink_store is not None:
             self.sink_store.weights += 1
+            # SGLang flushes the cache behind an update, and does not where HiCache still copies.
+            self.token_to_kv_pool_allocator.tree_cache.finish_copies()
 
     def init_attention_backends(self) -> None:
         """As ModelRunner; raises LightTransferError if SGLang settled for another backend in any phase."""
@@ -211,6 +215,14 @@ class LightTransferModelRunner(ModelRunner):
             sink_slots_of=self.sink_store.slots_of,
         )
 
+    def flush_sinks(self) -> None:
+        """Copy sinks behind the last forward that was launched: their old slots are about to be written."""
+        assert self.sink_store is not None and self.flat_pool is not None
+        device = get_device_module()
+        self.forward_stream.wait_stream(device.current_stream())
+        with device.stream(self.forward_stream):
+            self.sink_store.flush_copies(self.flat_pool.copy_rows)
+
     def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """As ModelRunner, after the sink rows this forward reads have been filled."""
         if self.sink_store is not None:
@@ -219,6 +231,7 @@ class LightTransferModelRunner(ModelRunner):
         if self.dynamic is None:
             return super().forward(forward_batch, *args, **kwargs)
         self.dynamic.sets.flush()
+        self._wait_for_loads()
         self._tell_rows(forward_batch)
         if forward_batch.forward_mode.is_decode() and not self._fits_graph(forward_batch):
             return self._forward_eagerly(forward_batch, *args, **kwargs)
@@ -228,6 +241,13 @@ class LightTransferModelRunner(ModelRunner):
             self.prefill_plans.clear()
         self.dynamic.sets.bring()
         return output
+
+    def _wait_for_loads(self) -> None:
+        """HiCache loads bank after bank, and each request has its own layer in a bank."""
+        pool: Any = self.token_to_kv_pool
+        counter = pool.layer_transfer_counter
+        if counter is not None:
+            counter.wait_until(counter.num_layers - 1)
 
     def _tell_rows(self, forward_batch: Any) -> None:
         """Note how the rows that this forward writes are computed."""
@@ -270,6 +290,8 @@ class LightTransferModelRunner(ModelRunner):
                 "sink_requests": self.sink_store.requests,
             }
             report["sinks"] = vars(self.sink_store.stats).copy()
+            if allocator.tree_cache.host is not None:
+                report["host_memory"] = allocator.tree_cache.host.describe()
         if self.dynamic is not None:
             report["layer_sets"] = {
                 "stored": self.dynamic.sets.stored,

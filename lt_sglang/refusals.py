@@ -45,8 +45,18 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--pp-size", "pp_size", _above_one, "pipeline stages do not agree on sink rows"),
     Refusal("--dcp-size", "dcp_size", _above_one, "context-parallel KV is not cut into windows"),
     Refusal("--attn-cp-size", "attn_cp_size", _above_one, "context-parallel KV is not cut into windows"),
+    Refusal("--hicache-storage-backend", "hicache_storage_backend", _set, "pages in storage have no sinks"),
     Refusal(
-        "--enable-hierarchical-cache", "enable_hierarchical_cache", _set, "HiCache does not store sink rows"
+        "--hicache-io-backend",
+        "hicache_io_backend",
+        lambda value: value != "kernel",
+        "rows are copied by kernels",
+    ),
+    Refusal(
+        "--hicache-mem-layout",
+        "hicache_mem_layout",
+        lambda value: value not in ("layer_first", "page_first"),
+        "host memory is laid out as the device's; leave the flag out",
     ),
     # Of --enable-dp-attention, too, which SGLang has turned into this one by now.
     Refusal("--attn-dp-size", "attn_dp_size", _above_one, "DP attention was not tested with hybrid caches"),

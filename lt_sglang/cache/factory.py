@@ -18,8 +18,12 @@ def create(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
         return create_unified_radix_cache(ctx)
 
     def build(params: CacheInitParams) -> LightTransferRadixCache:
-        if runner.prefills is not None:
-            return DynamicRadixCache(params, store, runner.prefills, runner.full_rows)
-        return LightTransferRadixCache(params, store, runner.lt_config.lazy_layers)
+        cache = (
+            LightTransferRadixCache(params, store, runner.lt_config.lazy_layers)
+            if runner.prefills is None
+            else DynamicRadixCache(params, store, runner.prefills, runner.full_rows)
+        )
+        cache.flush_sinks = runner.flush_sinks
+        return cache
 
     return create_unified_radix_cache(ctx, cache_class=build)

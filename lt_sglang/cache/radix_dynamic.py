@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import is_health_check_generate_req
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.utils import get_device_module
 
-from lt_sglang.cache.radix_static import LightTransferRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache, hit_length
 from lt_sglang.layers.chosen import Remembered, remember, remembered
 from lt_sglang.layers.full_rows import FullRows
 from lt_sglang.layers.layer_sets import LayerSet
@@ -55,6 +56,11 @@ class DynamicRadixCache(LightTransferRadixCache):
         self.full_rows = full_rows
         super().__init__(params, sinks)
 
+    @property
+    def slot_flags(self) -> torch.Tensor:
+        """As LightTransferRadixCache: how rows were computed."""
+        return self.full_rows.table
+
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """As LightTransferRadixCache, within the sets of prompts that begin like the key."""
         key, req, had = params.key, params.req, remembered(params.req)
@@ -73,7 +79,7 @@ class DynamicRadixCache(LightTransferRadixCache):
                 copied = entry
                 break
             result = super().match_prefix(replace(params, key=_within(key, _name(entry.uid, key.extra_key))))
-            found = result.device_prefix_len
+            found = hit_length(result)
             if had is None and self.prefills.refuses(entry, len(key.token_ids), found):
                 continue
             if found >= needed and (had is None or self._rows_unchanged(had, result)):
@@ -84,6 +90,17 @@ class DynamicRadixCache(LightTransferRadixCache):
             self.prefills.branch(req, prompt, copied, most=len(key), page_size=self.page_size)
         # Nothing is stored there, so SGLang keeps no window where this prompt parts from another either.
         return super().match_prefix(replace(params, key=_within(key, NOWHERE)))
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
+        """As UnifiedRadixCache; a miss if nothing is loaded: what is left may not cover the first block."""
+        req = params.req
+        assert req is not None
+        loaded: tuple[int, Any] | None = super().init_load_back(params)
+        if loaded is None or loaded[0] >= params.host_hit_length:
+            return loaded
+        _bind(req, None, None)
+        req.prefix_len = req.kv.cache_protected_len = 0
+        return 0, self.root_node_handle(NOWHERE)
 
     def touch_prefix(self, key: RadixKey) -> None:
         """As UnifiedRadixCache, in the name space of the set that is tried first.
@@ -160,8 +177,15 @@ class DynamicRadixCache(LightTransferRadixCache):
         """Whether all rows that had full attention then still have it: none was evicted and made anew."""
         if had.default:
             return True
+        self._wait_for_loads()
         slots = self.path_device_indices(found.last_device_node)[: had.full_rows]
         return self.full_rows.leading(slots) == had.full_rows
+
+    def _wait_for_loads(self) -> None:
+        """HiCache writes the flags of rows that it loads on a stream of its own."""
+        if self.ongoing_load_back:
+            stream = self.cache_controller.l2_transfer_engine.host_to_device_stream
+            get_device_module().current_stream().wait_stream(stream)
 
     def _inherited_rows(self, req: Req) -> int:
         """Rows of ``req`` in the tree, from the first on, that were computed with full attention."""

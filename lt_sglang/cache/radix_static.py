@@ -19,24 +19,30 @@ And every way in which a chunk of a prefill is not published, so that stock SGLa
     the request is barred from the tree (Req.skip_radix_cache_insert), the tree is disabled, or no slot is
     left for its sinks                                              slide_window, after every chunk
 
+With HiCache (--enable-hierarchical-cache) a prefix is a hit where its tokens, its window and its sinks are on
+the device or in host memory; cache/host_stack.py has the pools.
+
 Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, zero_match_result
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import register_stack_strategy
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from lt_sglang.cache.host_stack import HostStack, HostTier
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
+from lt_sglang.memory.host import NO_STORAGE
 from lt_sglang.memory.kv_keys import determined_by_key, of_weights, private_key, request_id, shared_key
 from lt_sglang.memory.sinks import SinkKey, SinkStore
 
@@ -51,10 +57,14 @@ class LightTransferRadixCache(UnifiedRadixCache):
         sinks: the sink sets.
         lazy_layers: those of every request; in dynamic mode each has its own.
         finished_requests: how many have finished, health checks aside; for metrics.
+        flush_sinks: does the store's queued copies on the forward stream; set where HiCache needs it.
+        host: with HiCache, what is in host memory; else None.
     """
 
     def __init__(self, params: CacheInitParams, sinks: SinkStore, lazy_layers: tuple[int, ...] = ()) -> None:
         self.sinks = sinks
+        self.flush_sinks: Callable[[], None] = lambda: None
+        self.host: HostTier | None = None
         self.lazy_layers = lazy_layers
         self.finished_requests = 0
         super().__init__(params)
@@ -71,10 +81,10 @@ class LightTransferRadixCache(UnifiedRadixCache):
             # K and V that it computes from here on are of these weights.
             params.req.lighttransfer_weights = self.sinks.weights
         result = super().match_prefix(params)
-        if result.device_prefix_len <= self._kept_tokens:
+        if hit_length(result) <= self._kept_tokens:
             return result
         sinks = self._sinks_of(params.key)
-        if self.sinks.touch(sinks):
+        if self.sinks.find(sinks):
             if params.req is not None:
                 params.req.lighttransfer_sinks = sinks
             return result
@@ -93,6 +103,42 @@ class LightTransferRadixCache(UnifiedRadixCache):
             if not adopted:
                 raise RuntimeError(f"request {req.rid}: the sinks of its cached prefix are gone")
         return super().prefix_device_indices(self._as_filed(req))
+
+    def init_hicache(self, server_args: Any, params: CacheInitParams) -> None:
+        """As UnifiedRadixCache, over pools of ours."""
+        register_stack_strategy(HostStack())
+        super().init_hicache(server_args, params)
+
+    @property
+    def slot_flags(self) -> torch.Tensor | None:
+        """bool [full slots] that HiCache keeps with them, or None."""
+        return None
+
+    def keep_on_host(self, host: HostTier) -> None:
+        """HiCache was built: sinks are copied there as well."""
+        self.host = host
+        self.sinks.host = host.sinks
+
+    def ready_to_load_host_cache(self) -> int:
+        """As UnifiedRadixCache; the sinks that lie in slots it loads into are copied before."""
+        controller = self.cache_controller
+        if controller is not None and controller.load_queue:
+            self.flush_sinks()
+        return int(super().ready_to_load_host_cache())
+
+    def finish_copies(self) -> None:
+        """Wait until HiCache has copied all it was told to, on every rank."""
+        controller = self.cache_controller
+        if controller is None:
+            return
+        self.writing_check(write_back=True)
+        for ack in controller.ack_load_queue:
+            ack.finish_event.synchronize()
+        self.loading_check()
+
+    def attach_storage_backend(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+        """Refused: a page in storage has no sinks."""
+        return False, NO_STORAGE
 
     def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         """As UnifiedRadixCache; a request whose sinks cannot be kept stays out of the tree."""
@@ -233,6 +279,11 @@ class LightTransferRadixCache(UnifiedRadixCache):
     def _as_filed(self, req: Req) -> Req:
         """The request as SGLang's tree is to see it, with that extra key."""
         return req
+
+
+def hit_length(result: MatchResult) -> int:
+    """Tokens of a match, on the device and in host memory."""
+    return result.device_prefix_len + result.host_hit_length
 
 
 def _row_of(req: Req) -> Any:

@@ -51,7 +51,7 @@ def select_admission(
     **kwargs: Any,
 ) -> Any:
     """Price ``req`` in units, and let a retracted request's chunk end where its cache says."""
-    _consider(adder, req)
+    _consider(adder, req, (kwargs["host_hit_length"], kwargs["swa_host_hit_length"]))
     return _up_to_limit(
         adder,
         req,
@@ -88,10 +88,10 @@ def running_offset(original: Callable[..., float], adder: Any, req: Any) -> floa
     return offset(req, adder.new_token_ratio, allocator)
 
 
-def _consider(adder: Any, req: Any) -> None:
+def _consider(adder: Any, req: Any, loads: tuple[int, int] = (0, 0)) -> None:
     consider = getattr(adder.memory_budget, "consider", None)
     if consider is not None:
-        consider(req, adder)
+        consider(req, adder, loads)
 
 
 def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[], Any]) -> Any:

@@ -23,23 +23,26 @@ class FullRows:
     Args:
         slots: full slots there are, padding included.
         device: of the table.
+
+    Attributes:
+        table: bool [slots].
     """
 
     def __init__(self, slots: int, device: str) -> None:
-        self._full = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.table = torch.zeros(slots, dtype=torch.bool, device=device)
 
     def prefill(self, slots: torch.Tensor, plans: Sequence[Prefill]) -> None:
         """A prefill writes ``slots`` (int64 [tokens]): one request of ``plans`` after the other."""
         start = 0
         for known, group in groupby(plans, key=lambda plan: plan.kind == Kind.KNOWN):
             end = start + sum(plan.extend for plan in group)
-            self._full.index_fill_(0, slots[start:end], not known)
+            self.table.index_fill_(0, slots[start:end], not known)
             start = end
 
     def decode(self, slots: torch.Tensor) -> None:
         """A decode step writes ``slots`` (int64 [requests])."""
-        self._full.index_fill_(0, slots, False)
+        self.table.index_fill_(0, slots, False)
 
     def leading(self, slots: torch.Tensor) -> int:
         """How many of ``slots`` (int64 [n]), from the first on, are such; waits for the device."""
-        return int(self._full[slots].to(torch.int32).cumprod(0).sum())
+        return int(self.table[slots].to(torch.int32).cumprod(0).sum())

@@ -35,16 +35,20 @@ class UnitBudget(PrefillBudget):
         self._demand: Demand = allocator.demand
         self._per_token = self._demand.both / self.page_size
         self.extend_tokens = self._output = 0
+        self._loads = (0, 0)
         self._full_offset: int | None = None
         self._considered: Req | None = None
 
-    def consider(self, req: Req, adder: Any) -> None:
-        """SGLang is about to ask whether ``req`` fits, and to reserve for it if so."""
+    def consider(self, req: Req, adder: Any, loads: tuple[int, int] = (0, 0)) -> None:
+        """SGLang is about to ask whether ``req`` fits, and to reserve for it if so.
+
+        loads: tokens of full and of lazy layers that HiCache would load for it.
+        """
         if self._full_offset is None:
             running = () if adder.running_batch is None else adder.running_batch.reqs
             self._full_offset = sum(output_of(one, adder.new_token_ratio, self._demand) for one in running)
-        self._considered = req
-        self.extend_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
+        self._considered, self._loads = req, loads
+        self.extend_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - loads[0]
         self._output = output_of(req, adder.new_token_ratio, self._demand)
 
     @property
@@ -91,20 +95,30 @@ class UnitBudget(PrefillBudget):
             return chunk_limit
         return pages * self.page_size if pages > 0 else None
 
+    def prepare_load_back(self, **given: Any) -> bool:
+        """Whether what HiCache would load has its units now; cached tokens go for it."""
+        return bool(self.allocator.make_spare(self._demand.units(*self._loads)))
+
     def reserve(self, extend_input_len: int, max_new_tokens: int, **given: Any) -> None:
         """Promise the request that is considered what it will take, later chunks included."""
+        assert self._considered is not None, "a request was admitted that nobody considered"
+        # What was to be loaded has been, or is not.
+        self._loads = (0, 0)
+        self.extend_tokens = len(self._considered.full_untruncated_fill_ids) - self._considered.prefix_len
         self.allocator.promised += self._demand.both * (self._demand.pages(extend_input_len) + 1)
         self.total_offset += self._need() / self._per_token
-        assert self._full_offset is not None, "a request was admitted that nobody considered"
+        assert self._full_offset is not None
         self._full_offset += self.extend_tokens + self._output
         self.tree_cache.admitted(self._considered)
 
     def _need(self) -> int:
-        return self._demand.of_new(self.extend_tokens, self._output)
+        return self._demand.of_new(self.extend_tokens, self._output) + self._demand.units(*self._loads)
 
     def _fits(self) -> bool:
         full = self.allocator.full_available_size() + self.tree_cache.full_evictable_size()
-        wanted = self.extend_tokens + self._output + self.page_size + (self._full_offset or 0)
+        wanted = (
+            self._loads[0] + self.extend_tokens + self._output + self.page_size + (self._full_offset or 0)
+        )
         return self._need() <= self.remaining_units and (wanted <= full or not self.allocator.full_is_limited)
 
 

@@ -87,6 +87,8 @@ def flat_pool_class(pool_class: type, flat: FlatPool) -> type:
     base: Any = pool_class
 
     class FlatKVPool(base):
+        lt_flat = flat
+
         def _create_buffers_normal(self) -> None:
             k_shape, v_shape = self._kv_buffer_shapes()
             if self.kv_cache_layout != "nhd" or k_shape != v_shape:

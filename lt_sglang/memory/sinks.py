@@ -8,13 +8,17 @@ A request takes a set when its window is about to leave position 0; until then i
 slots. The store is host state that every rank keeps alike; what the device must do (copy rows, point
 requests at sets) is queued and done by ``flush`` on the forward stream, before the forward that needs
 it and after every forward that still uses the old slots. Nothing else writes K and V but forwards, so slots
-that were freed meanwhile still hold what is copied.
+that were freed meanwhile still hold what is copied. But for HiCache, which loads cached tokens beside them:
+so ``flush_copies`` comes before a load.
+
+With HiCache the store has copies of its sets in host memory (memory/host_sinks.py). A set that was dropped
+comes back from there.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +49,40 @@ class SlotSource(Protocol):
         ...
 
 
+class HostSets(Protocol):
+    """Copies in host memory: HostSinks (memory/host_sinks.py)."""
+
+    def __contains__(self, key: Hashable) -> bool: ...
+
+    def touch(self, key: Hashable) -> None:
+        """``key`` becomes the most recently used, if it is there."""
+        ...
+
+    def keep(self, key: Hashable) -> int:
+        """The host set that ``key`` is to be copied to."""
+        ...
+
+    def find(self, key: Hashable) -> int:
+        """The host set of ``key``, which is there."""
+        ...
+
+    def forget(self, key: Hashable) -> None:
+        """Its copy was never made."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all."""
+        ...
+
+    def back_up(self, sets: list[int], rows: list[torch.Tensor]) -> None:
+        """Copy rows (int64 [units, w_sink] a set) to host ``sets``."""
+        ...
+
+    def restore(self, sets: list[int], rows: list[torch.Tensor]) -> None:
+        """The inverse."""
+        ...
+
+
 @dataclass
 class SinkSet:
     """One set: its index, what it holds, its slots, and the ids of the requests that use it.
@@ -61,12 +99,16 @@ class SinkSet:
 
 @dataclass
 class SinkStats:
-    """Counters since the start, for metrics and tests. refused: requests that found no slot."""
+    """Counters since the start, for metrics and tests.
+
+    refused: requests that found no slot. restored: sets that came back from host memory.
+    """
 
     captured: int = 0
     shared: int = 0
     evicted: int = 0
     refused: int = 0
+    restored: int = 0
 
 
 class SinkStore:
@@ -83,6 +125,7 @@ class SinkStore:
         set_of: int32 [request_rows], set index of the request in that row of req_to_token, or -1.
         slots_of: int32 [capacity, w_sink], streaming slots of a set.
         weights: counts the changes of the model's weights.
+        host: copies in host memory, or None.
     """
 
     def __init__(
@@ -97,6 +140,7 @@ class SinkStore:
         self._slots_of_set = -(-sink_tokens // source.page_size) * source.page_size
         self.stats = SinkStats()
         self.weights = 0
+        self.host: HostSets | None = None
         self._sets: OrderedDict[SinkKey, SinkSet] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
         self._of_request: dict[str, SinkSet] = {}
@@ -105,6 +149,9 @@ class SinkStore:
         self._row_of_request: dict[str, Callable[[], int | None]] = {}
         self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
         self._pending_copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # With HiCache: a set's rows, and the host set they are copied from or to.
+        self._pending_restores: dict[int, tuple[torch.Tensor, int]] = {}
+        self._pending_backups: dict[int, tuple[torch.Tensor, int]] = {}
 
     def __contains__(self, key: SinkKey) -> bool:
         return key in self._sets
@@ -116,6 +163,23 @@ class SinkStore:
         if key not in self._sets:
             return False
         self._sets.move_to_end(key)
+        if self.host is not None:
+            self.host.touch(key)
+        return True
+
+    def find(self, key: SinkKey) -> bool:
+        """As ``touch``; a set that was dropped comes back from host memory, if there is a slot for it."""
+        if self.touch(key):
+            return True
+        if self.host is None or key not in self.host:
+            return False
+        taken = self._take()
+        if taken is None:
+            return False
+        entry = SinkSet(taken[0], key, taken[1])
+        self._sets[key] = entry
+        self._pending_restores[entry.index] = self._rows_of(entry), self.host.find(key)
+        self.stats.restored += 1
         return True
 
     def promise(self, key: SinkKey) -> None:
@@ -143,7 +207,10 @@ class SinkStore:
             return True
         if not self.touch(key):
             return False
-        self._bind(request, self._sets[key], row)
+        entry = self._sets[key]
+        if self.host is not None and key not in self.host:  # others took its place
+            self._copy_to_host(entry)
+        self._bind(request, entry, row)
         self.stats.shared += 1
         return True
 
@@ -176,8 +243,8 @@ class SinkStore:
         entry = SinkSet(taken[0], key, taken[1], kept)
         self._sets[key] = entry
         # Rows, since another token may soon own the slots, and their units.
-        rows = [self._source.rows_in_parts(at) for at in (entry.slots[: self.sink_tokens], slots())]
-        self._pending_copies[entry.index] = (rows[0], rows[1])
+        self._pending_copies[entry.index] = self._rows_of(entry), self._source.rows_in_parts(slots())
+        self._copy_to_host(entry)
         self._bind(request, entry, row)
         self.stats.captured += 1
         return True
@@ -202,6 +269,8 @@ class SinkStore:
         """Forget every set that no request uses (the prefix cache was flushed)."""
         for entry in [entry for entry in self._sets.values() if not entry.users]:
             self._drop(entry)
+        if self.host is not None:
+            self.host.clear()
 
     def trim(self, keep: int, until: Callable[[], bool] = lambda: False) -> None:
         """Drop unused sets, longest unused first, down to ``keep`` of them, or until ``until`` is true."""
@@ -217,16 +286,7 @@ class SinkStore:
 
         copy_rows: ``copy_rows(target, source)`` with int64 rows, for K and V; reads all before it writes.
         """
-        if self._pending_copies:
-            pending, self._pending_copies = self._pending_copies, {}
-            for pair in pending.values():
-                for side in pair:
-                    if side.is_cuda:  # made on the scheduler's stream, read on this one
-                        side.record_stream(torch.cuda.current_stream(side.device))
-            target, source = (torch.stack(side) for side in zip(*pending.values(), strict=True))
-            sets = torch.tensor(list(pending), dtype=torch.int64).to(self.device, non_blocking=True)
-            self.slots_of[sets] = target[:, 0].to(torch.int32)
-            copy_rows(target.flatten(), source.flatten())
+        self.flush_copies(copy_rows)
         if self._pending_rows:
             rows: dict[int, int] = {}
             for resolve, index in self._pending_rows:
@@ -235,6 +295,40 @@ class SinkStore:
                     rows[row] = index
             self._pending_rows.clear()
             set_rows(self.set_of, rows)
+
+    def flush_copies(self, copy_rows: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """As ``flush``, but leaves requests where they point."""
+        if self._pending_copies:
+            pending, self._pending_copies = self._pending_copies, {}
+            for pair in pending.values():
+                for side in pair:
+                    _used_here(side)
+            target, source = (torch.stack(side) for side in zip(*pending.values(), strict=True))
+            self._publish(list(pending), target)
+            copy_rows(target.flatten(), source.flatten())
+        if self._pending_restores:  # after the copies, whose sources they may overwrite
+            assert self.host is not None
+            restores, self._pending_restores = self._pending_restores, {}
+            rows, sets = _apart(restores)
+            self._publish(list(restores), torch.stack(rows))
+            self.host.restore(sets, rows)
+        if self._pending_backups:  # after the restores, for the host sets that both name
+            assert self.host is not None
+            backups, self._pending_backups = self._pending_backups, {}
+            rows, sets = _apart(backups)
+            self.host.back_up(sets, rows)
+
+    def _publish(self, sets: list[int], rows: torch.Tensor) -> None:
+        """``rows`` (int64 [sets, units, w_sink]) are where ``sets`` are."""
+        indices = torch.tensor(sets, dtype=torch.int64).to(self.device, non_blocking=True)
+        self.slots_of[indices] = rows[:, 0].to(torch.int32)
+
+    def _copy_to_host(self, entry: SinkSet) -> None:
+        if self.host is not None and entry.kept:
+            self._pending_backups[entry.index] = self._rows_of(entry), self.host.keep(entry.key)
+
+    def _rows_of(self, entry: SinkSet) -> torch.Tensor:
+        return self._source.rows_in_parts(entry.slots[: self.sink_tokens])
 
     @property
     def used(self) -> int:
@@ -306,5 +400,20 @@ class SinkStore:
     def _drop(self, entry: SinkSet) -> None:
         del self._sets[entry.key]
         self._pending_copies.pop(entry.index, None)
+        self._pending_restores.pop(entry.index, None)
+        if self._pending_backups.pop(entry.index, None) is not None and self.host is not None:
+            self.host.forget(entry.key)
         self._source.free_segment(entry.slots, start_pos=0)
         self._free.append(entry.index)
+
+
+def _used_here(rows: torch.Tensor) -> None:
+    """``rows`` were made on the scheduler's stream and are read on this one."""
+    if rows.is_cuda:
+        rows.record_stream(torch.cuda.current_stream(rows.device))
+
+
+def _apart(pending: Mapping[int, tuple[torch.Tensor, int]]) -> tuple[list[torch.Tensor], list[int]]:
+    for rows, _ in pending.values():
+        _used_here(rows)
+    return [rows for rows, _ in pending.values()], [at for _, at in pending.values()]

@@ -76,7 +76,6 @@ class UnitList:
         device: of the lists.
 
     Attributes:
-        free: int64 [free units], their numbers, next to be taken first.
         rest: int32 [parts - 1, rows]: for a slot, its row in the second, third ... of its units.
     """
 
@@ -86,7 +85,9 @@ class UnitList:
         self.parts = parts
         self.device = device
         self.rest = torch.zeros((parts - 1, self.rows), dtype=torch.int32, device=device)
-        self.free = torch.empty(0, dtype=torch.int64, device=device)
+        self._free: torch.Tensor
+        self._given_back: list[torch.Tensor]  # joined to the others when those run short
+        self._count: int
         self.clear()
 
     @property
@@ -95,25 +96,40 @@ class UnitList:
         return (self.size + 1) * self.page_size
 
     def __len__(self) -> int:
-        return len(self.free)
+        return self._count
+
+    @property
+    def free(self) -> torch.Tensor:
+        """Numbers of the free units, next to be taken first; int64."""
+        if self._given_back:
+            self._free = torch.cat((self._free, *self._given_back))
+            self._given_back = []
+        return self._free
+
+    @free.setter
+    def free(self, numbers: torch.Tensor) -> None:
+        self._free, self._given_back, self._count = numbers, [], len(numbers)
 
     def take(self, pages: int, parts: int) -> torch.Tensor:
         """First units of ``pages`` pages of ``parts`` units each, int64 [pages]; so many must be free."""
-        first = self.free[:pages]
         end = pages * parts
+        free = self._free if end <= len(self._free) else self.free
+        first = free[:pages]
         if parts > 1 and pages:
-            others = self.free[pages:end].view(parts - 1, pages)
+            others = free[pages:end].view(parts - 1, pages)
             self.rest[: parts - 1, self._rows_of(first)] = self._rows_of(others).to(torch.int32)
-        self.free = self.free[end:]
+        self._free = free[end:]
+        self._count -= end
         return first
 
     def give(self, first: torch.Tensor, parts: int) -> None:
         """Take back pages, given their first units."""
-        units = [first]
+        units = [first.to(torch.int64, copy=True)]  # it may be part of a table
         if parts > 1 and len(first):
             others = self.rest[: parts - 1, first * self.page_size] // self.page_size
             units.append(others.to(torch.int64).flatten())
-        self.free = torch.cat((self.free, *units))
+        self._given_back += units
+        self._count += sum(map(len, units))
 
     def rows_in_parts(self, slots: torch.Tensor, parts: int) -> torch.Tensor:
         """Rows of ``slots`` (int64 [n]) in each of their ``parts`` units now; int64 [parts, n]."""

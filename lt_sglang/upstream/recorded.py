@@ -256,6 +256,89 @@ SIGNATURES: dict[str, str] = {
     ),
     "sglang.srt.utils.msgpack_utils.enc_hook": "obj",
     "sglang.srt.utils.kill_process_tree": "parent_pid, include_parent=, skip_pid=, wait_timeout=",
+    "sglang.kernels.ops.kvcache.hicache.can_use_hicache_jit_kernel": (
+        "*, element_size, unroll=, block_quota=, page_size="
+    ),
+    "sglang.kernels.ops.kvcache.hicache.transfer_hicache_all_layer": (
+        "k_ptr_dst, v_ptr_dst, indices_dst, k_ptr_src, v_ptr_src, indices_src, *, "
+        "kv_cache_src_stride_bytes, kv_cache_dst_stride_bytes, element_size=, unroll=, block_quota=, "
+        "page_size="
+    ),
+    "sglang.kernels.ops.kvcache.hicache.transfer_hicache_one_layer": (
+        "k_cache_dst, v_cache_dst, indices_dst, k_cache_src, v_cache_src, indices_src, *, element_dim=, "
+        "unroll=, block_quota=, page_size="
+    ),
+    "sglang.srt.managers.cache_controller.LayerDoneCounter.wait_until": "self, threshold",
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.__init__": (
+        "self, token_to_kv_pool_allocator, mem_pool_host, page_size, tp_group, load_cache_event, "
+        "attn_cp_group=, attn_tp_group=, pp_group=, write_policy=, io_backend=, storage_backend=, "
+        "prefetch_threshold=, model_name=, storage_backend_extra_config=, transfer_layer_id_max=, "
+        "enable_storage_metrics=, host_memory_mode="
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController._move_pool_indices": (
+        "self, host_pool, host_indices, device_indices, *, write_back_jit"
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler.StackStrategy.build": (
+        "self, *, cache, kvcache, params, server_args, load_cache_event, storage_backend=, "
+        "storage_backend_extra_config=, prefetch_threshold=, model_name=, enable_storage_metrics="
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler.StackStrategy.matches": (
+        "self, kvcache, components"
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler.build_pool_entry": (
+        "*, name, host_pool, device_pool, layer_mapping, transfer_layer_id_max, is_anchor=, "
+        "host_evict_fn=, device_evict_fn=, device_alloc_fn=, device_free_fn=, packed_draft_device_pools="
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler.register_stack_strategy": "strategy",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.__init__": (
+        "self, *, dtype, device_capacity_tokens, size_per_token, start_layer, end_layer, "
+        "host_to_device_ratio, host_size, page_size, layout, pin_memory, device, allocator_type=, "
+        "dcp_size=, dcp_rank=, pool_label=, is_dummy=, host_token_capacity="
+    ),
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache._allocate_host_buffer": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.alloc": "self, need_size",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.available_size": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.backup_from_device_all_layer": (
+        "self, device_pool, host_indices, device_indices, io_backend"
+    ),
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.clear": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.free": "self, indices",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.get_data_page": "self, index, flat=",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.get_dummy_flat_data_page": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.get_size_per_token": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.init_kv_buffer": "self",
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.load_to_device_per_layer": (
+        "self, device_pool, host_indices, device_indices, layer_id, io_backend, *, is_draft="
+    ),
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.prepare_transfer_indices": (
+        "self, host_indices, device_indices, io_backend"
+    ),
+    "sglang.srt.mem_cache.pool_host.base.HostKVCache.set_from_flat_data_page": "self, index, data_page",
+    "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes": "requested_bytes=, *, auto_size=",
+    "sglang.srt.mem_cache.pool_host.common.alloc_with_host_register": (
+        "dims, dtype, device, pin_memory, allocator, registration_granularity_bytes="
+    ),
+    "sglang.srt.mem_cache.pool_host.common.make_kernel_ptr_table": (
+        "tensors, target_device, *, host_memory_registered"
+    ),
+    "sglang.srt.mem_cache.pool_host.group.HostPoolGroup.__init__": "self, entries",
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget.prepare_load_back": (
+        "self, *, full_tokens, extend_input_len, max_new_tokens, swa_host_hit_length, chunk_limit"
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.attach_storage_backend": (
+        "self, storage_backend, storage_backend_extra_config_json=, served_model_name=, "
+        "hicache_storage_prefetch_policy=, hicache_write_policy="
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.evict_host": (
+        "self, num_tokens, component_type="
+    ),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.init_hicache": "self, server_args, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back": "self, params",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.loading_check": "self, finish_count=",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.ready_to_load_host_cache": "self",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.writing_check": (
+        "self, write_back=, finish_count="
+    ),
 }
 
 # Read line by line: fingerprint, and what to look for when it changes. The first four are the only ways
@@ -324,6 +407,26 @@ FINGERPRINTS: dict[str, tuple[str, str]] = {
     "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission": (
         "3b487d815952",
         "a request longer than rem_chunk_tokens is cut there and becomes the chunked one.",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": (
+        "92afd8d470c6",
+        "HiCache loads after a request is selected, before memory is reserved; prefix_len has grown by then.",
+    ),
+    "sglang.srt.managers.cache_controller.HiCacheController.start_loading": (
+        "69a13ccd4be3",
+        "loads wait for what is on load_fence_stream; ready_to_load_host_cache has put the sinks on it.",
+    ),
+    "sglang.srt.managers.cache_controller.HiCacheController.start_writing": (
+        "2fe3b7469fd7",
+        "copies to the host wait for the forwards that write their rows.",
+    ),
+    "sglang.srt.mem_cache.l2_transfer.L2TransferEngine._submission": (
+        "a28603f7ba2e",
+        "prepare_transfer_indices runs on the copying stream, behind what made the slots.",
+    ),
+    "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.move_hybrid_indices": (
+        "d627a00267c5",
+        "_move_pool_indices makes rows of the host slots of every pool.",
     ),
     "sglang.srt.mem_cache.common.release_kv_cache": (
         "7e5e27eeb8a5",

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from .churn import ITEM, LABELS, PLACEHOLDER, Answer, Outcome
@@ -101,7 +102,11 @@ def judge_dynamic(
             # came after it.
             earlier = hits[answer.version, tuple(choice["laziness"])]
             candidates |= {hit for hit in earlier if hit <= answer.cached}
-        _judge_margins(verdict, answer, _best(_ways(reference, answer, candidates)))
+        ways = _ways(reference, answer, candidates)
+        if answer.job.copies > 1 and choice["origin"] == "prefix":
+            # SGLang sends such a request once ahead, which is told nothing: how much it found is not known.
+            ways = chain(ways, _ways(reference, answer, set(range(answer.cached)) - candidates))
+        _judge_margins(verdict, answer, _best(ways))
     return verdict
 
 

@@ -49,6 +49,8 @@ TIGHT_FLAGS = (
 RESTLESS = {"SGLANG_SWA_EVICTION_INTERVAL": "1"}
 # Admission reckons with a small share of each output that may end early, so that decode runs out of memory.
 HOPEFUL = ("--schedule-conservativeness", "0.05")
+# Host memory for all that the tests send.
+HICACHE = ("--enable-hierarchical-cache", "--hicache-ratio", "6")
 PRIORITY = ("--enable-priority-scheduling",)
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
 # That makes pools of a million tokens, too many to look through after every step.

@@ -18,7 +18,9 @@ from .server_flags import (
     EXPOSED,
     FLAGS,
     HEADER_OVERRIDES,
+    HICACHE,
     HOPEFUL,
+    KV_TOKENS,
     OWN_NCCL_HOOK,
     PRIORITY,
     RESTLESS,
@@ -57,6 +59,9 @@ DYNAMIC_ONE_FULL = "dynamic-one-full"
 DYNAMIC_TP = "dynamic-tp2"
 DYNAMIC_SMOLLM2 = "dynamic-smollm2"
 DYNAMIC_RETRACT = "dynamic-retract"
+HOST = "llama-hicache"
+HOST_TP = "qwen2-hicache-tp2"
+DYNAMIC_HOST = "dynamic-hicache"
 
 # Outputs of these are held against one another: whoever asks one asks the others.
 COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
@@ -150,6 +155,28 @@ LAZY_SERVERS = {
             env=RESTLESS,
             beside="tests.engine.unpinned:register",
         ),
+        # A token takes one unit in full layers and two in lazy ones; pages of 16.
+        _tiny(
+            HOST,
+            "llama",
+            MIDDLE,
+            4,
+            28,
+            flags=(*REUSE_FLAGS, *TINY_POOL, *HOPEFUL, *HICACHE, "--page-size", "16"),
+            kv_tokens=1800,
+            env=RESTLESS,
+        ),
+        _tiny(
+            HOST_TP,
+            "qwen2",
+            (0, 2, 5),
+            4,
+            60,
+            flags=(*FLAGS, *TINY_POOL, *HICACHE),
+            tp=2,
+            kv_tokens=1800,
+            env=OWN_NCCL_HOOK,
+        ),
         _tiny(
             EMBEDDING,
             "llama",
@@ -180,7 +207,9 @@ LAZY_SERVERS = {
 }
 
 
-def _churned(name: str, *flags: str, score: str = "lighttransfer") -> DynamicServer:
+def _churned(
+    name: str, *flags: str, score: str = "lighttransfer", kv_tokens: int = KV_TOKENS
+) -> DynamicServer:
     return DynamicServer(
         name,
         partial(ensure_model, "llama"),
@@ -189,6 +218,7 @@ def _churned(name: str, *flags: str, score: str = "lighttransfer") -> DynamicSer
         score,
         recent=28,
         flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY, *flags),
+        kv_tokens=kv_tokens,
         env=RESTLESS,
     )
 
@@ -245,6 +275,7 @@ DYNAMIC_SERVERS = {
         _churned(DYNAMIC_CHURN),
         _churned(DYNAMIC_CHURN_RETRACT, *HOPEFUL),
         _churned(DYNAMIC_CHURN_LIST, *HOPEFUL, score="list"),
+        _churned(DYNAMIC_HOST, *HICACHE, kv_tokens=1800),
         DynamicServer(
             DYNAMIC_PAGES,
             partial(ensure_model, "llama"),

@@ -26,7 +26,9 @@ from .specs import (
     DYNAMIC_CHURN,
     DYNAMIC_CHURN_LIST,
     DYNAMIC_CHURN_RETRACT,
+    DYNAMIC_HOST,
     DYNAMIC_SERVERS,
+    HOST,
     LAZY_SERVERS,
     REUSE,
 )
@@ -136,6 +138,30 @@ def test_list(count: int, server: Server, record_property: pytest.RecordProperty
     """The third prompt with the same beginning and a short rest has a hit."""
     verdict = churned_dynamic(server, count, record_property)
     assert_worth_it(verdict, features(), verdict.answers // 40)  # long rests compute all of it
+
+
+@pytest.mark.slow
+@pytest.mark.served_by(HOST)
+def test_static_from_the_host(server: Server, record_property: pytest.RecordProperty) -> None:
+    """As ``test_static``; what is cached goes to host memory and comes back."""
+    record_property("seed", seed_of(WHOLE))
+    outcome = ask(server, WHOLE)
+    lazy = LAZY_SERVERS[HOST]
+    make = partial(Reference, lazy_layers=lazy.layers, sink_tokens=lazy.sinks, recent_tokens=lazy.recent)
+    verdict = judge_static(outcome, {version: make(folder) for version, folder in models().items()})
+    write(HOST, WHOLE, verdict)
+    verdict.assert_equal()
+    assert verdict.retractions > 0, "nothing was retracted"
+    assert server.lighttransfer()["sinks"]["restored"] > 0
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.served_by(DYNAMIC_HOST)
+def test_dynamic_from_the_host(count: int, server: Server, record_property: pytest.RecordProperty) -> None:
+    """As ``test_dynamic``; what is cached goes to host memory and comes back."""
+    verdict = churned_dynamic(server, count, record_property)
+    assert_worth_it(verdict, features(), verdict.answers // 20)
+    assert server.lighttransfer()["sinks"]["restored"] > 0
 
 
 def churned_dynamic(server: Server, count: int, record_property: pytest.RecordProperty) -> Verdict:

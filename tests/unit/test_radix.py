@@ -281,7 +281,7 @@ def test_which_cache_a_server_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "create_unified_radix_cache", stock)
     for kind in (LightTransferRadixCache, DynamicRadixCache):
         monkeypatch.setattr(kind, "__init__", lambda self, *given: setattr(self, "given", given))
-    runner = SimpleNamespace(prefills=None, lt_config=Sizes().config)
+    runner = SimpleNamespace(prefills=None, lt_config=Sizes().config, flush_sinks="flush")
     ctx: Any = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
     assert factory.create(ctx) == "cache" and built.pop() == (ctx, UnifiedRadixCache)
     runner.sink_store = None
@@ -292,6 +292,7 @@ def test_which_cache_a_server_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     given_ctx, build = built.pop()
     made = build(params)
     assert given_ctx is ctx and type(made) is LightTransferRadixCache and made.given[:2] == (params, "store")
+    assert made.flush_sinks == "flush"
     runner.prefills, runner.full_rows = "prefills", "rows"
     factory.create(ctx)
     made = built.pop()[1](params)
