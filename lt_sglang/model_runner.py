@@ -140,8 +140,10 @@ class LightTransferModelRunner(ModelRunner):
     def _weights_change(self) -> None:
         if self.sink_store is not None:
             self.sink_store.weights += 1
-            # SGLang flushes the cache behind an update, and does not where HiCache still copies.
-            self.token_to_kv_pool_allocator.tree_cache.finish_copies()
+            cache = self.token_to_kv_pool_allocator.tree_cache
+            if cache is not None:  # adapters may be loaded before there is one
+                # SGLang flushes the cache behind an update, and does not where HiCache still copies.
+                cache.finish_copies()
 
     def init_attention_backends(self) -> None:
         """As ModelRunner; raises LightTransferError if SGLang settled for another backend in any phase."""

@@ -3,9 +3,10 @@
     python -m loadtest.experiments.host_cache OUT [--only stock,static,dynamic] [--rounds 3] [--rehearse]
 
 One request at a time. The device holds two prompts, six are sent in turn, so that each was driven out when it
-is sent again: then it comes from host memory, and sent at once again, from the device. Stock SGLang has HiCache
-too, and moves K and V of all layers. How long copies took and what they moved tells the server's /metrics; how
-fast this machine copies from pinned memory is measured before. OUT/report.json is a result file.
+is sent again: then it comes from host memory, and sent at once again, from the device. Stock SGLang has
+HiCache too, and moves K and V of all layers. How long copies took and what they moved tells the server's
+/metrics; how fast this machine copies from pinned memory is measured before. OUT/report.json is a result
+file.
 
 --rehearse: a tiny model on a CPU, for the counts; times mean nothing there.
 """
@@ -204,8 +205,8 @@ def main() -> int:
     good = True
     for name in args.only.split(","):
         stock = name == "stock"
-        own = ("--attention-backend", "torch_native" if args.rehearse else args.baseline)
-        own = own if stock else (*ours[name], *size.lazy)
+        backend = "torch_native" if args.rehearse else args.baseline
+        own = ("--attention-backend", backend) if stock else (*ours[name], *size.lazy)
         spec = EngineSpec(name, str(model), size.flags, own, stock=stock)
         try:
             with Engine(spec, out / f"{name}.log", start_seconds=args.start_seconds) as engine:

@@ -25,6 +25,7 @@ class Found(NamedTuple):
     """What SGLang's tree has of a prefix."""
 
     device_prefix_len: int
+    host_hit_length: int = 0
     swa_branching_seqlen: int | None = None
 
 

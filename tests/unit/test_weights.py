@@ -46,8 +46,14 @@ def test_what_changes_nothing_is_not_announced() -> None:
 def test_adapters_count_as_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, name, lambda self, *args: ("done", args))
     runner: Any = LightTransferModelRunner.__new__(LightTransferModelRunner)
+    finished: list[str] = []
+    allocator = SimpleNamespace(tree_cache=None)
+    object.__setattr__(runner, "token_to_kv_pool_allocator", allocator)
     object.__setattr__(runner, "sink_store", SimpleNamespace(weights=0))
     assert getattr(runner, name)("adapter") == ("done", ("adapter",))
     assert runner.sink_store.weights == 1
+    allocator.tree_cache = SimpleNamespace(finish_copies=lambda: finished.append(name))
+    getattr(runner, name)("adapter")
+    assert finished == [name], "HiCache copies K and V of the old weights"
     object.__setattr__(runner, "sink_store", None)
     assert getattr(runner, name)("adapter") == ("done", ("adapter",)), "a model with no lazy layer"
