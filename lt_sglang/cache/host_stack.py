@@ -49,6 +49,20 @@ class HostTier:
             "sink_sets_used": 0 if sinks is None else len(sinks),
         }
 
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Of full and streaming slots and sinks in use; the rest is free, room for further sinks included."""
+        told, page = self.describe(), self.memory.units.page_size
+        full, streaming = (
+            pool.parts * self.memory.unit_bytes // page for pool in (self.full, self.streaming)
+        )
+        sinks = 0 if self.sinks is None else len(self.sinks) * self.sinks.slots_of_set
+        held = {
+            "full": told["full_slots_used"] * full,
+            "streaming": told["streaming_slots_used"] * streaming,
+            "sink": sinks * streaming,
+        }
+        return {**held, "free": self.memory.units.size * self.memory.unit_bytes - sum(held.values())}
+
 
 class HostStack(StackStrategy):
     """SGLang's door for pools of one's own: it asks for the first strategy that matches."""

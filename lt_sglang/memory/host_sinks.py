@@ -32,14 +32,14 @@ class HostSinks:
         self._memory = memory
         self._pool = pool
         self._sink_tokens = sink_tokens
-        self._slots_of_set = slots_of_set
+        self.slots_of_set = slots_of_set
         self.clear()
 
     def clear(self) -> None:
         """Forget all; after the pool was cleared."""
-        slots = self._pool.alloc(self.sets * self._slots_of_set)
+        slots = self._pool.alloc(self.sets * self.slots_of_set)
         assert slots is not None, "host memory holds fewer sink sets than were asked for"
-        first = slots.view(self.sets, self._slots_of_set)[:, : self._sink_tokens]
+        first = slots.view(self.sets, self.slots_of_set)[:, : self._sink_tokens]
         self._rows = self._pool.rows_in_parts(first.flatten()).view(-1, self.sets, self._sink_tokens)
         self._index_of: OrderedDict[Hashable, int] = OrderedDict()
         self._free = list(range(self.sets))
@@ -53,7 +53,7 @@ class HostSinks:
     @property
     def slots(self) -> int:
         """Slots that all sets take, used or not."""
-        return self.sets * self._slots_of_set
+        return self.sets * self.slots_of_set
 
     def touch(self, key: Hashable) -> None:
         """``key`` becomes the most recently used, if it is there."""

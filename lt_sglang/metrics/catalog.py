@@ -82,6 +82,13 @@ KV_FREE = Metric(
     (),
     "Of them, those that hold nothing.",
 )
+HOST_BYTES = Metric(
+    "lt_host_kv_bytes",
+    Kind.GAUGE,
+    Scope.RANK,
+    ("kind",),
+    "With HiCache: bytes of this GPU's host memory that hold KV, by kind of slots, or are free.",
+)
 RETRACTIONS = Metric(
     "lt_retractions_total",
     Kind.COUNTER,
@@ -120,7 +127,8 @@ SINK_SETS = Metric(
     Scope.ENGINE,
     ("event",),
     "Asked for a sink set and got a new one (captured), another request's (shared) or none (refused: no slot "
-    "was free; the request stays out of the prefix cache meanwhile). evicted: stored sets given up.",
+    "was free; the request stays out of the prefix cache meanwhile). evicted: stored sets given up. "
+    "restored: sets that came back from host memory (HiCache).",
 )
 LAYER_SETS = Metric(
     "lt_layer_sets_total",
@@ -173,6 +181,7 @@ CATALOG: tuple[Metric, ...] = (
     KV_CAPACITY,
     KV_FREE,
     KV_SAVED,
+    HOST_BYTES,
     RETRACTIONS,
     REQUESTS,
     LAYER_REQUESTS,

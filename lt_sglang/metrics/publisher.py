@@ -36,6 +36,8 @@ def samples(state: EngineState) -> Iterator[Sample]:
             yield catalog.KV_BYTES, (kind, held), getattr(slots, held) * slots.slot_bytes
     yield catalog.KV_CAPACITY, (), state.capacity_bytes
     yield catalog.KV_FREE, (), state.free_bytes
+    for kind, count in state.host_bytes.items():
+        yield catalog.HOST_BYTES, (kind,), count
     for held in STATES:
         yield catalog.KV_SAVED, (held,), state.saved_bytes(held)
     for cause, count in state.retractions.items():

@@ -28,7 +28,8 @@ class Slots:
 class EngineState:
     """One reading. Counters are totals since the start.
 
-    slots: by kind. capacity_bytes, free_bytes: of the memory that all kinds share. retractions: by cause.
+    slots: by kind. capacity_bytes, free_bytes: of the memory that all kinds share. host_bytes: of host
+    memory, by kind of slots, or free; empty without HiCache. retractions: by cause.
     extra_token_bytes: KV bytes of one token in the lazy layers, if they kept it.
     requests: finished requests with lazy layers. layer_requests: of them, by lazy layer. scored_requests: of
     them, in dynamic mode, those with layers found in a prompt. laziness: by layer, the sum of their scores.
@@ -41,6 +42,7 @@ class EngineState:
     slots: Mapping[str, Slots]
     capacity_bytes: int = 0
     free_bytes: int = 0
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
     retractions: Mapping[str, int] = field(default_factory=dict)
     extra_token_bytes: int = 0
     requests: int = 0
@@ -89,7 +91,7 @@ def read_state(scheduler: Any) -> EngineState | None:
     token_layer = runner.kv_cache_configurator.token_layer_bytes
     lazy_bytes = sizes.shape.lazy_layers * token_layer
     of_set = sinks.slots_of_set
-    requests = scheduler.tree_cache.finished_requests
+    requests, host = scheduler.tree_cache.finished_requests, scheduler.tree_cache.host
     layer_requests = dict.fromkeys(config.lazy_layers, requests)
     dynamic = runner.dynamic
     layer_sets = None if dynamic is None else dynamic.sets
@@ -111,6 +113,7 @@ def read_state(scheduler: Any) -> EngineState | None:
         },
         capacity_bytes=sizes.units * sizes.unit_bytes,
         free_bytes=len(allocator.units) * sizes.unit_bytes,
+        host_bytes={} if host is None else host.bytes_by_kind(),
         retractions=vars(allocator.retractions),
         extra_token_bytes=lazy_bytes,
         requests=requests,

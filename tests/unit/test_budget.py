@@ -305,3 +305,70 @@ def test_other_allocators_are_reckoned_as_sglang_does() -> None:
     assert wrappers.running_offset(lambda *given: seen.append(given) or 17.0, stock, "req") == 17.0
     assert seen == [(stock, "req")]
     wrappers._consider(SimpleNamespace(memory_budget=object()), "req")  # says nothing of requests
+
+
+class LoadingTree(Tree):
+    """A tree that loads what a request hit in host memory, or finds that it cannot."""
+
+    def __init__(self, made: Pools, *, loads: bool = True) -> None:
+        super().__init__()
+        self.made, self.loads, self.asked = made, loads, 0
+        made.allocator.tree_cache = self
+
+    def init_load_back(self, params: Any) -> tuple[int, Any]:
+        """As UnifiedRadixCache: slots of both kinds, or nothing."""
+        self.asked += 1
+        if not self.loads:
+            return 0, None
+        allocator, req = self.made.allocator, params.req
+        assert allocator.full_attn_allocator.alloc(req.host_hit_length) is not None
+        assert allocator.swa_attn_allocator.alloc(req.swa_host_hit_length) is not None
+        return req.host_hit_length, None
+
+    def load_back_is_cache_owned(self) -> bool:
+        return True
+
+
+def hit(prompt: int, on_host: int, streaming: int, output: int) -> Req:
+    """One whose first ``on_host`` tokens are in host memory."""
+    req = request(prompt, output)
+    req.host_hit_length, req.swa_host_hit_length = on_host, streaming
+    return req
+
+
+@pytest.mark.parametrize("shape", [UnitShape(1, 1), UnitShape(1, 3), UnitShape(3, 2)], ids=str)
+def test_what_is_loaded_is_reckoned_to_the_last_unit(shape: UnitShape) -> None:
+    """In full layers all of it, in lazy ones its window; once loaded it is no longer promised."""
+    demand = memory(2000, shape=shape).allocator.demand
+    needed = demand.of_new(40, 5) + demand.units(100, 8)
+    for units, result in ((needed, True), (needed - 1, False)):
+        made = memory(units, shape=shape)
+        tree = LoadingTree(made)
+        one, asked = adder(made, tree=tree), hit(140, 100, 8, 5)
+        assert add(one, asked) == AddReqResult.NO_TOKEN, "nothing is left for another"
+        assert tree.asked == result and (asked in one.can_run_list) is result
+        if result:
+            assert asked.prefix_len == 100 and one.memory_budget.remaining_units == 0
+            assert len(made.allocator.units) == demand.of_new(40, 5)
+
+
+def test_a_prompt_that_could_not_be_loaded_is_computed() -> None:
+    """All of it is reckoned then, and cut into chunks."""
+    made = memory(2000)
+    demand = made.allocator.demand
+    one, asked = adder(made, tree=LoadingTree(made, loads=False)), hit(140, 100, 8, 5)
+    add(one, asked)
+    assert asked.prefix_len == 0 and one.new_chunked_req is asked
+    assert one.memory_budget.remaining_units == 2000 - demand.of_new(140, 5)
+
+
+def test_loads_leave_alone_what_the_batch_was_promised() -> None:
+    """They take their slots at once, the others of the batch when it is formed."""
+    made = memory(2000)
+    demand = made.allocator.demand
+    one, asked = adder(made, tree=LoadingTree(made)), hit(140, 100, 8, 5)
+    made.allocator.promised = 2000 - demand.units(100, 8) + 1
+    one.memory_budget.consider(asked, one, (100, 8))
+    assert not one.memory_budget.prepare_load_back()
+    made.allocator.promised -= 1
+    assert one.memory_budget.prepare_load_back()

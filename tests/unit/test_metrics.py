@@ -29,6 +29,7 @@ def state(**changes: object) -> EngineState:
         "slots": {"full": Slots(500, 200, 4), "streaming": Slots(90, 30, 4), "sink": Slots(8, 4, 4)},
         "capacity_bytes": 4000,
         "free_bytes": 672,
+        "host_bytes": {"full": 640, "streaming": 96, "sink": 32, "free": 232},
         "retractions": {"memory": 2, "limit": 0, "other": 1},
         "extra_token_bytes": 4,
         "requests": 7,
@@ -97,6 +98,7 @@ def test_bytes_held_and_saved() -> None:
     # Used, cached and free are all there is.
     assert value(registry, "lt_kv_capacity_bytes") == 4 * (598 + 234) + 672
     assert value(registry, "lt_kv_free_bytes") == 672
+    assert value(registry, "lt_host_kv_bytes", kind="streaming") == 96
 
 
 def test_no_lazy_layer_saves_nothing() -> None:

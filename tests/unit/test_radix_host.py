@@ -1,0 +1,196 @@
+"""lt_sglang.cache with SGLang's HiCache, no server: hits of both sides, loads, and what goes wrong in between."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.server_args import ServerArgs
+
+from lt_sglang.cache.radix_dynamic import NOWHERE, DynamicRadixCache
+from lt_sglang.cache.radix_static import LightTransferRadixCache, hit_length
+from lt_sglang.memory.host import NO_STORAGE
+from tests.pools import make_pools
+
+from .radix_rig import SINKS, WINDOW
+from .radix_rig import Rig as PlainRig
+
+TOKENS = list(range(100, 160))
+
+
+class Rig(PlainRig):
+    """The rig's cache with HiCache; ``flushed`` counts calls for the store's copies."""
+
+    def __init__(self) -> None:
+        hicache: dict[str, Any] = {"enable_hierarchical_cache": True, "hicache_ratio": 2.0}
+        pools = make_pools(1200, 6, SINKS, requests=10, context=512, window=WINDOW + 1, **hicache)
+        self.rows, self.allocator, self.sinks = pools.rows, pools.allocator, pools.sinks
+        self.flat = pools.flat
+        for part in self.flat.kv:
+            part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(2)))
+        params = pools.cache_params(WINDOW)
+        self.cache = LightTransferRadixCache(params, self.sinks)
+        self.cache.init_hicache(ServerArgs(model_path="dummy", device="cpu"), params)
+        self.flushed: list[int] = []
+        self.cache.flush_sinks = self.flush_copies
+
+    def flush_copies(self) -> None:
+        """As the model runner; how many loads wait."""
+        self.flushed.append(len(self.cache.cache_controller.load_queue))
+        self.sinks.flush_copies(self.flat.copy_rows)
+
+    def cached(self, tokens: list[int]) -> list[torch.Tensor]:
+        """A prompt is computed, ends, and is copied to the host; K of its last window, and all in full layers."""
+        req = self.prefilled(self.request("writer", tokens))
+        self.sinks.flush(self.flat.copy_rows)
+        was = self.read(req, len(tokens))
+        self.finish(req)
+        self.cache.check_hicache_events()
+        self.cache.check_hicache_events()
+        return was
+
+    def read(self, req: Req, tokens: int) -> list[torch.Tensor]:
+        """K of ``tokens`` in full layers, and of the last window of them in lazy ones."""
+        row = self.rows.req_to_token[req.kv.req_pool_idx, :tokens].to(torch.int64)
+        window = self.allocator.full_to_swa_index_mapping[row[-WINDOW:]]
+        kv = self.allocator.get_kvcache()
+        return [kv.full_kv_pool.k_buffer[0][row].clone(), kv.swa_kv_pool.k_buffer[0][window].clone()]
+
+    def drive_out(self) -> None:
+        """Nothing of what is cached stays on the device."""
+        self.cache.evict(EvictParams(num_tokens=10_000, swa_num_tokens=10_000))
+        self.sinks.trim(keep=0)
+        for part in self.flat.kv:
+            part.zero_()
+
+    def admit_with_load(self, req: Req) -> tuple[int, Any]:
+        """As PrefillAdder.add_one_req and the scheduler."""
+        params = InitLoadBackParams(req.best_match_node, req.host_hit_length, req=req)
+        loaded = self.cache.init_load_back(params)
+        assert loaded is not None
+        req.host_loaded_length, req.last_node = loaded
+        req.prefix_len += req.host_loaded_length
+        self.cache.ready_to_load_host_cache()
+        return loaded
+
+
+def test_a_prefix_that_was_driven_out_comes_back() -> None:
+    rig = Rig()
+    was = rig.cached(TOKENS)
+    rig.drive_out()
+    assert rig.allocator.full_used == rig.allocator.swa_attn_allocator.used == 0
+    req = rig.request("reader", [*TOKENS, 1, 2, 3])
+    req.init_next_round_input(rig.cache)
+    assert (req.prefix_len, req.host_hit_length) == (0, len(TOKENS)) and req.swa_host_hit_length >= WINDOW
+    rig.admit_with_load(req)
+    assert req.prefix_len == len(TOKENS) and rig.flushed == [1]
+    rig.rows.alloc([req])
+    req.lock = rig.cache.lock(req.last_node)
+    prefix = rig.cache.prefix_device_indices(req)
+    rig.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.to(torch.int32))
+    found = rig.read(req, len(TOKENS))
+    # The tree keeps its last token, which the writer left when it ended.
+    assert torch.equal(found[0], was[0]) and torch.equal(found[1], was[1])
+    assert rig.set_of(req) >= 0 and rig.sinks.stats.restored == 1
+    slots = rig.sinks.slots_of[rig.set_of(req)].to(torch.int64)
+    assert rig.allocator.get_kvcache().swa_kv_pool.k_buffer[0][slots].abs().min() > 0
+    rig.check()
+
+
+def test_sinks_alone_come_back() -> None:
+    """Of a prefix that stayed on the device."""
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.sinks.trim(keep=0)
+    req = rig.admit(rig.request("reader", [*TOKENS, 1]))
+    assert req.prefix_len == len(TOKENS) and req.host_hit_length == 0 and rig.sinks.stats.restored == 1
+    assert rig.set_of(req) >= 0
+
+
+def test_a_hit_without_sinks_on_either_side_is_a_miss() -> None:
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.drive_out()
+    host: Any = rig.sinks.host
+    for key in list(host._index_of):
+        host.forget(key)
+    req = rig.request("reader", [*TOKENS, 1])
+    req.init_next_round_input(rig.cache)
+    assert (req.prefix_len, req.host_hit_length) == (0, 0)
+
+
+def test_a_flush_empties_host_memory() -> None:
+    rig = Rig()
+    rig.cached(TOKENS)
+    assert rig.cache.host is not None
+    empty = {**rig.cache.host.describe()}
+    assert empty["full_slots_used"] >= len(TOKENS) and empty["sink_sets_used"] == 1
+    held = rig.cache.host.bytes_by_kind()
+    assert held["full"] and held["streaming"] and held["sink"]
+    assert sum(held.values()) == empty["units"] * empty["unit_bytes"]
+    rig.cache.reset()
+    told = rig.cache.host.describe()
+    assert told["full_slots_used"] == told["streaming_slots_used"] == told["sink_sets_used"] == 0
+    assert set(rig.cache.host.bytes_by_kind().values()) == {0, empty["units"] * empty["unit_bytes"]}
+    req = rig.request("reader", [*TOKENS, 1])
+    req.init_next_round_input(rig.cache)
+    assert (req.prefix_len, req.host_hit_length) == (0, 0)
+
+
+def test_no_load_no_copies_beforehand() -> None:
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.cache.ready_to_load_host_cache()
+    assert rig.flushed == []
+
+
+def test_copies_can_be_waited_for() -> None:
+    """As a change of weights does, before the cache is flushed."""
+    rig = Rig()
+    req = rig.prefilled(rig.request("writer", TOKENS))
+    rig.finish(req)
+    assert rig.cache.ongoing_write_through
+    rig.cache.finish_copies()
+    assert not rig.cache.ongoing_write_through and not rig.cache.ongoing_load_back
+    plain = PlainRig()
+    plain.cache.finish_copies()  # without HiCache there are none
+
+
+def test_storage_is_refused_while_the_server_runs() -> None:
+    assert Rig().cache.attach_storage_backend("file") == (False, NO_STORAGE)
+
+
+@pytest.mark.parametrize("driven_out", [False, True])
+def test_a_hit_is_as_long_on_either_side(driven_out: bool) -> None:
+    rig = Rig()
+    rig.cached(TOKENS)
+    if driven_out:
+        rig.drive_out()
+    found = rig.cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", TOKENS))))
+    assert hit_length(found) == len(TOKENS) and bool(found.host_hit_length) == driven_out
+
+
+def test_in_dynamic_mode_a_prefix_is_loaded_whole_or_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies on the device may be less than the first block, which its layers were selected over."""
+    answers: list[tuple[int, str] | None] = [(0, "device"), (30, "loaded"), None]
+    monkeypatch.setattr(LightTransferRadixCache, "init_load_back", lambda self, params: answers.pop(0))
+    cache: Any = object.__new__(DynamicRadixCache)
+    monkeypatch.setattr(DynamicRadixCache, "root_node_handle", lambda self, key: ("root", key))
+
+    def ask() -> tuple[Any, Any]:
+        req: Any = SimpleNamespace(prefix_len=20, kv=SimpleNamespace(cache_protected_len=20))
+        req.lighttransfer_hit = "set", "prompt"
+        return req, cache.init_load_back(InitLoadBackParams("node", 30, req=req))
+
+    req, loaded = ask()
+    assert loaded == (0, ("root", NOWHERE)) and req.lighttransfer_hit == (None, None)
+    assert req.prefix_len == req.kv.cache_protected_len == 0
+    for expected in ((30, "loaded"), None):
+        req, loaded = ask()
+        assert loaded == expected and (req.prefix_len, req.lighttransfer_hit) == (20, ("set", "prompt"))
