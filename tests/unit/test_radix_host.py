@@ -1,4 +1,4 @@
-"""lt_sglang.cache with SGLang's HiCache, no server: hits of both sides, loads, and what goes wrong in between."""
+"""lt_sglang.cache with HiCache, no server: hits of both sides, loads, and what goes wrong in between."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Rig(PlainRig):
         self.sinks.flush_copies(self.flat.copy_rows)
 
     def cached(self, tokens: list[int]) -> list[torch.Tensor]:
-        """A prompt is computed, ends, and is copied to the host; K of its last window, and all in full layers."""
+        """A prompt is computed, ends, and is copied to the host; what ``read`` found of it."""
         req = self.prefilled(self.request("writer", tokens))
         self.sinks.flush(self.flat.copy_rows)
         was = self.read(req, len(tokens))
