@@ -126,5 +126,5 @@ def test_server_info(server: Server) -> None:
     assert (demand["window"], demand["chunk"], demand["undecided"]) == (lazy.recent, CHUNK, 0)
     assert memory["sink_sets"] >= 8
     assert memory["sink_sets"] >= memory["sink_sets_used"] >= memory["sink_sets_in_use"]
-    assert set(shown["sinks"]) == {"captured", "shared", "evicted", "refused"}
+    assert set(shown["sinks"]) == {"captured", "shared", "evicted", "refused", "restored"}
     assert server.info()["attention_backend"] == "lighttransfer"
