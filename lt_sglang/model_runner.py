@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.runtime_context import get_schedule
 from sglang.srt.utils import get_device_module
 
 from lt_sglang.attention.indices import StreamingTables, Windows
@@ -221,8 +222,11 @@ class LightTransferModelRunner(ModelRunner):
         """Copy sinks behind the last forward that was launched: their old slots are about to be written."""
         assert self.sink_store is not None and self.flat_pool is not None
         device = get_device_module()
-        self.forward_stream.wait_stream(device.current_stream())
-        with device.stream(self.forward_stream):
+        # Where forwards run: without overlap they follow the scheduler's own work.
+        alone = get_schedule().disable_overlap_schedule
+        stream = device.current_stream() if alone else self.forward_stream
+        stream.wait_stream(device.current_stream())
+        with device.stream(stream):
             self.sink_store.flush_copies(self.flat_pool.copy_rows)
 
     def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:

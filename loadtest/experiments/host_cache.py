@@ -32,6 +32,7 @@ from lt_sglang.bench.metrics_page import scrape
 from lt_sglang.bench.servers import SHAPE_FLAGS, write_shape
 from lt_sglang.launch.engine import Engine, EngineSpec
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE, SEED, OUTPUT, PROMPTS = "mistral-7b", 1, 16, 6
 # From the hit to the last layer, against the bytes at the measured rate; TTFT against computing the prompt.
 COPY_BOUND, TTFT_BOUND = 1.5, 0.2

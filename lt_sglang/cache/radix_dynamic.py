@@ -177,6 +177,8 @@ class DynamicRadixCache(LightTransferRadixCache):
         """Whether all rows that had full attention then still have it: none was evicted and made anew."""
         if had.default:
             return True
+        if self.ongoing_load_back and self.cache_controller.load_queue:
+            return False  # the rows of a load that has not begun are not there yet
         self._wait_for_loads()
         slots = self.path_device_indices(found.last_device_node)[: had.full_rows]
         return self.full_rows.leading(slots) == had.full_rows

@@ -28,6 +28,7 @@ Source: sglang/srt/mem_cache/unified_radix_cache.py and common.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import register_stack_strategy
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.components.base import CacheTransferPhase
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from lt_sglang.cache.host_stack import HostStack, HostTier
@@ -80,15 +82,39 @@ class LightTransferRadixCache(UnifiedRadixCache):
         if params.req is not None:
             # K and V that it computes from here on are of these weights.
             params.req.lighttransfer_weights = self.sinks.weights
+            params.req.lighttransfer_sinks = None
         result = super().match_prefix(params)
-        if hit_length(result) <= self._kept_tokens:
+        if longest_hit(result) <= self._kept_tokens:
             return result
         sinks = self._sinks_of(params.key)
-        if self.sinks.find(sinks):
-            if params.req is not None:
-                params.req.lighttransfer_sinks = sinks
-            return result
-        return zero_match_result(self, result, extra_key=params.key.extra_key)
+        # What is in host memory is brought when it is admitted: here nothing holds the prefix yet.
+        if not self.sinks.touch(sinks) and not self.sinks.on_host(sinks):
+            return zero_match_result(self, result, extra_key=params.key.extra_key)
+        if params.req is not None:
+            params.req.lighttransfer_sinks = sinks
+        return result
+
+    def bring_sinks(self, req: Req, hold: Callable[[], AbstractContextManager[None]]) -> bool:
+        """``req`` may be admitted: whether the sinks of its hit are on the device, until the batch is formed.
+
+        hold: keeps what the request has hit, on both sides, while a set from host memory takes its slots.
+        """
+        sinks = getattr(req, "lighttransfer_sinks", None)
+        if sinks is None or req.kv.holds_kv:
+            return True
+        if not self.sinks.touch(sinks):
+            with hold():
+                if not self.sinks.restore(sinks):
+                    return False
+        self.sinks.promise(sinks)
+        return True
+
+    def tokens_to_load(self, req: Req) -> int:
+        """Full slots that HiCache would load for the hit of ``req``: those that are not on the device."""
+        (transfer,) = self.tree_core.build_hicache_transfers(
+            ComponentType.FULL, req.best_match_node, CacheTransferPhase.LOAD_BACK
+        )
+        return len(transfer.host_indices)
 
     def admitted(self, req: Req) -> None:
         """``req`` will be in the next batch: the sinks of its cached prefix stay until it takes them over."""
@@ -284,6 +310,11 @@ class LightTransferRadixCache(UnifiedRadixCache):
 def hit_length(result: MatchResult) -> int:
     """Tokens of a match, on the device and in host memory."""
     return result.device_prefix_len + result.host_hit_length
+
+
+def longest_hit(result: MatchResult) -> int:
+    """The same, and what a load may add: a window from the host shows full layers that are on the device."""
+    return max(hit_length(result), result.full_kv_hit_length if result.swa_host_hit_length else 0)
 
 
 def _row_of(req: Req) -> Any:

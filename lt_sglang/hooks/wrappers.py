@@ -51,7 +51,12 @@ def select_admission(
     **kwargs: Any,
 ) -> Any:
     """Price ``req`` in units, and let a retracted request's chunk end where its cache says."""
-    _consider(adder, req, (kwargs["host_hit_length"], kwargs["swa_host_hit_length"]))
+    bring = getattr(adder.tree_cache, "bring_sinks", None)
+    if bring is not None and not bring(req, lambda: adder._lock_node(req.best_match_node, lock_host=True)):
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        return AddReqResult.NO_TOKEN
+    _consider(adder, req, (kwargs.get("host_hit_length", 0), kwargs.get("swa_host_hit_length", 0)))
     return _up_to_limit(
         adder,
         req,
@@ -88,10 +93,10 @@ def running_offset(original: Callable[..., float], adder: Any, req: Any) -> floa
     return offset(req, adder.new_token_ratio, allocator)
 
 
-def _consider(adder: Any, req: Any, loads: tuple[int, int] = (0, 0)) -> None:
+def _consider(adder: Any, req: Any, on_host: tuple[int, int] = (0, 0)) -> None:
     consider = getattr(adder.memory_budget, "consider", None)
     if consider is not None:
-        consider(req, adder, loads)
+        consider(req, adder, on_host)
 
 
 def _up_to_limit(adder: Any, req: Any, has_chunked_req: bool, admit: Callable[[], Any]) -> Any:

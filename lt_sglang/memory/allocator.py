@@ -334,7 +334,7 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         """Units that the prefix cache and stored sink sets would give back."""
         tokens = self.shape.units(tree_cache.full_evictable_size(), tree_cache.swa_evictable_size())
         store = self.sink_store
-        return tokens // self.page_size + (0 if store is None else store.unused * self.units_of_sinks)
+        return tokens // self.page_size + (0 if store is None else store.droppable * self.units_of_sinks)
 
     @property
     def units_of_sinks(self) -> int:
@@ -356,8 +356,11 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
         if len(self.units) < need and self.sink_store is not None:
             self.sink_store.trim(keep=0, until=lambda: len(self.units) >= need)
 
-    def make_spare(self, units: int) -> bool:
-        """Whether ``units`` can be taken now and the next batch still has its own; evicts cached tokens."""
+    def make_spare(self, units: int, *, drop_sinks: bool = False) -> bool:
+        """Whether ``units`` can be taken now and the next batch still has its own; evicts cached tokens.
+
+        drop_sinks: and, if that is not enough, unused sink sets.
+        """
         need, tree = self.promised + units, self.tree_cache
         if len(self.units) >= need or tree is None or not tree.supports_prefix_sharing():
             return len(self.units) >= need
@@ -368,6 +371,8 @@ class ElasticAllocator(SWATokenToKVPoolAllocator):
             self._evict(tree, need, full_slots=0)
             if grouped:
                 self.free_group_begin()
+            if drop_sinks and self.sink_store is not None:
+                self.sink_store.trim(keep=0, until=lambda: len(self.units) >= need)
         return len(self.units) >= need
 
     def _evict(self, tree_cache: Any, need: int, full_slots: int) -> None:

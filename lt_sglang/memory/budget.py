@@ -36,19 +36,27 @@ class UnitBudget(PrefillBudget):
         self._per_token = self._demand.both / self.page_size
         self.extend_tokens = self._output = 0
         self._loads = (0, 0)
+        self._pinned = 0
         self._full_offset: int | None = None
         self._considered: Req | None = None
 
-    def consider(self, req: Req, adder: Any, loads: tuple[int, int] = (0, 0)) -> None:
+    def consider(self, req: Req, adder: Any, on_host: tuple[int, int] = (0, 0)) -> None:
         """SGLang is about to ask whether ``req`` fits, and to reserve for it if so.
 
-        loads: tokens of full and of lazy layers that HiCache would load for it.
+        on_host: tokens that its hit has in host memory, in full and in lazy layers. Some of the full ones may
+            be on the device as well, behind a window that is not.
         """
         if self._full_offset is None:
             running = () if adder.running_batch is None else adder.running_batch.reqs
             self._full_offset = sum(output_of(one, adder.new_token_ratio, self._demand) for one in running)
-        self._considered, self._loads = req, loads
-        self.extend_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - loads[0]
+        self._considered = req
+        self._loads, self._pinned = (0, 0), 0
+        if any(on_host):
+            self._loads = self.tree_cache.tokens_to_load(req), on_host[1]
+            before = self.allocator.evictable_units(self.tree_cache)
+            with adder._lock_node(req.best_match_node, lock_host=True):
+                self._pinned = before - self.allocator.evictable_units(self.tree_cache)
+        self.extend_tokens = len(req.full_untruncated_fill_ids) - req.prefix_len - on_host[0]
         self._output = output_of(req, adder.new_token_ratio, self._demand)
 
     @property
@@ -97,13 +105,13 @@ class UnitBudget(PrefillBudget):
 
     def prepare_load_back(self, **given: Any) -> bool:
         """Whether what HiCache would load has its units now; cached tokens go for it."""
-        return bool(self.allocator.make_spare(self._demand.units(*self._loads)))
+        return bool(self.allocator.make_spare(self._demand.units(*self._loads), drop_sinks=True))
 
     def reserve(self, extend_input_len: int, max_new_tokens: int, **given: Any) -> None:
         """Promise the request that is considered what it will take, later chunks included."""
         assert self._considered is not None, "a request was admitted that nobody considered"
-        # What was to be loaded has been, or is not.
-        self._loads = (0, 0)
+        # What was to be loaded has been, and is held, or is not.
+        self._loads, self._pinned = (0, 0), 0
         self.extend_tokens = len(self._considered.full_untruncated_fill_ids) - self._considered.prefix_len
         self.allocator.promised += self._demand.both * (self._demand.pages(extend_input_len) + 1)
         self.total_offset += self._need() / self._per_token
@@ -112,7 +120,9 @@ class UnitBudget(PrefillBudget):
         self.tree_cache.admitted(self._considered)
 
     def _need(self) -> int:
-        return self._demand.of_new(self.extend_tokens, self._output) + self._demand.units(*self._loads)
+        """With what it would load, and what would no longer be evictable then."""
+        new = self._demand.of_new(self.extend_tokens, self._output)
+        return new + self._demand.units(*self._loads) + self._pinned
 
     def _fits(self) -> bool:
         full = self.allocator.full_available_size() + self.tree_cache.full_evictable_size()

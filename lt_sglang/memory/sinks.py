@@ -18,7 +18,7 @@ comes back from there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -149,9 +149,9 @@ class SinkStore:
         self._row_of_request: dict[str, Callable[[], int | None]] = {}
         self._pending_rows: list[tuple[Callable[[], int | None], int]] = []
         self._pending_copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # With HiCache: a set's rows, and the host set they are copied from or to.
+        # With HiCache: a set's rows, and the host set they are read from, or the key of the one they go to.
         self._pending_restores: dict[int, tuple[torch.Tensor, int]] = {}
-        self._pending_backups: dict[int, tuple[torch.Tensor, int]] = {}
+        self._pending_backups: dict[int, tuple[torch.Tensor, SinkKey]] = {}
 
     def __contains__(self, key: SinkKey) -> bool:
         return key in self._sets
@@ -167,10 +167,12 @@ class SinkStore:
             self.host.touch(key)
         return True
 
-    def find(self, key: SinkKey) -> bool:
-        """As ``touch``; a set that was dropped comes back from host memory, if there is a slot for it."""
-        if self.touch(key):
-            return True
+    def on_host(self, key: SinkKey) -> bool:
+        """Whether host memory has a copy of ``key``."""
+        return self.host is not None and key in self.host
+
+    def restore(self, key: SinkKey) -> bool:
+        """Bring ``key``, which was dropped, back from the host; False if it has none or no slot is left."""
         if self.host is None or key not in self.host:
             return False
         taken = self._take()
@@ -309,14 +311,16 @@ class SinkStore:
         if self._pending_restores:  # after the copies, whose sources they may overwrite
             assert self.host is not None
             restores, self._pending_restores = self._pending_restores, {}
-            rows, sets = _apart(restores)
+            rows = [_used_here(at) for at, _ in restores.values()]
             self._publish(list(restores), torch.stack(rows))
-            self.host.restore(sets, rows)
-        if self._pending_backups:  # after the restores, for the host sets that both name
+            self.host.restore([index for _, index in restores.values()], rows)
+        if self._pending_backups:  # after the restores, which may read what they overwrite
             assert self.host is not None
             backups, self._pending_backups = self._pending_backups, {}
-            rows, sets = _apart(backups)
-            self.host.back_up(sets, rows)
+            # Later ones may have taken a host set from an earlier one.
+            kept = [(self.host.find(key), at) for at, key in backups.values() if key in self.host]
+            if kept:
+                self.host.back_up([index for index, _ in kept], [_used_here(at) for _, at in kept])
 
     def _publish(self, sets: list[int], rows: torch.Tensor) -> None:
         """``rows`` (int64 [sets, units, w_sink]) are where ``sets`` are."""
@@ -325,7 +329,8 @@ class SinkStore:
 
     def _copy_to_host(self, entry: SinkSet) -> None:
         if self.host is not None and entry.kept:
-            self._pending_backups[entry.index] = self._rows_of(entry), self.host.keep(entry.key)
+            self.host.keep(entry.key)
+            self._pending_backups[entry.index] = self._rows_of(entry), entry.key
 
     def _rows_of(self, entry: SinkSet) -> torch.Tensor:
         return self._source.rows_in_parts(entry.slots[: self.sink_tokens])
@@ -339,6 +344,11 @@ class SinkStore:
     def unused(self) -> int:
         """Sets kept for later."""
         return self.used - self.in_use
+
+    @property
+    def droppable(self) -> int:
+        """Sets that can go: no request uses them, and none was promised them."""
+        return sum(1 for _ in self._droppable())
 
     @property
     def slots_of_set(self) -> int:
@@ -407,13 +417,8 @@ class SinkStore:
         self._free.append(entry.index)
 
 
-def _used_here(rows: torch.Tensor) -> None:
-    """``rows`` were made on the scheduler's stream and are read on this one."""
+def _used_here(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, which were made on the scheduler's stream and are read on this one."""
     if rows.is_cuda:
         rows.record_stream(torch.cuda.current_stream(rows.device))
-
-
-def _apart(pending: Mapping[int, tuple[torch.Tensor, int]]) -> tuple[list[torch.Tensor], list[int]]:
-    for rows, _ in pending.values():
-        _used_here(rows)
-    return [rows for rows, _ in pending.values()], [at for _, at in pending.values()]
+    return rows

@@ -315,9 +315,6 @@ SIGNATURES: dict[str, str] = {
     ),
     "sglang.srt.mem_cache.pool_host.base.HostKVCache.set_from_flat_data_page": "self, index, data_page",
     "sglang.srt.mem_cache.pool_host.base.host_memory_budget_bytes": "requested_bytes=, *, auto_size=",
-    "sglang.srt.mem_cache.pool_host.common.alloc_with_host_register": (
-        "dims, dtype, device, pin_memory, allocator, registration_granularity_bytes="
-    ),
     "sglang.srt.mem_cache.pool_host.common.make_kernel_ptr_table": (
         "tensors, target_device, *, host_memory_registered"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Rig:
     def admit(self, req: Req, chunk: int | None = None) -> Req:
         """Match its prefix, give it a row and slots for (the first chunk of) the rest."""
         req.init_next_round_input(self.cache)
+        assert self.cache.bring_sinks(req, nullcontext)
         self.rows.alloc([req])
         req.lock = self.cache.lock(req.last_node)
         if req.prefix_len:  # SGLang asks for none else

@@ -102,7 +102,7 @@ class Adder:
         self.rem_chunk_tokens = rem_chunk_tokens
         self.new_chunked_req = None
         self.considered: list[Any] = []
-        self.memory_budget = SimpleNamespace(consider=lambda req, adder: self.considered.append(req))
+        self.memory_budget = SimpleNamespace(consider=lambda req, *_: self.considered.append(req))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,19 @@ def test_who_is_refused_leaves_the_budget_as_it_was() -> None:
     adder = Adder(100)
     result = wrappers.select_admission(lambda *_, **__: AddReqResult.NO_TOKEN, adder, "req")
     assert (result, adder.rem_chunk_tokens) == (AddReqResult.NO_TOKEN, 256)
+
+
+def test_who_cannot_have_its_sinks_waits() -> None:
+    """They are in host memory, and no slot is free for them; nothing is reckoned or admitted."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("admitted")
+
+    adder = Adder(None)
+    asked: list[Any] = []
+    adder.tree_cache.bring_sinks = lambda req, hold: asked.append(req)
+    assert wrappers.select_admission(never, adder, "req") is AddReqResult.NO_TOKEN
+    assert asked == ["req"] and adder.considered == []
 
 
 def test_one_request_at_a_time_is_between_chunks() -> None:

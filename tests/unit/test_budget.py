@@ -315,6 +315,15 @@ class LoadingTree(Tree):
         self.made, self.loads, self.asked = made, loads, 0
         made.allocator.tree_cache = self
 
+    def tokens_to_load(self, req: Req) -> int:
+        """All that it hit."""
+        return req.host_hit_length
+
+    def inc_host_lock_ref(self, node: Any) -> Any:
+        return SimpleNamespace(to_dec_params=lambda: "params")
+
+    def dec_host_lock_ref(self, node: Any, params: Any) -> None: ...
+
     def init_load_back(self, params: Any) -> tuple[int, Any]:
         """As UnifiedRadixCache: slots of both kinds, or nothing."""
         self.asked += 1
@@ -350,6 +359,29 @@ def test_what_is_loaded_is_reckoned_to_the_last_unit(shape: UnitShape) -> None:
         if result:
             assert asked.prefix_len == 100 and one.memory_budget.remaining_units == 0
             assert len(made.allocator.units) == demand.of_new(40, 5)
+
+
+def test_what_a_load_holds_is_no_longer_evictable() -> None:
+    """Tokens of the hit that are on the device: they count until the request holds them."""
+    made = memory(2000)
+    tree = LoadingTree(made)
+    tree.full = 50
+    tree.tokens_to_load = lambda req: 0  # type: ignore[method-assign]
+    one, asked = adder(made, tree=tree), hit(140, 100, 8, 5)
+
+    def hold(node: Any) -> Any:
+        tree.full -= 50
+        return SimpleNamespace()
+
+    def let_go(lock: Any) -> None:
+        tree.full += 50
+
+    tree.lock, tree.unlock = hold, let_go  # type: ignore[method-assign]
+    demand = made.allocator.demand
+    one.memory_budget.consider(asked, one, (100, 8))
+    held = 50 * demand.shape.full_units
+    assert one.memory_budget._need() == demand.of_new(40, 5) + demand.units(0, 8) + held
+    assert one.memory_budget.extend_tokens == 40
 
 
 def test_a_prompt_that_could_not_be_loaded_is_computed() -> None:

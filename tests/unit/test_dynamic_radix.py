@@ -26,6 +26,7 @@ class Found(NamedTuple):
 
     device_prefix_len: int
     host_hit_length: int = 0
+    swa_host_hit_length: int = 0
     swa_branching_seqlen: int | None = None
 
 

@@ -233,7 +233,8 @@ def test_a_set_that_was_dropped_comes_back() -> None:
         device.flush()
         device.store.release(each.name)
     assert ("a",) not in device.store and ("a",) in host
-    assert not device.store.touch(("a",)) and device.store.find(("a",)) and ("b",) not in device.store
+    assert not device.store.touch(("a",)) and device.store.on_host(("a",)) and device.store.restore(("a",))
+    assert ("a",) in device.store and ("b",) not in device.store
     again = request("c", row=3, key="a")
     assert device.store.adopt("c", ("a",), again.where)
     device.flush()
@@ -249,8 +250,8 @@ def test_nothing_comes_back_where_every_set_is_in_use() -> None:
     device.flush()
     device.store.release("a")
     device.write(two, 200)
-    assert device.capture(two) and not device.store.find(("a",))
-    assert not device.store.find(("nobody",))
+    assert device.capture(two) and not device.store.restore(("a",))
+    assert not device.store.restore(("nobody",)) and not device.store.on_host(("nobody",))
 
 
 def test_a_copy_that_was_never_made_is_forgotten() -> None:
@@ -279,6 +280,25 @@ def test_a_set_without_a_copy_gets_one_when_it_is_used_again() -> None:
     assert ("a",) in host and host.values[host.find(("a",))][0].tolist() == [100, 101, 102]
 
 
+def test_a_host_set_that_changed_hands_before_the_flush_gets_the_last_ones_sinks() -> None:
+    """One set on the host, two captures: what the first one was to put there is not put there."""
+    device, _ = with_host(capacity=2)
+
+    class OneSet(FakeHost):
+        def keep(self, key: object) -> int:
+            self.index_of = {key: 0}
+            return 0
+
+    host = OneSet(device, 1)
+    device.store.host = host
+    one, two = request("a", row=1), request("b", row=2, first_slot=4)
+    for value, each in ((100, one), (200, two)):
+        device.write(each, value)
+        assert device.capture(each)
+    device.flush()
+    assert ("a",) not in host and host.values[0][0].tolist() == [200, 201, 202]
+
+
 def test_copies_alone_can_be_flushed() -> None:
     """HiCache is about to write the slots; where requests point follows with the next forward."""
     device, _ = with_host(capacity=2)
@@ -304,4 +324,4 @@ def test_a_flush_of_the_cache_forgets_both_sides() -> None:
     device.flush()
     device.store.release("a")
     device.store.clear()
-    assert ("a",) not in device.store and ("a",) not in host and not device.store.find(("a",))
+    assert ("a",) not in device.store and ("a",) not in host and not device.store.on_host(("a",))

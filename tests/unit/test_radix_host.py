@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    InitLoadBackParams,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.server_args import ServerArgs
 
 from lt_sglang.cache.radix_dynamic import NOWHERE, DynamicRadixCache
-from lt_sglang.cache.radix_static import LightTransferRadixCache, hit_length
+from lt_sglang.cache.radix_static import LightTransferRadixCache, hit_length, longest_hit
 from lt_sglang.memory.host import NO_STORAGE
 from tests.pools import make_pools
 
@@ -71,6 +78,7 @@ class Rig(PlainRig):
 
     def admit_with_load(self, req: Req) -> tuple[int, Any]:
         """As PrefillAdder.add_one_req and the scheduler."""
+        assert self.cache.bring_sinks(req, nullcontext)
         params = InitLoadBackParams(req.best_match_node, req.host_hit_length, req=req)
         loaded = self.cache.init_load_back(params)
         assert loaded is not None
@@ -111,6 +119,80 @@ def test_sinks_alone_come_back() -> None:
     req = rig.admit(rig.request("reader", [*TOKENS, 1]))
     assert req.prefix_len == len(TOKENS) and req.host_hit_length == 0 and rig.sinks.stats.restored == 1
     assert rig.set_of(req) >= 0
+
+
+def test_a_match_evicts_nothing() -> None:
+    """Nobody holds a prefix that was matched yet: its sinks are brought when it is."""
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.sinks.trim(keep=0)
+    full = rig.allocator.swa_attn_allocator
+    taken = full.alloc(full.available_size())
+    req = rig.request("reader", [*TOKENS, 1])
+    req.init_next_round_input(rig.cache)
+    assert req.prefix_len == len(TOKENS) and rig.sinks.used == 0
+    lock = rig.cache.lock(req.last_node)
+    assert not rig.cache.bring_sinks(req, nullcontext), "no slot, and what the request reads is not given up"
+    full.free(taken)
+    held: list[str] = []
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        held.append("held")
+        yield
+
+    assert rig.cache.bring_sinks(req, hold) and held == ["held"]
+    assert rig.cache.bring_sinks(req, hold) and held == ["held"], "they are there"
+    rig.sinks.trim(keep=0)
+    assert rig.sinks.used == 1, "promised until the batch is formed"
+    rig.allocator._settle()
+    rig.sinks.trim(keep=0)
+    assert rig.sinks.used == 0
+    rig.cache.unlock(lock)
+
+
+def test_a_window_alone_is_loaded_and_reckoned_as_such() -> None:
+    """SGLang counts tokens of full layers on the host, also where the device has them."""
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.cache.evict(EvictParams(num_tokens=0, swa_num_tokens=10_000))
+    req = rig.request("reader", [*TOKENS, 1])
+    req.init_next_round_input(rig.cache)
+    assert (req.prefix_len, req.host_hit_length) == (0, len(TOKENS)) and req.swa_host_hit_length >= WINDOW
+    here = rig.allocator.full_used
+    assert 0 < here < len(TOKENS) and rig.cache.tokens_to_load(req) == len(TOKENS) - here
+    assert rig.admit_with_load(req)[0] == len(TOKENS) == req.prefix_len
+    assert rig.allocator.full_used == len(TOKENS)
+
+
+def test_a_load_may_show_more_than_was_hit() -> None:
+    """The sinks of all of it are asked for: full layers on the device behind a window on the host."""
+
+    def result(**lengths: int) -> Any:
+        return MatchResult(lengths.pop("device", 0), None, None, None, **lengths)
+
+    assert longest_hit(result(device=5, host_hit_length=7, full_kv_hit_length=60)) == 12
+    assert longest_hit(result(device=5, swa_host_hit_length=20, full_kv_hit_length=60)) == 60
+
+
+def test_unused_sinks_go_for_a_load() -> None:
+    """Admission counts them, so a load must be able to have their slots."""
+    rig = Rig()
+    rig.cached(TOKENS)
+    rig.drive_out()
+    assert rig.sinks.restore(next(iter(rig.sinks.host._index_of)))  # type: ignore[union-attr]
+    allocator = rig.allocator
+    everything = len(allocator.units) + allocator.evictable_units(rig.cache)
+    assert everything > len(allocator.units) and not allocator.make_spare(everything)
+    assert allocator.make_spare(everything, drop_sinks=True) and rig.sinks.used == 0
+
+
+def test_flags_of_a_load_that_has_not_begun_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Any = object.__new__(DynamicRadixCache)
+    cache.ongoing_load_back = {1: "load"}
+    cache.cache_controller = SimpleNamespace(load_queue=["load"])
+    had: Any = SimpleNamespace(default=False, full_rows=3)
+    assert not cache._rows_unchanged(had, None)
 
 
 def test_a_hit_without_sinks_on_either_side_is_a_miss() -> None:
