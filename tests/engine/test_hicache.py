@@ -1,7 +1,7 @@
 """SGLang's HiCache under lazy layers: prefixes that were evicted come back from host memory as they were.
 
-On a CPU host memory is plain memory, and copies are done where they are asked for. On a GPU, where it is pinned
-and copied on streams of its own: tests/gpu/test_hicache.py. Under churn: test_churn.py.
+On a CPU host memory is plain memory, and copies are done where they are asked for. On a GPU, where it is
+pinned and copied on streams of its own: tests/gpu/test_hicache.py. Under churn: test_churn.py.
 """
 
 from __future__ import annotations
