@@ -24,7 +24,6 @@ from lt_sglang.errors import LightTransferError
 from lt_sglang.memory.flat_pool import FlatPool
 from lt_sglang.memory.host import HostController, HostMemory, HostPool
 from lt_sglang.memory.host_sinks import HostSinks
-from lt_sglang.memory.units import UnitShape
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,18 @@ class HostStack(StackStrategy):
                 "--enable-hierarchical-cache: not supported when every layer is lazy: what is cached of a "
                 "prompt is then a window and its sinks"
             )
-        memory = HostMemory(flat, _units(flat))
+        units, of_prefix = _units(flat), _units_of_prefix(cache, flat)
+        if units < of_prefix:
+            raise LightTransferError(
+                f"--hicache-size, --hicache-ratio: {units} units of host memory do not hold a window and its "
+                f"sinks; at least {of_prefix} do"
+            )
+        memory = HostMemory(flat, units)
         full = HostPool(memory, flat, range(shape.full_layers), "full", cache.slot_flags)
         streaming = HostPool(memory, flat, range(shape.full_layers, shape.layers), "streaming")
-        cache.keep_on_host(HostTier(memory, full, streaming, _sinks(cache, memory, streaming, shape)))
+        cache.keep_on_host(
+            HostTier(memory, full, streaming, _sinks(cache, memory, streaming, units // of_prefix))
+        )
         layers = kvcache.layers_mapping
         mappings = [
             {number: at for number, (at, is_lazy) in layers.items() if is_lazy == lazy}
@@ -152,20 +159,18 @@ def _units(flat: FlatPool) -> int:
     return int(units.size * settings.hicache_ratio)
 
 
-def _sinks(cache: Any, memory: HostMemory, streaming: HostPool, shape: UnitShape) -> HostSinks | None:
-    """Room for the sinks of every cached prefix: each has at least a window in all layers."""
+def _units_of_prefix(cache: Any, flat: FlatPool) -> int:
+    """Units of the shortest cached prefix that has sinks: a window in all layers, and a set."""
+    shape, page = flat.layout.shape, flat.units.page_size
+    of_set = shape.units(0, cache.sinks.slots_of_set // page)
+    return shape.units(1, 1) * -(-cache.sliding_window_size // page) + of_set
+
+
+def _sinks(cache: Any, memory: HostMemory, streaming: HostPool, sets: int) -> HostSinks | None:
+    """Room for the sinks of every cached prefix."""
     store = cache.sinks
     if not store.sink_tokens:
         return None
-    page = memory.units.page_size
-    of_set = shape.units(0, store.slots_of_set // page)
-    of_window = shape.units(1, 1) * -(-cache.sliding_window_size // page)
-    sets = memory.units.size // (of_window + of_set)
-    if not sets:
-        raise LightTransferError(
-            f"--hicache-size, --hicache-ratio: {memory.units.size} units of host memory do not hold a window "
-            f"and its sinks; at least {of_window + of_set} do"
-        )
     return HostSinks(memory, streaming, sets, store.sink_tokens, store.slots_of_set)
 
 

@@ -51,7 +51,6 @@ class HostMemory:
 
     def __init__(self, device: FlatPool, units: int) -> None:
         shape, page = device.layout.shape, device.units.page_size
-        self.units = UnitList(units, page, shape.parts, "cpu")
         self.lanes = shape.lanes
         self._of_device = device.kv
         k = device.kv.k
@@ -66,6 +65,7 @@ class HostMemory:
                 f"--hicache-size, --hicache-ratio: {wanted / 1e9:.2f} GB of host memory on this rank, "
                 f"and only {max(room, 0) / 1e9:.2f} GB are free (10 GiB are left to the machine)"
             )
+        self.units = UnitList(units, page, shape.parts, "cpu")
         self.kv = KV(*(self._allocate(part, page * self.lanes * row_bytes) for part in device.kv))
         self._lanes_of = {side: self._lanes(kv) for side, kv in (("host", self.kv), ("device", device.kv))}
         self._page = page
