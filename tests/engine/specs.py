@@ -162,7 +162,7 @@ LAZY_SERVERS = {
             MIDDLE,
             4,
             28,
-            flags=(*REUSE_FLAGS, *TINY_POOL, *HOPEFUL, *HICACHE, "--page-size", "16"),
+            flags=(*REUSE_FLAGS, *TINY_POOL, *PRIORITY, *HOPEFUL, *HICACHE, "--page-size", "16"),
             kv_tokens=1800,
             env=RESTLESS,
         ),
