@@ -269,6 +269,14 @@ SIGNATURES: dict[str, str] = {
         "unroll=, block_quota=, page_size="
     ),
     "sglang.srt.managers.cache_controller.LayerDoneCounter.wait_until": "self, threshold",
+    "sglang.srt.managers.schedule_policy.PrefillAdder._lock_node": "self, last_node, *, lock_host=",
+    (
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface."
+        "UnifiedTreeCoreInterface.build_hicache_transfers"
+    ): (
+        "self, component_type, node_id, phase, *, host_indices=, token_ids=, prefetch_tokens=, "
+        "staging_tokens=, last_hash="
+    ),
     "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.__init__": (
         "self, token_to_kv_pool_allocator, mem_pool_host, page_size, tp_group, load_cache_event, "
         "attn_cp_group=, attn_tp_group=, pp_group=, write_policy=, io_backend=, storage_backend=, "
