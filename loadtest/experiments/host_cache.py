@@ -3,10 +3,10 @@
     python -m loadtest.experiments.host_cache OUT [--only stock,static,dynamic] [--rounds 3] [--rehearse]
 
 One request at a time. The device holds two prompts, six are sent in turn, so that each was driven out when it
-is sent again: then it comes from host memory, and sent at once again, from the device. Stock SGLang has
-HiCache too, and moves K and V of all layers. How long copies took and what they moved tells the server's
-/metrics; how fast this machine copies from pinned memory is measured before. OUT/report.json is a result
-file.
+comes again, and is read from host memory. Then it is sent twice more and read from the device: after a pause
+(the server is asked for its metrics, as before the first time), and without one. Stock SGLang has HiCache
+too, and moves K and V of all layers. How long copies took and what they moved tells the server's /metrics;
+how fast this machine copies from pinned memory is measured before. OUT/report.json is a result file.
 
 --rehearse: a tiny model on a CPU, for the counts; times mean nothing there.
 """
@@ -121,7 +121,7 @@ def measure(engine: Engine, size: Size, rounds: int) -> dict[str, Any]:
     ask(engine, [rng.randrange(10, size.vocabulary) for _ in range(size.tokens)])  # kernels are compiled
     cold = [ask(engine, prompt) for prompt in prompts]
     ask(engine, prompts[0])  # the copying kernels
-    host, device, copies = [], [], []
+    host, device, at_once, copies = [], [], [], []
     for _ in range(rounds):
         for prompt in prompts[1:]:
             before = loads(engine)
@@ -130,11 +130,13 @@ def measure(engine: Engine, size: Size, rounds: int) -> dict[str, Any]:
             moved, seconds, count = (b - a for a, b in zip(before, loads(engine), strict=True))
             copies.append({"bytes": moved, "seconds": seconds, "loads": count})
             device.append(ask(engine, prompt))
+            at_once.append(ask(engine, prompt))
         ask(engine, prompts[0])
     return {
         "cold": cold,
         "host": host,
         "device": device,
+        "device_at_once": at_once,
         "copies": copies,
         "same_output": sum(a["output"] == b["output"] for a, b in zip(host, device, strict=True)),
     }
@@ -152,7 +154,8 @@ def summary(found: dict[str, Any], rate: float | None, tokens: int) -> dict[str,
     told["bytes"] = statistics.median(copy["bytes"] for copy in moved) if moved else 0
     if rate is None:
         return told
-    ttft = {kind: statistics.median(r["ttft_ms"] for r in found[kind]) for kind in ("cold", "host", "device")}
+    kinds = ("cold", "host", "device", "device_at_once")
+    ttft = {kind: statistics.median(r["ttft_ms"] for r in found[kind]) for kind in kinds}
     told |= {f"ttft_ms_{kind}": round(value, 1) for kind, value in ttft.items()}
     told["ttft_host_over_cold"] = round(ttft["host"] / ttft["cold"], 3)
     if moved:
