@@ -25,11 +25,12 @@ from typing import Any
 
 import requests
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.experiments.offline import stamped
-from lt_sglang.bench.metrics_page import scrape
+from lt_sglang.bench.client import EVENT
+from lt_sglang.bench.metrics_page import scrape, totals
 from lt_sglang.bench.servers import SHAPE_FLAGS, write_shape
+from lt_sglang.bench.wire import Answer, read_event
 from lt_sglang.launch.engine import Engine, EngineSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,15 +81,12 @@ def copy_rate() -> float:
 
 def loads(engine: Engine) -> tuple[float, float, float]:
     """Bytes that HiCache has brought back since the start, in how many seconds, in how many loads."""
-    page = scrape(engine.url) or ""
-    names = ("bytes_total", "duration_seconds_sum", "duration_seconds_count")
-    found = dict.fromkeys(names, 0.0)
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            for name in names:
-                if sample.name == f"sglang:load_back_{name}":
-                    found[name] += sample.value
-    return found[names[0]], found[names[1]], found[names[2]]
+    found = totals(scrape(engine.url) or "")
+    moved, seconds, count = (
+        found.get(f"load_back_{name}", 0.0)
+        for name in ("bytes_total", "duration_seconds_sum", "duration_seconds_count")
+    )
+    return moved, seconds, count
 
 
 def ask(engine: Engine, prompt: list[int]) -> dict[str, Any]:
@@ -98,19 +96,17 @@ def ask(engine: Engine, prompt: list[int]) -> dict[str, Any]:
         "sampling_params": {"temperature": 0, "max_new_tokens": OUTPUT, "ignore_eos": True},
         "stream": True,
     }
-    began, first, last = time.perf_counter(), 0.0, {}
-    output: list[int] = []
-    with requests.post(f"{engine.url}/generate", json=body, stream=True, timeout=120) as answer:
-        answer.raise_for_status()
-        for line in answer.iter_lines():
-            if line.startswith(b"data: ") and line != b"data: [DONE]":
+    answer, began, first = Answer(), time.perf_counter(), 0.0
+    with requests.post(f"{engine.url}/generate", json=body, stream=True, timeout=120) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith(EVENT) and not line.endswith(b"[DONE]"):
                 first = first or time.perf_counter()
-                last = json.loads(line[len(b"data: ") :])
-                output = last["output_ids"]
+                read_event("generate", line.removeprefix(EVENT), answer)
     return {
         "ttft_ms": 1e3 * (first - began),
-        "cached": last["meta_info"]["cached_tokens"],
-        "output": output,
+        "cached": answer.cached_tokens,
+        "output": answer.output_ids,
     }
 
 

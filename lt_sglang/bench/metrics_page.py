@@ -28,14 +28,20 @@ def scrape(url: str, timeout_seconds: float = 30.0) -> str | None:
     return answer.text if answer.status_code == 200 else None
 
 
-def read(page: str) -> dict[str, float]:
-    """The counters of COUNTERS in the text of a page, 0 for those not shown yet."""
-    totals: dict[str, float] = {}
+def totals(page: str) -> dict[str, float]:
+    """Every sample in the text of a page, summed over its labels, by SGLang's name without the prefix."""
+    found: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             name = sample.name.replace("sglang:", "").removeprefix("sglang_")
-            totals[name] = totals.get(name, 0.0) + sample.value
-    return {ours: totals.get(theirs, 0.0) for ours, theirs in COUNTERS.items()}
+            found[name] = found.get(name, 0.0) + sample.value
+    return found
+
+
+def read(page: str) -> dict[str, float]:
+    """The counters of COUNTERS in the text of a page, 0 for those not shown yet."""
+    found = totals(page)
+    return {ours: found.get(theirs, 0.0) for ours, theirs in COUNTERS.items()}
 
 
 def lazy_layers(page: str | None) -> dict[str, float]:

@@ -50,15 +50,12 @@ class HostTier:
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Of full and streaming slots and sinks in use; the rest is free, room for further sinks included."""
-        told, page = self.describe(), self.memory.units.page_size
-        full, streaming = (
-            pool.parts * self.memory.unit_bytes // page for pool in (self.full, self.streaming)
-        )
+        told = self.describe()
         sinks = 0 if self.sinks is None else len(self.sinks) * self.sinks.slots_of_set
         held = {
-            "full": told["full_slots_used"] * full,
-            "streaming": told["streaming_slots_used"] * streaming,
-            "sink": sinks * streaming,
+            "full": told["full_slots_used"] * self.full.size_per_token,
+            "streaming": told["streaming_slots_used"] * self.streaming.size_per_token,
+            "sink": sinks * self.streaming.size_per_token,
         }
         return {**held, "free": self.memory.units.size * self.memory.unit_bytes - sum(held.values())}
 
@@ -151,12 +148,10 @@ class HostStack(StackStrategy):
 
 def _units(flat: FlatPool) -> int:
     """Units of host memory that SGLang's flags ask for."""
-    settings, units = get_memory(), flat.units
-    k, v = flat.kv
-    unit_bytes = (k.nbytes + v.nbytes) // (units.rows // units.page_size)
+    settings = get_memory()
     if settings.hicache_size > 0:
-        return max(int(settings.hicache_size * 1e9) // unit_bytes - 1, 0)
-    return int(units.size * settings.hicache_ratio)
+        return max(int(settings.hicache_size * 1e9) // flat.unit_bytes - 1, 0)
+    return int(flat.units.size * settings.hicache_ratio)
 
 
 def _units_of_prefix(cache: Any, flat: FlatPool) -> int:

@@ -50,6 +50,11 @@ class FlatPool:
         assert self._buffers is not None
         return self._buffers
 
+    @property
+    def unit_bytes(self) -> int:
+        """K and V of one unit."""
+        return sum(part.nbytes for part in self.kv) * self.units.page_size // self.layout.rows
+
     def take(
         self, banks: int, shape: tuple[int, ...], dtype: torch.dtype, device: str
     ) -> tuple[range, list[torch.Tensor], list[torch.Tensor]]:

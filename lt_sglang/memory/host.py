@@ -56,8 +56,8 @@ class HostMemory:
         k = device.kv.k
         self.on_gpu = k.is_cuda
         self._row = k[0].numel()
-        row_bytes = self._row * k.element_size()
-        self.unit_bytes = 2 * page * self.lanes * row_bytes
+        self._row_bytes = self._row * k.element_size()
+        self.unit_bytes = device.unit_bytes
         wanted = (units + 1) * self.unit_bytes
         room = host_memory_budget_bytes(wanted)
         if wanted > room:
@@ -66,13 +66,13 @@ class HostMemory:
                 f"and only {max(room, 0) / 1e9:.2f} GB are free (10 GiB are left to the machine)"
             )
         self.units = UnitList(units, page, shape.parts, "cpu")
-        self.kv = KV(*(self._allocate(part, page * self.lanes * row_bytes) for part in device.kv))
+        self.kv = KV(*(self._allocate(part, page * self.lanes * self._row_bytes) for part in device.kv))
         self._lanes_of = {side: self._lanes(kv) for side, kv in (("host", self.kv), ("device", device.kv))}
         self._page = page
-        if self.on_gpu and not can_use_hicache_jit_kernel(page_size=page, element_size=row_bytes):
+        if self.on_gpu and not can_use_hicache_jit_kernel(page_size=page, element_size=self._row_bytes):
             raise LightTransferError(
-                f"--enable-hierarchical-cache: SGLang's copying kernel takes no rows of {row_bytes} bytes "
-                "(K of one token in one layer, on one rank)"
+                f"--enable-hierarchical-cache: SGLang's copying kernel takes no rows of {self._row_bytes} "
+                "bytes (K of one token in one layer, on one rank)"
             )
         self._pointers = {}
         if self.on_gpu:
@@ -138,7 +138,6 @@ class HostMemory:
                 written[:, target] = read[:, source]
             return
         (to_k, to_v), (from_k, from_v) = self._pointers[to], self._pointers[source_side]
-        size = self._row * self._of_device.k.element_size()
         transfer_hicache_all_layer(
             to_k,
             to_v,
@@ -146,9 +145,9 @@ class HostMemory:
             from_k,
             from_v,
             source,
-            kv_cache_src_stride_bytes=size,
-            kv_cache_dst_stride_bytes=size,
-            element_size=size,
+            kv_cache_src_stride_bytes=self._row_bytes,
+            kv_cache_dst_stride_bytes=self._row_bytes,
+            element_size=self._row_bytes,
             page_size=self._page,
         )
 
@@ -173,8 +172,8 @@ class HostPool(HostKVCache):
         self._places = [(shape.part_of(bank), shape.lane_of(bank)) for bank in banks]
         self.parts = 1 + max(part for part, _ in self._places)
         self._slots = SlotAllocator(memory.units, self.parts, memory.kv.k.dtype, None)
-        self._flags = flags
-        self._flags_kept = None if flags is None else flags.new_zeros(memory.units.rows)
+        # The device's, and those that are kept, by host slot.
+        self._flags = None if flags is None else (flags, flags.new_zeros(memory.units.rows))
         self.layer_num = self.target_layer_num = len(banks)
         super().__init__(
             dtype=memory.kv.k.dtype,
@@ -247,8 +246,9 @@ class HostPool(HostKVCache):
         """As HostKVCache; both are rows, int64 [units, n]."""
         for host, device in zip(host_indices, device_indices, strict=True):
             self._memory.back_up(host, device)
-        if self._flags is not None and self._flags_kept is not None:
-            self._flags_kept[host_indices[0]] = self._flags[device_indices[0]]
+        if self._flags is not None:
+            flags, kept = self._flags
+            kept[host_indices[0]] = flags[device_indices[0]]
 
     def load_to_device_per_layer(
         self,
@@ -263,8 +263,9 @@ class HostPool(HostKVCache):
         """As HostKVCache; both are rows, int64 [units, n]."""
         part, lane = self._places[layer_id]
         self._memory.restore_lane(lane, host_indices[part], device_indices[part])
-        if layer_id == 0 and self._flags is not None and self._flags_kept is not None:
-            self._flags[device_indices[0]] = self._flags_kept[host_indices[0]]
+        if layer_id == 0 and self._flags is not None:
+            flags, kept = self._flags
+            flags[device_indices[0]] = kept[host_indices[0]]
 
     def get_data_page(self, index: Any, flat: bool = True) -> torch.Tensor:
         """Not supported: storage back ends ask for it."""

@@ -7,9 +7,8 @@ others and given back as the set goes.
 A request takes a set when its window is about to leave position 0; until then its sinks are ordinary
 slots. The store is host state that every rank keeps alike; what the device must do (copy rows, point
 requests at sets) is queued and done by ``flush`` on the forward stream, before the forward that needs
-it and after every forward that still uses the old slots. Nothing else writes K and V but forwards, so slots
-that were freed meanwhile still hold what is copied. But for HiCache, which loads cached tokens beside them:
-so ``flush_copies`` comes before a load.
+it and after every forward that still uses the old slots. K and V are written by forwards, and by HiCache's
+loads, before which ``flush_copies`` is called. So slots that were freed meanwhile still hold what is copied.
 
 With HiCache the store has copies of its sets in host memory (memory/host_sinks.py). A set that was dropped
 comes back from there.

@@ -32,7 +32,7 @@ TOKENS = list(range(100, 160))
 
 
 class Rig(PlainRig):
-    """The rig's cache with HiCache; ``flushed`` counts calls for the store's copies."""
+    """The rig's cache with HiCache; ``flushed``: how many loads waited, each time copies were asked for."""
 
     def __init__(self) -> None:
         hicache: dict[str, Any] = {"enable_hierarchical_cache": True, "hicache_ratio": 2.0}
@@ -48,7 +48,7 @@ class Rig(PlainRig):
         self.cache.flush_sinks = self.flush_copies
 
     def flush_copies(self) -> None:
-        """As the model runner; how many loads wait."""
+        """As the model runner."""
         self.flushed.append(len(self.cache.cache_controller.load_queue))
         self.sinks.flush_copies(self.flat.copy_rows)
 
@@ -103,7 +103,6 @@ def test_a_prefix_that_was_driven_out_comes_back() -> None:
     prefix = rig.cache.prefix_device_indices(req)
     rig.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.to(torch.int32))
     found = rig.read(req, len(TOKENS))
-    # The tree keeps its last token, which the writer left when it ended.
     assert torch.equal(found[0], was[0]) and torch.equal(found[1], was[1])
     assert rig.set_of(req) >= 0 and rig.sinks.stats.restored == 1
     slots = rig.sinks.slots_of[rig.set_of(req)].to(torch.int64)
@@ -126,14 +125,14 @@ def test_a_match_evicts_nothing() -> None:
     rig = Rig()
     rig.cached(TOKENS)
     rig.sinks.trim(keep=0)
-    full = rig.allocator.swa_attn_allocator
-    taken = full.alloc(full.available_size())
+    streaming = rig.allocator.swa_attn_allocator
+    taken = streaming.alloc(streaming.available_size())
     req = rig.request("reader", [*TOKENS, 1])
     req.init_next_round_input(rig.cache)
     assert req.prefix_len == len(TOKENS) and rig.sinks.used == 0
     lock = rig.cache.lock(req.last_node)
     assert not rig.cache.bring_sinks(req, nullcontext), "no slot, and what the request reads is not given up"
-    full.free(taken)
+    streaming.free(taken)
     held: list[str] = []
 
     @contextmanager
@@ -211,15 +210,15 @@ def test_a_flush_empties_host_memory() -> None:
     rig = Rig()
     rig.cached(TOKENS)
     assert rig.cache.host is not None
-    empty = {**rig.cache.host.describe()}
-    assert empty["full_slots_used"] >= len(TOKENS) and empty["sink_sets_used"] == 1
+    before = rig.cache.host.describe()
+    assert before["full_slots_used"] >= len(TOKENS) and before["sink_sets_used"] == 1
     held = rig.cache.host.bytes_by_kind()
     assert held["full"] and held["streaming"] and held["sink"]
-    assert sum(held.values()) == empty["units"] * empty["unit_bytes"]
+    assert sum(held.values()) == before["units"] * before["unit_bytes"]
     rig.cache.reset()
     told = rig.cache.host.describe()
     assert told["full_slots_used"] == told["streaming_slots_used"] == told["sink_sets_used"] == 0
-    assert set(rig.cache.host.bytes_by_kind().values()) == {0, empty["units"] * empty["unit_bytes"]}
+    assert set(rig.cache.host.bytes_by_kind().values()) == {0, before["units"] * before["unit_bytes"]}
     req = rig.request("reader", [*TOKENS, 1])
     req.init_next_round_input(rig.cache)
     assert (req.prefix_len, req.host_hit_length) == (0, 0)
