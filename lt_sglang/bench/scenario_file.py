@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def load_scenarios(path: Path) -> tuple[Scenario, ...]:
 
 
 def pick(scenarios: tuple[Scenario, ...], name: str | None) -> Scenario:
-    """The scenario ``name``, given whole or without the file's own part; the only one if name is None."""
-    found = [one for one in scenarios if name is None or _is_case(one, name)]
+    """The scenario ``name``, given whole or without the file's own part; the only one if name is None.
+
+    The end of a name will do where no name is ``name``.
+    """
+    found = list(scenarios) if name is None else _named(scenarios, name) or _ending(scenarios, name)
     if len(found) != 1:
         names = ", ".join(one.name for one in scenarios)
         given = f"--case {name}: must be" if name is not None else "--case: missing; give"
@@ -72,7 +76,9 @@ def pick_cases(files: Sequence[tuple[Scenario, ...]], names: Sequence[str]) -> l
     everything = tuple(one for scenarios in files for one in scenarios)
     picked: list[tuple[Scenario, ...]] = [() for _ in files]
     for name in names:
-        having = [i for i, scenarios in enumerate(files) if any(_is_case(one, name) for one in scenarios)]
+        # 8k-static is not 2k-8k-static, in whichever file that is.
+        found = _named if any(_named(scenarios, name) for scenarios in files) else _ending
+        having = [i for i, scenarios in enumerate(files) if found(scenarios, name)]
         if not having:
             pick(everything, name)
         for i in having:
@@ -80,8 +86,15 @@ def pick_cases(files: Sequence[tuple[Scenario, ...]], names: Sequence[str]) -> l
     return [scenarios for scenarios in picked if scenarios]
 
 
-def _is_case(scenario: Scenario, name: str) -> bool:
-    return name == scenario.name or scenario.name.endswith(f"-{name}")
+def _named(scenarios: Sequence[Scenario], name: str) -> list[Scenario]:
+    """Those called ``name``, whole or without what all names of the file begin with."""
+    begin = commonprefix([one.name for one in scenarios])
+    own = begin.rfind("-") + 1
+    return [one for one in scenarios if name in (one.name, one.name[own:])]
+
+
+def _ending(scenarios: Sequence[Scenario], name: str) -> list[Scenario]:
+    return [one for one in scenarios if one.name.endswith(f"-{name}")]
 
 
 def as_mapping(scenario: Scenario) -> dict[str, Any]:

@@ -95,6 +95,22 @@ def test_cases_are_picked_over_files(tmp_path: Path) -> None:
         pick_cases([one, two], ["a", "d"])
 
 
+def test_a_case_is_not_another_one_that_ends_like_it() -> None:
+    """A phase of 32K prompts took minutes beside the case of that name."""
+    files = [
+        load_scenarios(REPOSITORY / "loadtest/scenarios/elastic" / name)
+        for name in ("2-long.yaml", "3-changing.yaml")
+    ]
+    for name in ("32k-static", "8k-static", "8k-dynamic"):
+        assert [[one.name for one in some] for some in pick_cases(files, [name])] == [[f"elastic-{name}"]]
+    picked = pick_cases(files, ["phase-32k-static", "elastic-2k-8k-static"])
+    assert [one.name for some in picked for one in some] == [
+        "elastic-phase-32k-static",
+        "elastic-2k-8k-static",
+    ]
+    assert pick(files[1], "32k-static").name == "elastic-phase-32k-static"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
