@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,6 +19,9 @@ COUNTERS = {
     "e2e_seconds": "e2e_request_latency_seconds_sum",
     "e2e_count": "e2e_request_latency_seconds_count",
 }
+# lt_* figures are published once a second.
+PUBLISHED_S = 1.2
+IDENTIFICATION, LAZY_REQUESTS = "lt_identification_seconds_total", "lt_layer_lazy_requests_total"
 
 
 def scrape(url: str, timeout_seconds: float = 30.0) -> str | None:
@@ -55,6 +60,26 @@ def lazy_layers(page: str | None) -> dict[str, float]:
                 labels = ", ".join(f"{name} {value}" for name, value in sorted(sample.labels.items()))
                 found[f"{sample.name} ({labels})" if labels else sample.name] = sample.value
     return found
+
+
+def choices(before: str | None, after: str | None) -> dict[str, Any]:
+    """How layers were chosen between two pages; empty where a page has no lt_* figures.
+
+    lazy_requests: by layer, requests that ended and in which it was lazy. identification_seconds: what scoring
+    and choosing took on the first GPU; dynamic mode only.
+    """
+    found: dict[str, float] = {}
+    for sign, page in ((-1, before), (1, after)):
+        for family in text_string_to_metric_families(page or ""):
+            for sample in family.samples:
+                if sample.name in (IDENTIFICATION, LAZY_REQUESTS):
+                    key = sample.labels.get("layer", IDENTIFICATION)
+                    found[key] = found.get(key, 0.0) + sign * sample.value
+    seconds = found.pop(IDENTIFICATION, None)
+    chosen: dict[str, Any] = {} if seconds is None else {"identification_seconds": round(seconds, 4)}
+    if found:
+        chosen["lazy_requests"] = {layer: int(found[layer]) for layer in sorted(found, key=int)}
+    return chosen
 
 
 def between(before: str | None, after: str | None) -> dict[str, float] | None:

@@ -46,6 +46,7 @@ def finish(session: Session, out: Path) -> list[Verdict]:
         "engine": session.engine,
         "versions": versions(),
         "lt_metrics": session.lt_metrics,
+        "choices": session.choices,
         "gates": [{**asdict(one.gate), "value": one.value, "passed": one.passed} for one in verdicts],
         "first_errors": [one.error for one in samples if one.error][:5],
     }

@@ -41,7 +41,8 @@ class Measured:
 
     summary: the client's figures. steady: from the server's log, None if it never decoded steadily.
     memory: what /server_info and nvidia-smi say of it. config: /server_info's lighttransfer. retractions: as
-    the server counted them. phases: tokens/s by the traffic of a load's phases.
+    the server counted them. phases: tokens/s by the traffic of a load's phases. choices: how layers were
+    chosen, as metrics_page.choices has it.
     """
 
     summary: Mapping[str, float | None]
@@ -51,6 +52,7 @@ class Measured:
     gates: Sequence[Mapping[str, Any]]
     retractions: int | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
     def figure(self, name: str) -> float | None:
         """A figure by the name result files use."""
@@ -83,6 +85,7 @@ def measured(data: Mapping[str, Any], state: Mapping[str, Any], steady: Steady |
         data["gates"],
         retractions,
         data.get("phases") or {},
+        data.get("choices") or {},
     )
 
 
@@ -171,6 +174,8 @@ def _side(runs: Sequence[Measured], on_cpu: bool) -> dict[str, Any]:
     steady = [one.steady for one in runs if one.steady]
     if steady:
         side["requests_running"] = round(statistics.median(one.running for one in steady))
+    if "lazy_requests" in last.choices:
+        side["lazy_requests"] = dict(last.choices["lazy_requests"])
     if on_cpu:
         return side
     if steady:
@@ -187,6 +192,7 @@ def _side(runs: Sequence[Measured], on_cpu: bool) -> dict[str, Any]:
         | {"retractions": one.retractions}
         | ({"phases": dict(one.phases)} if one.phases else {})
         | ({"steady": asdict(one.steady)} if one.steady else {})
+        | {name: value for name, value in one.choices.items() if name == "identification_seconds"}
         for one in runs
     ]
     return side

@@ -43,6 +43,7 @@ class Session:
         server: what /metrics counted during the run; None before its end, or without /metrics.
         engine: model, version and lazy layers, as /server_info says at the end; empty without it.
         lt_metrics: the server's lt_* figures at the end.
+        choices: how layers were chosen during the run, as `metrics_page.choices`.
         started_at: time.time() at the beginning of the run.
     """
 
@@ -53,6 +54,7 @@ class Session:
         self.server: dict[str, float] | None = None
         self.engine: dict[str, Any] = {}
         self.lt_metrics: dict[str, float] = {}
+        self.choices: dict[str, Any] = {}
         self.started_at = 0.0
         self._sleep = sleep
         self._run = uuid.uuid4().hex[:8]
@@ -76,16 +78,25 @@ class Session:
             errors += [one.error for one in played if one.status == ERROR]
         if errors:
             raise LightTransferError(f"{self.url}: the warm-up failed: {errors[0]}")
-        self._before = metrics_page.scrape(self.url)
+        self._before = self._page()
         self.started_at, self._began = time.time(), time.perf_counter()
 
     def finish(self) -> None:
         """Read what the server counted, and what it is."""
-        after = metrics_page.scrape(self.url)
+        after = self._page()
         self.server = metrics_page.between(self._before, after)
+        self.choices = metrics_page.choices(self._before, after)
         self.lt_metrics = metrics_page.lazy_layers(after)
         with contextlib.suppress(requests.RequestException, ValueError):
             self.engine = describe(server_info(self.url))
+
+    def _page(self) -> str | None:
+        """/metrics, in which everything that was answered before is counted."""
+        page = metrics_page.scrape(self.url)
+        if page is None or metrics_page.LAZY_REQUESTS not in page:
+            return page
+        self._sleep(metrics_page.PUBLISHED_S)
+        return metrics_page.scrape(self.url)
 
     def progress(self) -> str:
         """How far it is, in a line."""

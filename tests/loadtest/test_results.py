@@ -291,6 +291,39 @@ other 1.0
     assert metrics_page.lazy_layers(None) == {}
 
 
+def test_how_layers_were_chosen_is_what_happened_between_two_pages(tmp_path: Path) -> None:
+    page = """\
+# TYPE lt_layer_lazy_requests_total counter
+lt_layer_lazy_requests_total{layer="2"} 2.0
+lt_layer_lazy_requests_total{layer="10"} 2.0
+# TYPE lt_identification_seconds_total counter
+lt_identification_seconds_total 1.5
+"""
+    after = page.replace('"2"} 2.0', '"2"} 9.0').replace('"10"} 2.0', '"10"} 3.0').replace("1.5", "1.75")
+    found = metrics_page.choices(page, after)
+    assert found == {"identification_seconds": 0.25, "lazy_requests": {"2": 7, "10": 1}}
+    assert list(found["lazy_requests"]) == ["2", "10"]
+    assert metrics_page.choices(None, "# TYPE other gauge\nother 1.0\n") == {}
+
+    scenario = table5("16k")
+    specs = specs_of(scenario, tmp_path, [])
+    limits = bounds(scenario, SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS, {})
+    runs = {"lighttransfer": [replace(measured(1.0, 1, 1.0), choices=found)]}
+    side = build(scenario, H100, specs, runs, limits, [])["lighttransfer"]
+    assert side["lazy_requests"] == {"2": 7, "10": 1}
+    assert side["each_run"][0]["identification_seconds"] == 0.25
+
+
+def test_pages_are_read_when_all_answers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server publishes its lt_* figures once a second."""
+    pages = iter(["lt_layer_lazy_requests_total 1", "lt_layer_lazy_requests_total 7", "other 1"])
+    monkeypatch.setattr(metrics_page, "scrape", lambda _: next(pages))
+    waited: list[float] = []
+    session = Session(table5("16k"), "http://127.0.0.1:1", waited.append)
+    assert session._page() == "lt_layer_lazy_requests_total 7" and waited == [metrics_page.PUBLISHED_S]
+    assert session._page() == "other 1" and len(waited) == 1
+
+
 def test_cached_tokens_are_unknown_where_an_answer_does_not_say() -> None:
     one = Sample(0, 0, "all", "ok", 0.0, 1.0, 0.5, 100, 10, cached_tokens=60)
     assert summarize([one, one], Slo())["cached_tokens"] == 120
