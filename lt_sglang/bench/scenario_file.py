@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ def pick_cases(files: Sequence[tuple[Scenario, ...]], names: Sequence[str]) -> l
 
 def _named(scenarios: Sequence[Scenario], name: str) -> list[Scenario]:
     """Those called ``name``, whole or without what all names of the file begin with."""
-    begin = commonprefix([one.name for one in scenarios])
+    letters = zip(*(one.name for one in scenarios), strict=False)
+    begin = "".join(letter[0] for letter in takewhile(lambda letter: len(set(letter)) == 1, letters))
     own = begin.rfind("-") + 1
     return [one for one in scenarios if name in (one.name, one.name[own:])]
 
