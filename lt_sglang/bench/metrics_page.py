@@ -65,8 +65,8 @@ def lazy_layers(page: str | None) -> dict[str, float]:
 def choices(before: str | None, after: str | None) -> dict[str, Any]:
     """How layers were chosen between two pages; empty where a page has no lt_* figures.
 
-    lazy_requests: by layer, requests that ended and in which it was lazy. identification_seconds: what scoring
-    and choosing took on the first GPU; dynamic mode only.
+    lazy_requests: by layer, requests that ended and in which it was lazy. identification_seconds: what
+    scoring and choosing took on the first GPU; dynamic mode only.
     """
     found: dict[str, float] = {}
     for sign, page in ((-1, before), (1, after)):
