@@ -209,9 +209,9 @@ class DynamicFlashInferBackend(FlashInferAttnBackend):
                 window=window,
                 banks=(column, self.state.layout.shape),
             )
-        self.selector.select(layer, query, out, lse, new, forward_batch)
         if not prefill.windowed:
             self._store_new(stored, layer, prefill)
+        self.selector.select(layer, query, out, lse, new, forward_batch)
         if layer.layer_id >= self.state.keep:
             exchange(
                 self.pool,

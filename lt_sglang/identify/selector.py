@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lt_sglang.identify.collect import layer_evidence, selected_positions, single_evidence
+from lt_sglang.identify.collect import layer_evidence, selected_positions
 from lt_sglang.identify.observation_window import LastQueries
 from lt_sglang.identify.queue_kernel import queue_step
 from lt_sglang.identify.scores.base import Score
@@ -26,13 +26,13 @@ class LayerSelector:
     """Selects for one prefill at a time: ``begin`` it, then ``select`` layer by layer, in order.
 
     Requests prefilled in one chunk are scored together, straight from the batch. The one whose earlier chunks
-    were staged is scored by itself, from gathered queries and keys.
+    were staged is scored by itself, with keys from the KV memory.
     """
 
     def __init__(self, state: DynamicState) -> None:
         self._state = state
         self._together: _Together | None = None
-        self._alone: list[tuple[int, Prefill, _Gathered]] = []
+        self._alone: list[tuple[int, _Alone]] = []
         self._known: tuple[torch.Tensor, torch.Tensor] | None = None
         self._staged: list[tuple[Prefill, int]] = []
         self._selecting = 0
@@ -84,20 +84,11 @@ class LayerSelector:
         self._known = _moved(known, device) if known else None
         positions = [order.index(plan) for plan, _ in direct]
         self._together = _Together(self._state, direct, positions, device) if direct else None
-        self._alone = [
-            (
-                order.index(plan),
-                plan,
-                _Gathered(
-                    self._state,
-                    plan,
-                    token,
-                    (full_slots[offset : offset + plan.end], streaming_slots[offset : offset + plan.end]),
-                    device,
-                ),
-            )
-            for plan, token, offset in alone
-        ]
+        self._alone = []
+        for plan, token, offset in alone:
+            own = slice(offset, offset + plan.end)
+            slots = full_slots[own], streaming_slots[own]
+            self._alone.append((order.index(plan), _Alone(self._state, plan, token, slots, device)))
 
     def select(
         self,
@@ -108,7 +99,10 @@ class LayerSelector:
         new: KV,
         forward_batch: Any,
     ) -> None:
-        """Score one layer and pop what its queues have no room for; writes ``popped``."""
+        """Score one layer and pop what its queues have no room for; writes ``popped``.
+
+        The layer's new K and V have been stored where requests have them until their layers are known.
+        """
         # Asked for always: a model that does not show it is found out by the warm-up request at start.
         hidden = self._state.hidden(forward_batch, len(query))
         if not self._staged and not self._selecting:
@@ -144,24 +138,21 @@ class LayerSelector:
 
     def _laziness(self, score: Score, layer: RadixAttention, batch: LastQueries, new: KV) -> torch.Tensor:
         """float32 [D], by the score."""
-        state, number = self._state, layer.layer_id
+        kinds = (self._together is not None) + len(self._alone) + (self._known is not None)
         laziness = torch.empty(self._selecting, dtype=torch.float32, device=new.k.device)
         if self._together is not None:
-            evidence = self._together.evidence(layer, batch, new)
-            found = score.laziness(evidence)
-            if self._alone or self._known is not None:
-                laziness[self._together.where] = found
-            else:
-                laziness = found
-        for index, plan, gathered in self._alone:
-            last = state.observed.join(number, batch.part(gathered.token, plan.extend), plan.last_queries)
-            evidence = single_evidence(
-                state, plan, layer, last, gathered.selected(layer, new), gathered.positions
-            )
-            laziness[index : index + 1] = score.laziness(evidence)
+            found = score.laziness(self._together.evidence(layer, batch, new))
+            if kinds == 1:
+                return found
+            laziness[self._together.where] = found
+        for index, alone in self._alone:
+            found = score.laziness(alone.evidence(layer, batch, new))
+            if kinds == 1:
+                return found
+            laziness[index : index + 1] = found
         if self._known is not None:
             where, values = self._known
-            laziness[where] = values[:, number]
+            laziness[where] = values[:, layer.layer_id]
         return laziness
 
 
@@ -208,8 +199,8 @@ class _Together:
         return layer_evidence(self._state, layer, batch, new, self._queries_at, self._keys_at)
 
 
-class _Gathered:
-    """The selected keys of a request whose earlier chunks are staged."""
+class _Alone:
+    """A request whose earlier chunks are staged: its last queries, and its selected keys in the KV memory."""
 
     def __init__(
         self,
@@ -220,26 +211,43 @@ class _Gathered:
         device: Any,
     ) -> None:
         self._state = state
+        self.plan = plan
         self.token = token
         config = state.config
         positions = selected_positions(plan.end, config.sink_tokens, config.recent_tokens)
         self.positions = torch.tensor(positions, dtype=torch.int32).to(device, non_blocking=True)
-        before = [p for p in positions if p < plan.prefix]
-        after = [token + p - plan.prefix for p in positions if p >= plan.prefix]
-        at = torch.tensor(before, dtype=torch.int64).to(device, non_blocking=True)
-        self._after = torch.tensor(after, dtype=torch.int64).to(device, non_blocking=True)
-        self._full, self._streaming = (of_kind.to(torch.int64)[at] for of_kind in slots)
+        at = self.positions.to(torch.int64)
+        self._slots = [of_kind.to(torch.int64)[at] for of_kind in slots]
+        rows = torch.arange(plan.last_queries, dtype=torch.int32, device=device)[None]
+        self._queries_at = rows, rows + (plan.end - plan.last_queries)
+        # By kind and unit: the layers of one unit read the same rows of their lanes.
+        self._rows: dict[tuple[bool, int], torch.Tensor] = {}
 
-    def selected(self, layer: RadixAttention, new: KV) -> KV:
-        """[S, KV heads, dim] at ``positions``."""
-        layout, number, kv_dtype = self._state.layout, layer.layer_id, self._state.kv_dtype
-        slots = self._full if number < layout.full_banks else self._streaming
-        rows = layout.bank_rows(number, slots, self._state.pool.units.rest)
-        parts = []
-        scales = (layer.k_scale_float, layer.v_scale_float)
-        for pool, fresh, scale in zip(self._state.pool.kv, new, scales, strict=True):
-            old = pool[rows].view(kv_dtype).to(fresh.dtype)
-            if kv_dtype != fresh.dtype:  # stored divided by the scale
-                old = old * (scale or 1.0)
-            parts.append(torch.cat([old, fresh[self._after]]))
-        return KV(*parts)
+    def evidence(self, layer: RadixAttention, batch: LastQueries, new: KV) -> Evidence:
+        """Of one layer, whose new K and V are stored."""
+        state, number = self._state, layer.layer_id
+        chunk = batch.part(self.token, self.plan.extend)
+        last = state.observed.join(number, chunk, self.plan.last_queries)
+        rows = self._rows_of(number)
+        lane = slice(state.layout.bank_start(number), state.layout.bank_start(number) + state.layout.rows)
+        keys = state.pool.kv.where(lane)
+        if state.kv_dtype != new.k.dtype:
+            scales = (layer.k_scale_float, layer.v_scale_float)
+            keys = self._as_new(keys.at(rows[0]), new.k.dtype, scales)
+            rows = torch.arange(len(keys.k), dtype=torch.int32, device=rows.device)[None]
+        return layer_evidence(state, layer, last, keys, self._queries_at, (rows, self.positions[None]))
+
+    def _rows_of(self, number: int) -> torch.Tensor:
+        """int32 [1, S]: rows of the selected keys within the lane of bank ``number``."""
+        layout = self._state.layout
+        full, part = number < layout.full_banks, layout.shape.part_of(number)
+        if (full, part) not in self._rows:
+            slots = self._slots[0 if full else 1]
+            rows = slots if part == 0 else self._state.pool.units.rest[part - 1, slots]
+            self._rows[full, part] = rows.to(torch.int32)[None]
+        return self._rows[full, part]
+
+    def _as_new(self, keys: KV, dtype: torch.dtype, scales: tuple[float | None, float | None]) -> KV:
+        """Stored K and V in the model's dtype; they were divided by their scales."""
+        stored = (part.view(self._state.kv_dtype).to(dtype) for part in keys)
+        return KV(*(part * (scale or 1.0) for part, scale in zip(stored, scales, strict=True)))

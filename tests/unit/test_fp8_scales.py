@@ -11,7 +11,8 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lt_sglang.attention.static_flashinfer import LightTransferFlashInferBackend
 from lt_sglang.config import LightTransferConfig
-from lt_sglang.identify.selector import _Gathered
+from lt_sglang.identify.observation_window import LastQueries, ObservationWindow
+from lt_sglang.identify.selector import _Alone
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
 from lt_sglang.memory.kv import KV
@@ -80,27 +81,44 @@ def test_a_full_layer_prefills_on_what_was_projected() -> None:
     torch.testing.assert_close(stored, projected[0].float(), rtol=0.1, atol=0.01)
 
 
-@pytest.mark.parametrize("layer_id", [0, 2], ids=["full bank", "streaming bank"])
-def test_scores_read_staged_keys_with_their_scale(layer_id: int) -> None:
-    layout = BankLayout(UnitShape(2, 2), 400)
-    rows = (layout.total_rows, 1, DIM)
-    pool = KV(*(torch.zeros(rows, dtype=torch.uint8) for _ in range(2)))
-    config = LightTransferConfig((1,), mode="dynamic", sink_tokens=4, recent_tokens=60)
+@pytest.mark.parametrize("kv_dtype", [FP8, torch.bfloat16], ids=["fp8", "bfloat16"])
+@pytest.mark.parametrize("layer_id", [0, 1, 2, 5], ids=["full", "full, last", "streaming", "second unit"])
+def test_scores_read_stored_keys_with_their_scale(layer_id: int, kv_dtype: torch.dtype) -> None:
+    """Of a prompt of several chunks: at the rows of its bank, each unit with rows of its own."""
+    shape = UnitShape(2, 4)
+    layout = BankLayout(shape, 400)
     prefix, extend = 100, 20
-    true = torch.randn(prefix + extend, 1, DIM)
-    full = torch.arange(1, prefix + extend + 1)
-    streaming = full + 200
-    stored = (true / SCALE).to(FP8).view(torch.uint8)
-    for part in pool:
-        part[layout.bank_start(0) + full] = stored
-        part[layout.bank_start(2) + streaming] = stored
-    units = SimpleNamespace(rest=torch.zeros(0, 400, dtype=torch.int32))
-    flat = SimpleNamespace(kv=pool, units=units)
-    state: Any = SimpleNamespace(config=config, layout=layout, pool=flat, kv_dtype=FP8)
-    plan = Prefill(Kind.SELECT, 1, 1, prefix, extend, extend)
-    gathered = _Gathered(state, plan, 0, (full.int(), streaming.int()), "cpu")
-    layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=SCALE, v_scale_float=SCALE)
-    new = true[prefix:].bfloat16()
-    wanted = true[gathered.positions.long()]
-    for found in gathered.selected(layer, KV(new, new)):
-        torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.01)
+    end = prefix + extend
+    true = torch.randn(end, KV_HEADS, DIM)
+    full, streaming = torch.randperm(190)[:end] + 1, torch.randperm(190)[:end] + 200
+    rest = torch.randint(0, 400, (shape.parts - 1, 400), dtype=torch.int32)
+    rest[0, streaming] = (torch.randperm(190)[:end] + 200).int()
+    pool = KV(*(torch.zeros(layout.total_rows, KV_HEADS, DIM).to(kv_dtype) for _ in range(2)))
+    scale = SCALE if kv_dtype == FP8 else 1.0
+    rows = layout.bank_rows(layer_id, full if layer_id < 2 else streaming, rest)
+    for sign, part in zip((1, -1), pool, strict=True):
+        part[rows] = (sign * true / scale).to(kv_dtype)
+    held = KV(*(part.view(torch.uint8) if kv_dtype == FP8 else part for part in pool))
+    ranks = SimpleNamespace(heads=HEADS, total_heads=HEADS, reduce=None, reduce_max=None)
+    state: Any = SimpleNamespace(
+        config=LightTransferConfig((1,), mode="dynamic", sink_tokens=4, recent_tokens=60),
+        layout=layout,
+        pool=SimpleNamespace(kv=held, units=SimpleNamespace(rest=rest)),
+        kv_dtype=kv_dtype,
+        observed=ObservationWindow(8),
+        ranks=ranks,
+        projections={},
+    )
+    plan = Prefill(Kind.SELECT, 1, 1, prefix, extend, 8)
+    alone = _Alone(state, plan, 3, (full.int(), streaming.int()), "cpu")
+    layer: Any = SimpleNamespace(layer_id=layer_id, k_scale_float=scale, v_scale_float=scale, scaling=1.0)
+    queries = torch.randn(3 + extend, HEADS, DIM).bfloat16()
+    batch = LastQueries(queries, queries, torch.zeros(3 + extend, HEADS), None)
+    new = torch.zeros(3 + extend, KV_HEADS, DIM).bfloat16()  # what is stored counts
+    found = alone.evidence(layer, batch, KV(new, new))
+    wanted = [*range(4), *range(end - 60, end)]
+    assert found.key_positions.tolist() == [wanted] and found.query_positions.tolist() == [[*range(112, end)]]
+    assert torch.equal(found.query[found.query_rows[0].long()], queries[15:])
+    for sign, keys in ((1, found.keys), (-1, found.values)):
+        read = keys[found.key_rows[0].long()].float()
+        torch.testing.assert_close(read, sign * true[wanted], rtol=0.1, atol=0.02)
