@@ -24,6 +24,9 @@ from lt_sglang.errors import LightTransferError
 
 # Chunks that may be planned for each place on the GPU (each multiprocessor has two), beside one a request.
 CHUNKS_PER_PLACE = 3
+# Lists of one length run in whole rounds: up to so many of them, so that the last one is a small part, and of
+# chunks a request. Where lists differ, small chunks fill the gaps, and more of them take longer to start.
+ROUNDS, CUTS = 16, 4
 ALIGN = 16
 
 
@@ -35,8 +38,10 @@ def _places(kv_heads: int, processors: int) -> int:
     return max(2 * processors // kv_heads, 1)
 
 
-def _most_chunks(requests: int, places: int) -> int:
-    return CHUNKS_PER_PLACE * places + requests
+def _most_chunks(requests: int, places: int) -> tuple[int, int]:
+    """Of lists of one length, and of others; the first is not below the second."""
+    others = CHUNKS_PER_PLACE * places + requests
+    return max(others, min(ROUNDS * places, CUTS * requests)), others
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class DecodePlan:
 
     tile: queries times heads that one chunk takes (cta_tile_q). places: chunks of one KV head that the GPU
     runs at a time. partial_bytes: of the chunks' outputs before they are merged; their sums follow.
+    uneven_chunks: as ``chunks``, of lists that are not of one length.
     """
 
     requests: int
@@ -52,6 +58,7 @@ class DecodePlan:
     tile: int
     places: int
     partial_bytes: int
+    uneven_chunks: int
 
     @classmethod
     def like(
@@ -69,8 +76,8 @@ class DecodePlan:
                 "KV heads is not of the known form; use flashinfer-python 0.7.2"
             )
         places = _places(kv_heads, processors)
-        chunks = _most_chunks(requests, places)
-        return cls(requests, chunks, info.cta_tile_q, places, _aligned(heads * chunks * dim * 4))
+        chunks, uneven = _most_chunks(requests, places)
+        return cls(requests, chunks, info.cta_tile_q, places, _aligned(heads * chunks * dim * 4), uneven)
 
     @cached_property
     def at(self) -> PlanOffsets:
@@ -118,7 +125,8 @@ class DecodePlan:
 def plan_bytes(requests: int, kv_heads: int, processors: int) -> int:
     """Bytes of the largest plan of up to ``requests`` requests; a multiple of 256."""
     places = _places(kv_heads, processors)
-    end = DecodePlan(requests, _most_chunks(requests, places), 0, places, 0).end
+    # More requests have as many chunks, or more.
+    end = DecodePlan(requests, _most_chunks(requests, places)[0], 0, places, 0, 0).end
     return -(-end // 256) * 256
 
 
@@ -135,7 +143,8 @@ def decode_plans(out: torch.Tensor, kv_indptr: torch.Tensor, plan: DecodePlan) -
     """
     if plan.end > out.shape[1]:
         raise LightTransferError(f"a decode plan of {plan.end} bytes does not fit {out.shape[1]}")
-    write_plans(out, kv_indptr, plan.at, plan.requests, plan.chunks, plan.places)
+    chunks = plan.chunks, plan.uneven_chunks
+    write_plans(out, kv_indptr, plan.at, plan.requests, chunks, plan.places)
 
 
 class GraphPlans:

@@ -83,7 +83,7 @@ def attention() -> None:
     out, lse = torch.zeros(TOKENS, HEADS, DIM, dtype=torch.bfloat16), torch.zeros(TOKENS, HEADS)
     sinks = Sinks(longs(1, 4), make_sink_tiles([2000], [TOKENS], WINDOWS, "cpu"), WINDOWS)
     merge_sinks(out, lse, query, pool, sinks, Scales(0.1))
-    plan = DecodePlan(4, 400, 16, 33, 1 << 20)
+    plan = DecodePlan(4, 400, 16, 33, 1 << 20, 200)
     decode_plans(torch.zeros(LAYERS, plan.end + 64, dtype=torch.uint8), ints(LAYERS * 4 + 1), plan)
     for layout in LAYOUTS:
         rest = ints(layout.shape.parts - 1, 1000)

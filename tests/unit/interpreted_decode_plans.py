@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,11 +23,12 @@ def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple
     best = (math.inf, 0)
     for size in [max(-(-max(lengths) // part), 128) for part in parts]:
         count = sum(-(-length // size) for length in lengths)
-        if count * size < 1.15 * tokens:
+        even = count * size < 1.15 * tokens
+        if even:
             time = -(-count // plan.places) * (size + START_TOKENS)
         else:
             time = (tokens + count * START_TOKENS) / plan.places + 0.7 * size
-        if count <= plan.chunks and time < best[0]:
+        if count <= (plan.chunks if even else plan.uneven_chunks) and time < best[0]:
             best = (time, size)
     size = best[1]
     whole = [(request, tile) for request, length in enumerate(lengths) for tile in range(length // size)]
@@ -35,20 +37,20 @@ def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple
 
 
 @pytest.mark.parametrize(
-    ("lengths", "chunks"),
+    ("lengths", "chunks", "uneven"),
     [
-        ([[5], [1]], 4),
-        ([[32768], [1024]], 33),
-        ([[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]], 12),
-        ([[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12], 144),
-        ([[7] * 21, [100000] + [1] * 20], 24),
-        ([[900 + i for i in range(17)]], 300),
+        ([[5], [1]], 4, 4),
+        ([[32768], [1024]], 33, 33),
+        ([[40, 3000, 1, 1024, 128, 129], [40, 1024, 1, 3000, 128, 129]], 12, 10),
+        ([[1024] * 12, [32768] * 6 + [1024] * 6, [32768] * 12], 144, 110),
+        ([[7] * 21, [100000] + [1] * 20], 24, 24),
+        ([[900 + i for i in range(17)]], 300, 100),
     ],
 )
-def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
+def test_decode_plans(lengths: list[list[int]], chunks: int, uneven: int) -> None:
     """Every layer gets the plan of its own lists, whatever was there before."""
     requests, layers = len(lengths[0]), len(lengths)
-    plan = DecodePlan(requests, chunks, tile=16, places=33, partial_bytes=0)
+    plan = DecodePlan(requests, chunks, tile=16, places=33, partial_bytes=0, uneven_chunks=uneven)
     every = itertools.accumulate(length for layer in lengths for length in layer)
     pointers = torch.tensor([0, *every], dtype=torch.int32)
     out = torch.randint(0, 255, (layers, plan.end + 64), dtype=torch.uint8)
@@ -70,8 +72,34 @@ def test_decode_plans(lengths: list[list[int]], chunks: int) -> None:
         assert valid == [1] * len(pairs) + [0] * (chunks - len(pairs))
 
 
+def test_lists_of_one_length_are_cut_into_more_rounds() -> None:
+    """168 lists of 16K would take six rounds of 33 where 5.1 would do; with few chunks they are not cut."""
+    lengths = [16484] * 168 + [1] * 24  # a graph of 192 requests
+    info = DecodePlan(192, 600, tile=16, places=33, partial_bytes=0, uneven_chunks=300).info
+    plan = DecodePlan.like(info, 192, heads=32, kv_heads=8, dim=128, processors=132)
+    assert (plan.chunks, plan.uneven_chunks) == (16 * 33, 3 * 33 + 192)
+    size, pairs, _ = expected_plan(lengths, plan)
+    assert size == 5495 and len(pairs) == 3 * 168 + 24
+    assert len(expected_plan(lengths, replace(plan, chunks=plan.uneven_chunks))[1]) == 192
+    # Few requests were cut before; of very many each is a small part of a round.
+    for requests, chunks in ((12, 111), (47, 188), (640, 739)):
+        assert (
+            DecodePlan.like(
+                replace_rows(info, requests), requests, heads=32, kv_heads=8, dim=128, processors=132
+            ).chunks
+            == chunks
+        )
+    # Lists that differ have no more chunks than before.
+    mixed = [16484] * 42 + [1024] * 124 + [1] * 26
+    assert expected_plan(mixed, plan) == expected_plan(mixed, replace(plan, chunks=plan.uneven_chunks))
+
+
+def replace_rows(info: PrefillPlanInfo, requests: int) -> PrefillPlanInfo:
+    return info._replace(total_num_rows=requests)
+
+
 def test_decode_plans_that_do_not_fit_are_refused() -> None:
-    plan = DecodePlan(1, 33, tile=16, places=33, partial_bytes=0)
+    plan = DecodePlan(1, 33, tile=16, places=33, partial_bytes=0, uneven_chunks=33)
     with pytest.raises(LightTransferError, match="does not fit"):
         decode_plans(
             torch.zeros((2, plan.end - 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), plan
@@ -79,9 +107,10 @@ def test_decode_plans_that_do_not_fit_are_refused() -> None:
 
 
 def test_plans_of_another_form_are_refused() -> None:
-    info = DecodePlan(7, 33, tile=16, places=33, partial_bytes=256).info
+    info = DecodePlan(7, 33, tile=16, places=33, partial_bytes=256, uneven_chunks=33).info
     plan = DecodePlan.like(info, 7, heads=32, kv_heads=8, dim=128, processors=132)
     assert plan.places == 33 and plan.chunks == CHUNKS_PER_PLACE * 33 + 7 and plan.tile == 16
+    assert plan.uneven_chunks == plan.chunks
     assert plan.partial_bytes == 32 * plan.chunks * 128 * 4
     assert plan.end <= plan_bytes(7, kv_heads=8, processors=132) <= plan_bytes(8, kv_heads=8, processors=132)
     assert plan_info(SimpleNamespace(_plan_info=list(info))) == info

@@ -185,7 +185,7 @@ class GraphDecode:
     def __init__(self, requests: int) -> None:
         self.begin_forward = partial(pytest.fail, "the host planned a replay")
         self._own = self._int_workspace_buffer = torch.full((4096,), 255, dtype=torch.uint8)
-        self._plan_info = DecodePlan(requests, 40, tile=16, places=33, partial_bytes=0).info
+        self._plan_info = DecodePlan(requests, 40, tile=16, places=33, partial_bytes=0, uneven_chunks=40).info
 
     def forward(self, query: torch.Tensor, cache: Any, **_: Any) -> torch.Tensor:
         assert self._int_workspace_buffer is not self._own

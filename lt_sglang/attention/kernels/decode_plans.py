@@ -26,7 +26,7 @@ class PlanOffsets(NamedTuple):
     valid: int
 
 
-@triton.jit(do_not_specialize=["requests", "chunks"])
+@triton.jit(do_not_specialize=["requests", "chunks", "uneven"])
 def _decode_plans(  # type: ignore[no-untyped-def]
     plan_ptr,
     byte_ptr,
@@ -35,6 +35,7 @@ def _decode_plans(  # type: ignore[no-untyped-def]
     at,
     requests,
     chunks,
+    uneven,
     places,
     START: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,8 +63,9 @@ def _decode_plans(  # type: ignore[no-untyped-def]
         # Chunks of one size run in whole rounds; others fill the gaps, but for some of the last one.
         rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + START)
         filled = (tokens + count.to(tl.float32) * START) / places + 0.7 * chunk
-        time = tl.where(count.to(tl.float32) * chunk < 1.15 * tokens, rounds, filled)
-        time = tl.where(count <= chunks, time, float("inf"))
+        even = count.to(tl.float32) * chunk < 1.15 * tokens
+        time = tl.where(even, rounds, filled)
+        time = tl.where(count <= tl.where(even, chunks, uneven), time, float("inf"))
         least = tl.min(time)
         size = tl.where(least < best, tl.max(tl.where(time == least, tried, 0)), size)
         best = tl.minimum(best, least)
@@ -96,7 +98,12 @@ def _decode_plans(  # type: ignore[no-untyped-def]
 
 
 def write_plans(
-    out: torch.Tensor, kv_indptr: torch.Tensor, at: PlanOffsets, requests: int, chunks: int, places: int
+    out: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    at: PlanOffsets,
+    requests: int,
+    chunks: tuple[int, int],
+    places: int,
 ) -> None:
     """Write the plan of every layer; nothing waits for the device.
 
@@ -105,7 +112,7 @@ def write_plans(
         kv_indptr: int32 [L * bs + 1], where each layer's list of each request begins; one query a request.
         at: where in a workspace the arrays begin.
         requests: bs.
-        chunks: most chunks of a plan.
+        chunks: most chunks of a plan, of lists of one length and of others.
         places: chunks of one KV head that the GPU runs at a time.
     """
     layers, size = out.shape
@@ -116,7 +123,8 @@ def write_plans(
         kv_indptr,
         at=at,
         requests=requests,
-        chunks=chunks,
+        chunks=chunks[0],
+        uneven=chunks[1],
         places=places,
         START=START_TOKENS,
         BLOCK=triton.next_power_of_2(max(requests, 16)),
