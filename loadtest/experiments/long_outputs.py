@@ -1,7 +1,7 @@
 """Short prompts and long outputs: what lazy layers lose of both, and whether outputs get longer.
 
-    python -m loadtest.experiments.long_outputs OUT [--engines FILE.yaml] [--only full,list-50] [--tokens 4096]
-        [--trials 16] [--recent-tokens 1020] [--limit-s 600] [-- SGLANG_FLAG ...]
+    python -m loadtest.experiments.long_outputs OUT [--engines FILE.yaml] [--only full,list-50]
+        [--tokens 4096] [--trials 16] [--recent-tokens 1020] [--limit-s 600] [-- SGLANG_FLAG ...]
 
 A prompt names three pass keys and begins to count. The model counts on, ``tokens`` tokens at most, greedy,
 and may end earlier. Then it is asked for each key, behind its own output, which the server has in its cache:

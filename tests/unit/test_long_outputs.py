@@ -43,7 +43,7 @@ def test_a_key_is_asked_for_behind_the_model_s_own_output() -> None:
     seen: list[dict[str, Any]] = []
 
     class Server(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the library's name
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append(body)
             asked = "".join(map(chr, body["input_ids"]))
