@@ -116,11 +116,6 @@ class LightTransferRadixCache(UnifiedRadixCache):
         )
         return len(transfer.host_indices)
 
-    def admitted(self, req: Req) -> None:
-        """``req`` will be in the next batch: the sinks of its cached prefix stay until it takes them over."""
-        if not req.kv.holds_kv and req.prefix_len > self._kept_tokens:
-            self.sinks.promise(req.lighttransfer_sinks)
-
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
         if req.prefix_len > self._kept_tokens:

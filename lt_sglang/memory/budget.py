@@ -117,7 +117,6 @@ class UnitBudget(PrefillBudget):
         self.total_offset += self._need() / self._per_token
         assert self._full_offset is not None
         self._full_offset += self.extend_tokens + self._output
-        self.tree_cache.admitted(self._considered)
 
     def _need(self) -> int:
         """With what it would load, and what would no longer be evictable then."""

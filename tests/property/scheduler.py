@@ -8,6 +8,7 @@ order between its two streams.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -200,7 +201,8 @@ class Scheduler(Reads):
             req.lock, req.extend_end = lock, req.prefix_len + size
             self.waiting.pop(0)
             batch.append(req)
-            tree.admitted(req)
+            if hasattr(tree, "bring_sinks"):
+                assert tree.bring_sinks(req, nullcontext)
             if self.preempts:
                 self.caches.allocator.evict_to_free_tokens(tree, self.preempts)
                 self.preempts = 0

@@ -27,7 +27,6 @@ class Tree:
 
     def __init__(self, full: int = 0, streaming: int = 0) -> None:
         self.full, self.streaming, self.disable, self.locked = full, streaming, False, 0
-        self.seated: list[str] = []
         self.root = SimpleNamespace()
 
     def __getattr__(self, name: str) -> Any:
@@ -49,9 +48,6 @@ class Tree:
 
     def unlock(self, lock: Any) -> None:
         self.locked -= 1
-
-    def admitted(self, req: Req) -> None:
-        self.seated.append(req.rid)
 
     def finish_storage_prefetch_admission(self, *given: Any, **named: Any) -> None: ...
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +103,48 @@ def test_sinks_are_filled_before_the_forward_that_reads_them(monkeypatch: pytest
     assert index >= 0
     slots = made.sink_store.slots_of[index].to(torch.int64)
     assert made.caches.read(True, slots).tolist() == [55, 66] and not {5, 6} & set(slots.tolist())
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["overlap", "no overlap"])
+def test_sinks_are_copied_behind_the_last_forward(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """HiCache is about to load into their slots: where forwards run, behind what the scheduler did."""
+    made = runner(monkeypatch)
+    capture(made)
+    events: list[Any] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append((self.name, "waits for", other.name))
+
+    class Device:
+        current = Stream("scheduler")
+
+        def current_stream(self) -> Stream:
+            return self.current
+
+        @contextmanager
+        def stream(self, stream: Stream) -> Iterator[None]:
+            events.append(("on", stream.name))
+            yield
+            events.append(("off", stream.name))
+
+    copied = made.caches.flat.copy_rows
+    made.caches.flat.copy_rows = lambda *rows: (events.append("copy"), copied(*rows))
+    made.forward_stream = Stream("forward")
+    monkeypatch.setattr(module, "get_device_module", Device)
+    monkeypatch.setattr(module, "get_schedule", lambda: SimpleNamespace(disable_overlap_schedule=alone))
+    made.flush_sinks()
+    where = "scheduler" if alone else "forward"
+    assert events == [(where, "waits for", "scheduler"), ("on", where), "copy", ("off", where)]
+    made.flush_sinks()
+    assert events.count("copy") == 1, "once"
+    assert int(made.sink_store.set_of[3]) == -1, "the row is told as its forward begins"
+    made.forward(batch())
+    slots = made.sink_store.slots_of[int(made.sink_store.set_of[3])].to(torch.int64)
+    assert made.caches.read(True, slots).tolist() == [55, 66]
 
 
 def test_layer_sets_are_flushed_before_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:

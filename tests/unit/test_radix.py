@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_request_that_was_admitted_finds_its_sinks_whatever_is_evicted() -> No
     tree, sinks = scheduler.caches.tree, scheduler.caches.sinks
     late = request("b", LONG + [99])
     late.init_next_round_input(tree)
-    tree.admitted(late)
+    assert tree.bring_sinks(late, nullcontext)
     sinks.trim(keep=0)
     taken = sinks.capture("c", ("c",), lambda: None, lambda: torch.zeros(2, dtype=torch.int64))
     assert not taken and sinks.stats.evicted == 0, "a window goes on without a set rather than in their place"
