@@ -1,7 +1,7 @@
 """Short prompts and long outputs: what lazy layers lose of both, and whether outputs get longer.
 
     python -m loadtest.experiments.long_outputs OUT [--engines FILE.yaml] [--only full,list-50]
-        [--tokens 4096] [--trials 16] [--recent-tokens 1020] [--limit-s 600] [-- SGLANG_FLAG ...]
+        [--tokens 4096] [--trials 16] [--recent-tokens 1020] [--limit-s 600] [SGLANG_FLAG ...]
 
 A prompt names three pass keys and begins to count. The model counts on, ``tokens`` tokens at most, greedy,
 and may end earlier. Then it is asked for each key, behind its own output, which the server has in its cache:
@@ -162,8 +162,7 @@ def main() -> None:
     parser.add_argument("--recent-tokens", type=int, default=1020)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--limit-s", type=float, default=600.0, help="of a server's start")
-    parser.add_argument("flags", nargs="*", help="SGLang's, of all engines, behind --")
-    args = parser.parse_args()
+    args, args.flags = parser.parse_known_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     model = args.model or ensure_model()
