@@ -63,32 +63,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def ensure_model(family: str, seed: int = SEED) -> Path:
+def ensure_model(family: str, seed: int = SEED, layers: int = NUM_LAYERS) -> Path:
     """The folder of the tiny model of ``family``, made on the first call on this machine.
 
     seed: of its weights.
 
     The folder appears by a rename once it is complete, so concurrent callers are safe.
     """
-    target = model_folder(family, seed)
-    return ensure_folder(target, lambda out: _make(family, out, seed))
+    target = model_folder(family, seed, layers)
+    return ensure_folder(target, lambda out: _make(family, out, seed, layers))
 
 
-def model_folder(family: str, seed: int = SEED) -> Path:
+def model_folder(family: str, seed: int = SEED, layers: int = NUM_LAYERS) -> Path:
     """Where the tiny model of ``family`` lies, made or not."""
-    definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
+    definition = {"revision": REVISION, "family": family, **_settings(family, layers)}
     if seed != SEED:
         definition["seed"] = seed
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
     return cache_home() / "test-models" / f"tiny-{family}-{key}"
 
 
-def _make(family: str, out: Path, seed: int) -> None:
+def _settings(family: str, layers: int) -> dict[str, Any]:
+    return {**COMMON, "num_hidden_layers": layers, **FAMILIES[family]}
+
+
+def _make(family: str, out: Path, seed: int, layers: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"model_type": family, **COMMON, **FAMILIES[family]}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**{"model_type": family, **_settings(family, layers)})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Biases start at 0 and norms at 1; a family that has them is to be told from one that has none.
