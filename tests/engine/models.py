@@ -52,10 +52,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **EXPERTS,
         "num_experts": 4,
         "moe_intermediate_size": 64,
-        # SGLang's Qwen2-MoE gates its shared expert in a Triton kernel, which no CPU runs: none here.
+        # SGLang gates a shared expert in a Triton kernel, which a CPU interprets: qwen2_moe_shared has one.
         "shared_expert_intermediate_size": 0,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
+    },
+    # Qwen1.5-MoE's shape: a shared expert beside the others, wider than they are, behind a gate of its own.
+    "qwen2_moe_shared": {
+        "model_type": "qwen2_moe",
+        **EXPERTS,
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 160,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
     },
     "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
     # One KV head for all, which every tensor-parallel rank then holds.
