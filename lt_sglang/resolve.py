@@ -17,7 +17,7 @@ from typing import Any
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch import warmup
-from lt_sglang.models import find_config
+from lt_sglang.models import find_config, find_known
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, HIDDEN, KEYS, is_requested
 from lt_sglang.refusals import check_dynamic_args, check_server_args
 
@@ -71,14 +71,10 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
         os.environ.pop(ACTIVE_VARIABLE, None)
         return
     check_server_args(args)
-    from sglang.srt.utils.hf_transformers_utils import get_config
-
     from lt_sglang.hooks import table
 
     overrides = json.loads(args.json_model_override_args or "{}")
-    model = get_config(
-        args.model_path, args.trust_remote_code, revision=args.revision, model_override_args=overrides
-    )
+    model = _read_model(args, overrides)
     config = load_config(overrides, model.to_dict(), args.model_path)
     num_layers = model.get_text_config().num_hidden_layers
     config = config.settle(num_layers)
@@ -96,6 +92,51 @@ def apply_config(server_args: Any, previous: Callable[[Any], None]) -> None:
     table.install_in_launcher()
     _guard_keys(server_args, args)
     logger.info("LightTransfer: %s", config)
+
+
+def _read_model(args: Any, overrides: dict[str, Any]) -> Any:
+    """The model's config as SGLang reads it.
+
+    Raises:
+        LightTransferError: it needs code of its own that may not run, or that SGLang has no model for.
+    """
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    path = args.model_path
+    try:
+        model = get_config(
+            path, args.trust_remote_code, revision=args.revision, model_override_args=overrides
+        )
+    except ValueError as error:
+        if args.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise LightTransferError(
+            f"--trust-remote-code: {path} cannot be read without it, as Python code beside its config.json "
+            "says what that means; look at the code before you let it run"
+        ) from None
+    if getattr(model, "auto_map", None):
+        _check_architecture(tuple(model.architectures or ()), path)
+    return model
+
+
+def _check_architecture(names: Sequence[str], path: str) -> None:
+    """SGLang would run the model's own code, whose attention knows no lazy layers (--model-impl)."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    if any(map(ModelRegistry.is_arch_supported, names)):
+        return
+    known = find_known(path)
+    named = known.architecture if known is not None else "Qwen2ForCausalLM"
+    override = f"--json-model-override-args '{json.dumps({'architectures': [named]})}'"
+    which = (
+        "whose weights it has" if known is not None else "or as that of SGLang's models whose weights it has"
+    )
+    what = (
+        f"its architecture {' '.join(names)} is code of its own, which knows no lazy layers"
+        if names
+        else "its config.json names no architecture"
+    )
+    raise LightTransferError(f"{path}: {what}; serve it as {named}, {which}: {override}")
 
 
 def _check_generates(architectures: Sequence[str], is_embedding: bool) -> None:

@@ -20,7 +20,7 @@ WINDOWS = ((4, 60), (0, 32), (129, 128))
 LENGTH = 640
 DOCUMENTS = (117, 333, 190)
 LAZY = (1, 2)
-MIXTURES = ("qwen2_moe", "mixtral")
+MIXTURES = ("qwen2_moe", "qwen2_moe_shared", "mixtral")
 # Largest error relative to the largest value of what is compared, of one path against float32's dense path.
 FLOAT32_LIMIT = 2e-4
 BF16_TIMES = 3.0  # as large as the dense path's own error in bfloat16, the largest of many

@@ -26,7 +26,7 @@ Starts SGLang's server with lazy layers. Every flag that does not begin with --l
 examples:
   lt-sglang serve                                                          a small demonstration model
   lt-sglang serve ./mistral-7b --lt-mode dynamic --context-length 16384
-  lt-sglang serve cxdu/QwQ-32B-LightTransfer --tp-size 2                   trained with lazy layers
+  lt-sglang serve ./QwQ-32B-LightTransfer --tp-size 2 --trust-remote-code  trained with lazy layers
   lt-sglang serve ./mistral-7b --lt-config calibrated.json --port 30000    lt-sglang calibrate wrote the file
 
 {OPTIONS_HELP}

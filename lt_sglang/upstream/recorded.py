@@ -240,6 +240,7 @@ SIGNATURES: dict[str, str] = {
     ),
     f"{_UPDATER}.update_weights_from_ipc": "self, recv_req",
     f"{_UPDATER}.update_weights_from_tensor": "self, named_tensors, load_format=",
+    "sglang.srt.models.registry._ModelRegistry.is_arch_supported": "self, architecture",
     "sglang.srt.plugins.hook_registry.HookRegistry.register": "target, hook, hook_type=, *, source=",
     "sglang.srt.plugins.load_plugins": "",
     "sglang.srt.runtime_context.get_exec": "",

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 
 from lt_sglang.planner.shapes import CONFIGS
+from tests.engine.known_forms import FORMS, OWN_ARCHITECTURE, write_code
 
 from .chart import VALUES, container, template
 from .test_ray_config import SERVE_CONFIGS
 
 pytestmark = pytest.mark.slow
 
-# What the hub has; the doctor reads it for the layers, heads and features.
+# What the hub has; the doctor reads it for the layers, heads and features. QwQ's has code of its own.
 HUB = {
     "Llama-3.3-70B-Instruct": {**CONFIGS["llama-3-70b"], "max_position_embeddings": 131072},
-    "QwQ-32B-LightTransfer": CONFIGS["qwq-32b"],
+    "QwQ-32B-LightTransfer": {**CONFIGS["qwq-32b"], **FORMS[OWN_ARCHITECTURE]},
 }
 # What the doctor finds about this machine, and not about the arguments.
 HERE = {"weights", "memory"}
@@ -69,6 +70,8 @@ def command(name: str, preset: str, folder: Path, *more: str) -> list[str]:
     folder /= Path(model.partition("=")[2]).name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(HUB[folder.name]))
+    if "auto_map" in HUB[folder.name]:
+        write_code(folder)
     given = [f"--model-path={folder}" if arg == model else arg for arg in arguments]
     return [sys.executable, "-m", "lt_sglang", name, "--json", *more, *given]
 
@@ -83,7 +86,7 @@ def test_the_doctor_accepts_a_preset(preset: str, tmp_path: Path) -> None:
 
 def test_the_doctor_itself(tmp_path: Path) -> None:
     """One argument that SGLang does not know, one that lazy layers do not work with."""
-    for number, wrong in enumerate(("--tp-sizes=2", "--enable-hierarchical-cache")):
+    for number, wrong in enumerate(("--tp-sizes=2", "--enable-mixed-chunk")):
         folder = tmp_path / str(number)
         folder.mkdir()
         asked = [*command("doctor", "ray/qwq-32b-tp2", folder), wrong]

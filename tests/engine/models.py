@@ -52,10 +52,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **EXPERTS,
         "num_experts": 4,
         "moe_intermediate_size": 64,
-        # SGLang's Qwen2-MoE gates its shared expert in a Triton kernel, which no CPU runs: none here.
+        # SGLang gates a shared expert in a Triton kernel, which a CPU interprets: qwen2_moe_shared has one.
         "shared_expert_intermediate_size": 0,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
+    },
+    # Qwen1.5-MoE's shape: a shared expert beside the others, wider than they are, behind a gate of its own.
+    "qwen2_moe_shared": {
+        "model_type": "qwen2_moe",
+        **EXPERTS,
+        "num_experts": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 160,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
     },
     "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": None},
     # One KV head for all, which every tensor-parallel rank then holds.
@@ -63,32 +73,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def ensure_model(family: str, seed: int = SEED) -> Path:
+def ensure_model(family: str, seed: int = SEED, layers: int = NUM_LAYERS) -> Path:
     """The folder of the tiny model of ``family``, made on the first call on this machine.
 
     seed: of its weights.
 
     The folder appears by a rename once it is complete, so concurrent callers are safe.
     """
-    target = model_folder(family, seed)
-    return ensure_folder(target, lambda out: _make(family, out, seed))
+    target = model_folder(family, seed, layers)
+    return ensure_folder(target, lambda out: _make(family, out, seed, layers))
 
 
-def model_folder(family: str, seed: int = SEED) -> Path:
+def model_folder(family: str, seed: int = SEED, layers: int = NUM_LAYERS) -> Path:
     """Where the tiny model of ``family`` lies, made or not."""
-    definition = {"revision": REVISION, "family": family, **COMMON, **FAMILIES[family]}
+    definition = {"revision": REVISION, "family": family, **_settings(family, layers)}
     if seed != SEED:
         definition["seed"] = seed
     key = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
     return cache_home() / "test-models" / f"tiny-{family}-{key}"
 
 
-def _make(family: str, out: Path, seed: int) -> None:
+def _settings(family: str, layers: int) -> dict[str, Any]:
+    return {**COMMON, "num_hidden_layers": layers, **FAMILIES[family]}
+
+
+def _make(family: str, out: Path, seed: int, layers: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {"model_type": family, **COMMON, **FAMILIES[family]}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**{"model_type": family, **_settings(family, layers)})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Biases start at 0 and norms at 1; a family that has them is to be told from one that has none.

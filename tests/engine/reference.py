@@ -90,6 +90,14 @@ class Reference:
         for layer in lazy_layers:
             layers[layer].self_attn.register_forward_pre_hook(self._use_mask, with_kwargs=True)
 
+    def scale(self, suffix: str, factor: float) -> int:
+        """Multiply the parameters whose names end so, for a control; returns how many there are."""
+        found = [value for name, value in self._model.named_parameters() if name.endswith(suffix)]
+        with torch.no_grad():
+            for value in found:
+                value.mul_(factor)
+        return len(found)
+
     def compare(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Comparison:
         """Hold greedy outputs against the reference, position by position."""
         result = Comparison(0, 0, [])

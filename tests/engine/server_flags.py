@@ -55,6 +55,8 @@ PRIORITY = ("--enable-priority-scheduling",)
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
 # That makes pools of a million tokens, too many to look through after every step.
 WIDE_POOL = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "0"}
+# Where SGLang itself has a Triton kernel and nothing else: a millisecond for every token and layer.
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 # The CPU launcher points SGLang at a library that is not NCCL; the plug-in's hook must do without.
 OWN_NCCL_HOOK = {"SGLANG_NCCL_SO_PATH": ""}
 # Servers that hostile requests are sent to: everything a client may reach is on.

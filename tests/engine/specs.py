@@ -20,6 +20,7 @@ from .server_flags import (
     HEADER_OVERRIDES,
     HICACHE,
     HOPEFUL,
+    INTERPRETED,
     KV_TOKENS,
     OWN_NCCL_HOOK,
     PRIORITY,
@@ -42,6 +43,7 @@ REUSE = "llama-reuse"
 TIGHT = "llama-tight"
 PAGES = "llama-pages"
 ONE_FULL = "qwen3-one-full"
+SHARED_EXPERT = "qwen2_moe_shared"
 TENSOR_PARALLEL = "qwen2-tp2"
 FUZZED = "llama-fuzzed"
 FUZZED_DYNAMIC = "dynamic-fuzzed"
@@ -126,6 +128,7 @@ LAZY_SERVERS = {
             env=WIDE_POOL | {"SGLANG_RADIX_FORCE_MISS": "1"},
         ),
         _tiny("qwen2_moe", "qwen2_moe", (3, 4, 5), 0, 32, flags=(*FLAGS, *TINY_POOL, *POLICIES["qwen2_moe"])),
+        _tiny(SHARED_EXPERT, "qwen2_moe_shared", (0, 1, 4), 4, 28, env=INTERPRETED, kv_tokens=600),
         _tiny(
             "mixtral",
             "mixtral",

@@ -36,6 +36,10 @@ def test_layer_count() -> None:
         ({"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False}, []),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, []),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, []),
+        # A config.json made from Qwen2.5's, under a name of its own.
+        ({"model_type": "qwen2littrans", "sliding_window": 131072, "use_sliding_window": False}, []),
+        ({"model_type": "qwen2littrans", "sliding_window": 4096, "use_sliding_window": True}, ["window"]),
+        ({"model_type": "qwen2littrans", "sliding_window": 4096}, ["window"]),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, ["linear-attention"]),
         (
             {"model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0},

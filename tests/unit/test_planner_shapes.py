@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lt_sglang.errors import LightTransferError
-from lt_sglang.planner.shapes import SHAPES, shape_from_config
+from lt_sglang.planner.shapes import SHAPES, _config, shape_from_config
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -110,6 +110,7 @@ PUBLISHED = {  # billions of weights, as their publishers count them
     "mistral-small-24b": 23.57,
     "mixtral-8x22b": 140.6,
     "mixtral-8x7b": 46.7,
+    "qwen1.5-moe-a2.7b": 14.32,
     "qwen2.5-14b": 14.77,
     "qwen2.5-32b": 32.76,
     "qwen2.5-72b": 72.71,
@@ -127,6 +128,17 @@ PUBLISHED = {  # billions of weights, as their publishers count them
 def test_known_shapes_have_the_published_number_of_weights() -> None:
     counted = {name: shape.params / 1e9 for name, shape in SHAPES.items()}
     assert counted == pytest.approx(PUBLISHED, rel=1e-3)
+
+
+def test_a_shared_expert_is_weights_that_every_token_uses() -> None:
+    """In each layer three matrices of its own width and a gate, in bytes of bfloat16."""
+    shape, published = SHAPES["qwen1.5-moe-a2.7b"], _config("qwen1.5-moe-a2.7b")
+    without = shape_from_config({**published, "shared_expert_intermediate_size": 0}, "m")
+    shared = 24 * (3 * 2048 * 5632 + 2048)
+    assert shape.total_weight_bytes - without.total_weight_bytes == 2 * shared
+    assert shape.active_params is not None and without.active_params is not None
+    assert shape.active_params - without.active_params == shared
+    assert shape.active_params == pytest.approx(2.7e9, rel=0.02)
 
 
 def test_nested_text_config() -> None:

@@ -13,7 +13,7 @@ import pytest
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import ACTIVE_VARIABLE, BACKEND, is_requested
-from lt_sglang.resolve import apply_config, load_config, model_overrides
+from lt_sglang.resolve import _check_architecture, apply_config, load_config, model_overrides
 
 KNOWN = "cxdu/QwQ-32B-LightTransfer"
 
@@ -69,6 +69,23 @@ def test_overrides_describe_a_hybrid_model() -> None:
 
 def test_no_lazy_layer_leaves_the_model_alone() -> None:
     assert set(model_overrides(LightTransferConfig(()), 32)) == {CONFIG_KEY}
+
+
+@pytest.mark.parametrize(
+    ("path", "served_as"),
+    [
+        (KNOWN, "serve it as Qwen2ForCausalLM, whose weights it has"),
+        ("some/model", "serve it as Qwen2ForCausalLM, or as that of SGLang's models whose weights it has"),
+    ],
+)
+def test_code_of_a_models_own_is_refused_with_what_serves_it(path: str, served_as: str) -> None:
+    with pytest.raises(LightTransferError, match=rf"^{path}: its architecture Mine is code") as refused:
+        _check_architecture(("Mine",), path)
+    override = json.dumps({"architectures": ["Qwen2ForCausalLM"]})
+    assert str(refused.value).endswith(f"{served_as}: --json-model-override-args '{override}'")
+    _check_architecture(("Qwen2ForCausalLM",), path)
+    with pytest.raises(LightTransferError, match=r"its config\.json names no architecture"):
+        _check_architecture((), path)
 
 
 @pytest.mark.parametrize(
