@@ -133,11 +133,11 @@ def summary(found: Sequence[Found], full: Sequence[Found]) -> dict[str, Any]:
     }
 
 
-def specs_of(args: argparse.Namespace, model: str) -> list[EngineSpec]:
+def specs_of(args: argparse.Namespace, model: str, given: Sequence[str]) -> list[EngineSpec]:
     """The engines asked for, full attention first."""
     engines = yaml.safe_load(Path(args.engines).read_text(encoding="utf-8"))
     names = args.only.split(",") if args.only else list(engines)
-    flags = (*args.flags, *("--max-running-requests", str(args.clients), "--context-length", "8192"))
+    flags = (*given, *("--max-running-requests", str(args.clients), "--context-length", "8192"))
     specs = []
     for name in names:
         own = tuple((engines[name] or "").split())
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--recent-tokens", type=int, default=1020)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--limit-s", type=float, default=600.0, help="of a server's start")
-    args, args.flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args()
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     model = args.model or ensure_model()
@@ -171,7 +171,7 @@ def main() -> None:
     report = stamped("long-outputs", "three pass keys, then counting, then the keys", tokens=args.tokens)
     report |= {"seed": SEED, "window": args.recent_tokens, "trials": len(trials), "engines": {}}
     full: list[Found] = []
-    for spec in specs_of(args, str(model)):
+    for spec in specs_of(args, str(model), flags):
         with Engine(spec, out / f"{spec.name}.log", start_seconds=args.limit_s) as engine:
             asked = Asked(engine.url, tokenizer, args.tokens)
             with ThreadPoolExecutor(args.clients) as pool:
