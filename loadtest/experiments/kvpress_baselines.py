@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from loadtest.experiments import minicache
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.quality import KEYS, MODEL, SINKS, counted, found
+from loadtest.experiments.quality import KEYS, MODEL, SINKS, by_cell, counted, found
 
 METHODS = (
     *("full", "snapkv", "pyramidkv", "streamingllm", "duoattention"),
@@ -209,11 +209,7 @@ def run_method(
 
 def summarise(spec: dict[str, Any], name: str, hits: list[bool], full: list[bool]) -> dict[str, Any]:
     """Right answers by cell; against full attention in transformers, paired."""
-    cells: dict[str, list[int]] = {}
-    for index, key in enumerate(spec["keys"]):
-        cells.setdefault(f"{key['task']} {key['cell']['tokens']}", []).append(index)
-    by_cell = {cell: sum(hits[index] for index in picked) for cell, picked in cells.items()}
-    entry = {"cells": by_cell, **counted(hits, full)}
+    entry = {"cells": by_cell(spec["keys"], hits), **counted(hits, full)}
     print(f"{name:20s} {entry['cells']} {sum(hits)} of {len(hits)}", flush=True)
     return entry
 
