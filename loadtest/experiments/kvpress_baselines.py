@@ -5,9 +5,17 @@ r"""Other ways to make the KV cache smaller, at the memory of half lazy layers, 
         --calibration SAMPLES.jsonl [--keeps 0.5 0.25] [--methods full,snapkv,...] [--device cpu]
 
 NVIDIA's kvpress in transformers: SnapKV, PyramidKV, StreamingLLM, DuoAttention, SimLayerKV; and MiniCache
-(minicache.py). kvpress wants an older transformers than SGLang and so has an environment of its own; run it
-from this project's folder. Accuracy only: nothing here says how fast a method is. PROMPTS.json and the
-samples come from ``python -m loadtest.experiments.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
+(minicache.py). And windows in quality.yaml's lists of layers, with SnapKV in the full ones (lazy_press.py):
+
+    ... --keeps 0.5 --methods full,list,snapkv,list-snapkv,snapkv-same,list-same
+
+``list`` is such a list alone; ``list-snapkv`` keeps half of the tokens in its full layers by SnapKV, as in
+arXiv 2410.13846, appendix C.2; ``snapkv-same`` is SnapKV in all layers in that memory, ``list-same`` the list
+with the most full layers that needs no more.
+
+kvpress wants an older transformers than SGLang and so has an environment of its own; run it from this
+project's folder. Accuracy only: nothing here says how fast a method is. PROMPTS.json and the samples come
+from ``python -m loadtest.experiments.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
 
 Every method gets the prompt with its question, prefills it with full attention, shrinks the cache, and
 decodes greedily, as dynamic mode does; quality.py's check says which answers are right. The memory is that
@@ -37,9 +45,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from loadtest.experiments import minicache
+from loadtest.experiments import lazy_press, minicache
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.quality import KEYS, MODEL, SINKS, by_cell, counted, found
+from loadtest.experiments.quality import LISTS, MODEL, SINKS, by_cell, counted, found
 
 METHODS = (
     *("full", "snapkv", "pyramidkv", "streamingllm", "duoattention"),
@@ -68,9 +76,15 @@ class Bench:
         self.head_dim: int = self.model.model.layers[0].self_attn.head_dim
         self._thresholds: dict[int, float] = {}
 
-    def share(self, tokens: int, keep: int) -> float:
-        """Of a prompt's full KV cache, with ``keep`` full layers."""
-        return (keep + (self.layers - keep) * min(1, (SINKS + self.recent) / tokens)) / self.layers
+    def share(self, tokens: int, keep: int, kept: float = 1.0) -> float:
+        """Of a prompt's full KV cache, with ``keep`` full layers, which keep ``kept`` of their tokens."""
+        return lazy_press.share(self.layers, self.layers - keep, (SINKS + self.recent) / tokens, kept)
+
+    def lists(self, keep: int, kept: float = 1.0) -> Any:
+        """Windows in quality.yaml's list for ``keep`` full layers; SnapKV keeps ``kept`` of their tokens."""
+        from kvpress import SnapKVPress
+
+        return lazy_press.press(SnapKVPress, LISTS[keep], SINKS, self.recent, kept)
 
     @torch.inference_mode()
     def greedy(
@@ -129,6 +143,15 @@ def press_of(bench: Bench, method: str, tokens: int, keep: int) -> tuple[Any, An
     share = bench.share(tokens, keep)
     if method == "snapkv":
         return kvpress.SnapKVPress(compression_ratio=1 - share), None
+    if method == "list":
+        return bench.lists(keep), None
+    if method == "list-snapkv":
+        return bench.lists(keep, lazy_press.SNAPKV_SHARE), None
+    if method.endswith("-same"):
+        same = bench.share(tokens, keep, lazy_press.SNAPKV_SHARE)
+        if method == "snapkv-same":
+            return kvpress.SnapKVPress(compression_ratio=1 - same), None
+        return bench.lists(max(more for more in LISTS if bench.share(tokens, more) <= same)), None
     if method == "pyramidkv":
         return kvpress.PyramidKVPress(compression_ratio=1 - share), None
     if method == "streamingllm":
@@ -234,7 +257,10 @@ def main() -> None:
 
     bench = Bench(args, spec["recent_tokens"])
     score_heads_on(bench.texts)
-    report: dict[str, Any] = {**stamped("quality-kvpress", KEYS, model=MODEL), "methods": {}}
+    lengths = sorted({len(key["prompt"]) for key in spec["keys"]})
+    what = f"passkey and 3-key, {len(spec['keys'])} questions of {' and '.join(map(str, lengths))} tokens"
+    told = f"{MODEL}, {SINKS} + {spec['recent_tokens']}"
+    report: dict[str, Any] = {**stamped("quality-kvpress", what, model=told), "methods": {}}
     assert kvpress.__file__
     full: list[bool] = []
     for share in args.keeps:
@@ -256,8 +282,7 @@ def main() -> None:
             entry = summarise(spec, name, hits, full)
             entry |= {"memory_share": shares, "seconds": round(time.perf_counter() - start, 1)}
             if not fixed:
-                lengths = {len(key["prompt"]) for key in spec["keys"]}
-                entry["lazy_memory_share"] = {str(n): bench.share(n, keep) for n in sorted(lengths)}
+                entry["lazy_memory_share"] = {str(n): bench.share(n, keep) for n in lengths}
             report["methods"][name] = entry
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from loadtest.experiments.offline import Run, Step, engine_args, hybrid
+from lt_sglang.config import parse_layers
 from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.divergence import Divergence, divergence
 from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
@@ -43,6 +44,12 @@ MODEL = "SmolLM2-135M-Instruct, bfloat16"
 CONFIGS: dict[str, dict[str, Any] | None] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 )
+
+# By the layers that stay full, of the model's 30: lists that are cut after the prompt.
+LISTS = {
+    keep: parse_layers((CONFIGS[name] or {})["lazy_layers"])
+    for keep, name in {15: "list-calibrated-50", 8: "list-calibrated-75", 4: "list-greedy-keep-4"}.items()
+}
 
 
 def key_questions(

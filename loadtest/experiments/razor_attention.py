@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,13 @@ from transformers import AutoModelForCausalLM
 
 from loadtest.experiments.head_windows import HeadWindows, Kept, Prefilled, causal_weights
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.quality import CONFIGS, SINKS, by_cell, counted, found, key_questions
-from lt_sglang.config import parse_layers
+from loadtest.experiments.quality import LISTS, SINKS, by_cell, counted, found, key_questions
 from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.calibrate import laziest
 from lt_sglang.eval.items import HfTokenizer
 
 REPEATS, CHUNK = 4, 256
 ECHO_HEADS = 15  # one retained head in so many is an echo head
-# By the layers that stay full, of 30: quality.yaml's lists.
-LISTS = {
-    keep: parse_layers((CONFIGS[name] or {})["lazy_layers"])
-    for keep, name in {15: "list-calibrated-50", 8: "list-calibrated-75", 4: "list-greedy-keep-4"}.items()
-}
 
 
 def retrieval_scores(model: HeadWindows, period: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +95,22 @@ def ways(
     return found
 
 
+def ask(
+    model: HeadWindows, keys: Sequence[dict[str, Any]], ways_of: Callable[[Prefilled], dict[str, Kept]]
+) -> tuple[dict[str, list[bool]], dict[str, dict[str, float]]]:
+    """Of each way by name: which answers are right, and the memory share by length."""
+    outs: dict[str, list[dict[str, Any]]] = {}
+    shares: dict[str, dict[str, float]] = {}
+    for key in tqdm(keys, desc="questions"):
+        prompt = model.prefill(key["prompt"])
+        named = ways_of(prompt)
+        tokens = model.answers(prompt, list(named.values()), max(map(len, key["answers"])))
+        for (name, kept), ids in zip(named.items(), tokens, strict=True):
+            outs.setdefault(name, []).append({"output_ids": ids})
+            shares.setdefault(name, {})[str(prompt.tokens)] = round(model.share(kept, prompt.tokens), 4)
+    return {name: found({"keys": keys}, answers) for name, answers in outs.items()}, shares
+
+
 def load(path: Path, device: str, recent: int) -> HeadWindows:
     """The model in bfloat16."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -129,16 +139,7 @@ def main() -> None:
     model = load(folder, args.device, args.recent_tokens)
     heads = retrieval_scores(model, args.period, args.seed)
     keys = key_questions(HfTokenizer(str(folder)), args.lengths, args.trials, args.recent_tokens, args.seed)
-    outs: dict[str, list[dict[str, Any]]] = {}
-    shares: dict[str, dict[str, float]] = {}
-    for key in tqdm(keys, desc="questions"):
-        prompt = model.prefill(key["prompt"])
-        named = ways(model, prompt, args.keeps, heads, args.seed)
-        tokens = model.answers(prompt, list(named.values()), max(map(len, key["answers"])))
-        for (name, kept), ids in zip(named.items(), tokens, strict=True):
-            outs.setdefault(name, []).append({"output_ids": ids})
-            shares.setdefault(name, {})[str(prompt.tokens)] = round(model.share(kept, prompt.tokens), 4)
-    hits = {name: found({"keys": keys}, answers) for name, answers in outs.items()}
+    hits, shares = ask(model, keys, lambda prompt: ways(model, prompt, args.keeps, heads, args.seed))
     what = f"passkey and 3-key, {args.trials} prompts each at {' and '.join(map(str, args.lengths))} tokens"
     windows = f"{SINKS} + {args.recent_tokens}"
     report = {
