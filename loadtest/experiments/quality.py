@@ -39,7 +39,6 @@ from lt_sglang.eval.tasks.passkey import PasskeyTask
 SINKS = 4
 KL_TOKENS, KL_POSITIONS = 4096, 64
 FULL = "full"
-KEYS = "passkey and 3-key, 30 prompts each at 4096 and 8000 tokens"
 MODEL = "SmolLM2-135M-Instruct, bfloat16"
 CONFIGS: dict[str, dict[str, Any] | None] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
