@@ -2,7 +2,7 @@
 
     python -m loadtest.experiments.layer_values OUT.json [--device cuda] [--trials 30] [--lengths 4096 8000]
         [--recent-tokens 1020] [--samples 16] [--pairs 32] [--seed 0] [--figure FILE.png]
-    ... --device cpu --trials 8 --lengths 2000 --recent-tokens 496 --samples 4 --pairs 8
+    ... --device cpu --trials 8 --lengths 2000 --recent-tokens 496 --samples 4 --pairs 4 --candidates 8
 
 What a set of lazy layers costs is what ``lt-sglang calibrate --greedy`` minimises: the KL divergence from
 full attention over the last tokens of samples, whose answers lie there. Of that cost three values of a layer:
@@ -100,14 +100,14 @@ def samples_of(tokenizer: HfTokenizer, count: int, recent: int, seed: int) -> li
 
 
 def lists_of(
-    layers: int, cost: Counting, pairs: int, seed: int
+    layers: int, cost: Counting, pairs: int, seed: int, candidates: int | None = None
 ) -> tuple[dict[str, Callable[[int], tuple[int, ...]]], dict[str, Any]]:
     """Lists by name, each of how many layers stay full; and their values and passes for the report."""
     single = cost([(layer,) for layer in range(layers)])
     passes = {"single": cost.since()}
     values = shapley(layers, cost, pairs, seed, lambda steps: tqdm(steps, desc="pairs of orders"))
     passes |= {"shapley": cost.since()}
-    greedy = greedy_order(layers, cost, lambda steps: tqdm(steps, desc="greedy"))
+    greedy = greedy_order(layers, cost, lambda steps: tqdm(steps, desc="greedy"), candidates)
     passes |= {"greedy": cost.since()}
     by_value = {"shapley": values.shapley, "first half": values.first_half, "single": single}
     named = {name: partial(least, one) for name, one in by_value.items()}
@@ -143,6 +143,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=32, help="random orders, each with its reverse")
+    parser.add_argument("--candidates", type=int, help="of greedy, as in lt-sglang calibrate")
     parser.add_argument("--keeps", type=int, nargs="+", default=[15, 8, 4], help="full layers")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -156,7 +157,7 @@ def main() -> None:
     )
     title = stamped("quality-layer-values", what, model=f"{folder.name}, {raw.dtype}, {SINKS} + {recent}")
     cost = Counting(Costs(windowed, samples, COMPARED, SINKS + recent))
-    lists, report = lists_of(windowed.layers, cost, args.pairs, args.seed)
+    lists, report = lists_of(windowed.layers, cost, args.pairs, args.seed, args.candidates)
     held_out = Costs(windowed, others, COMPARED, SINKS + recent)
 
     model = HeadWindows(raw, SINKS, recent)
