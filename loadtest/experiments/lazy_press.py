@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 SNAPKV_SHARE = 0.5  # of a prompt's tokens, which SnapKV keeps in a full layer
 
@@ -23,6 +25,30 @@ def press(snapkv: Any, lazy: Collection[int], sink: int, recent: int, kept: floa
             return tuple(window(part, sink, recent) for part in (keys, values))
 
     return LazyPress(compression_ratio=1 - kept)
+
+
+@contextmanager
+def one_prefill(model: Any, presses: Mapping[str, Any]) -> Iterator[dict[str, DynamicCache]]:
+    """Caches by name, filled while ``model`` prefills a prompt: what each press keeps; None keeps all."""
+    caches = {name: DynamicCache() for name in presses}
+
+    def after(module: Any, _args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, ...]) -> None:
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        for name, one in presses.items():
+            parts = layer.keys, layer.values
+            if one is not None:
+                parts = one.compress(module, kwargs["hidden_states"], *parts, output[1], kwargs)
+            caches[name].update(*parts, module.layer_idx)
+
+    hooks = []
+    for block in model.model.layers:
+        block.self_attn.rotary_emb = model.model.rotary_emb  # as kvpress does
+        hooks.append(block.self_attn.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield caches
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def window(part: torch.Tensor, sink: int, recent: int) -> torch.Tensor:
