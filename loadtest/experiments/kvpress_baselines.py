@@ -5,9 +5,17 @@ r"""Other ways to make the KV cache smaller, at the memory of half lazy layers, 
         --calibration SAMPLES.jsonl [--keeps 0.5 0.25] [--methods full,snapkv,...] [--device cpu]
 
 NVIDIA's kvpress in transformers: SnapKV, PyramidKV, StreamingLLM, DuoAttention, SimLayerKV; and MiniCache
-(minicache.py). kvpress wants an older transformers than SGLang and so has an environment of its own; run it
-from this project's folder. Accuracy only: nothing here says how fast a method is. PROMPTS.json and the
-samples come from ``python -m loadtest.experiments.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
+(minicache.py). And windows in quality.yaml's lists of layers, with SnapKV in the full ones (lazy_press.py):
+
+    ... --keeps 0.5 --methods full,list,snapkv,list-snapkv,snapkv-same,list-same [--one-prefill]
+
+``list`` is such a list alone; ``list-snapkv`` keeps half of the tokens in its full layers by SnapKV, as in
+arXiv 2410.13846, appendix C.2; ``snapkv-same`` is SnapKV in all layers in that memory, ``list-same`` the list
+with the most full layers that needs no more.
+
+kvpress wants an older transformers than SGLang and so has an environment of its own; run it from this
+project's folder. Accuracy only: nothing here says how fast a method is. PROMPTS.json and the samples come
+from ``python -m loadtest.experiments.quality PROMPTS.json --write --calibration SAMPLES.jsonl``.
 
 Every method gets the prompt with its question, prefills it with full attention, shrinks the cache, and
 decodes greedily, as dynamic mode does; quality.py's check says which answers are right. The memory is that
@@ -35,11 +43,12 @@ if "kernels" not in sys.modules:
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from loadtest.experiments import minicache
+from loadtest.experiments import lazy_press, minicache
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.quality import KEYS, MODEL, SINKS, counted, found
+from loadtest.experiments.quality import LISTS, MODEL, SINKS, by_cell, counted, found
 
 METHODS = (
     *("full", "snapkv", "pyramidkv", "streamingllm", "duoattention"),
@@ -68,9 +77,15 @@ class Bench:
         self.head_dim: int = self.model.model.layers[0].self_attn.head_dim
         self._thresholds: dict[int, float] = {}
 
-    def share(self, tokens: int, keep: int) -> float:
-        """Of a prompt's full KV cache, with ``keep`` full layers."""
-        return (keep + (self.layers - keep) * min(1, (SINKS + self.recent) / tokens)) / self.layers
+    def share(self, tokens: int, keep: int, kept: float = 1.0) -> float:
+        """Of a prompt's full KV cache, with ``keep`` full layers, which keep ``kept`` of their tokens."""
+        return lazy_press.share(self.layers, self.layers - keep, (SINKS + self.recent) / tokens, kept)
+
+    def lists(self, keep: int, kept: float = 1.0) -> Any:
+        """Windows in quality.yaml's list for ``keep`` full layers; SnapKV keeps ``kept`` of their tokens."""
+        from kvpress import SnapKVPress
+
+        return lazy_press.press(SnapKVPress, LISTS[keep], SINKS, self.recent, kept)
 
     @torch.inference_mode()
     def greedy(
@@ -87,15 +102,37 @@ class Bench:
             logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
         if after is not None:
             after(cache)
-        held = sum(layer.keys.shape[2] for layer in cache.layers) / (self.layers * ids.shape[1])
+        held = self._held(cache, ids.shape[1])
+        return self._decode(cache, logits, ids.shape[1], new_tokens), held
+
+    @torch.inference_mode()
+    def greedy_each(
+        self, prompt: Sequence[int], new_tokens: int, presses: dict[str, Any]
+    ) -> dict[str, tuple[list[int], float]]:
+        """The same of one prompt and of each press, behind one prefill."""
+        ids = torch.tensor([list(prompt)], device=self.device)
+        with lazy_press.one_prefill(self.model, presses) as caches:
+            logits = self.model(ids, past_key_values=DynamicCache(), logits_to_keep=1).logits
+        held = {name: self._held(cache, len(prompt)) for name, cache in caches.items()}
+        return {
+            name: (self._decode(cache, logits, len(prompt), new_tokens)[0], held[name])
+            for name, cache in caches.items()
+        }
+
+    def _held(self, cache: DynamicCache, tokens: int) -> float:
+        return sum(layer.keys.shape[2] for layer in cache.layers) / (self.layers * tokens)
+
+    def _decode(
+        self, cache: DynamicCache, logits: torch.Tensor, start: int, new_tokens: int
+    ) -> list[list[int]]:
         tokens = [logits[:, -1].argmax(1)]
         for step in range(new_tokens - 1):
-            position = torch.full((len(prompts), 1), ids.shape[1] + step, device=self.device)
-            logits = self.model(
+            position = torch.full((len(logits), 1), start + step, device=self.device)
+            out = self.model(
                 tokens[-1][:, None], past_key_values=cache, position_ids=position, logits_to_keep=1
-            ).logits
-            tokens.append(logits[:, -1].argmax(1))
-        return torch.stack(tokens, 1).tolist(), held
+            )
+            tokens.append(out.logits[:, -1].argmax(1))
+        return torch.stack(tokens, 1).tolist()
 
     def threshold(self, keep: int) -> float:
         """SimLayerKV's: on the samples, layers - keep of the layers lie above it in the mean."""
@@ -129,6 +166,15 @@ def press_of(bench: Bench, method: str, tokens: int, keep: int) -> tuple[Any, An
     share = bench.share(tokens, keep)
     if method == "snapkv":
         return kvpress.SnapKVPress(compression_ratio=1 - share), None
+    if method == "list":
+        return bench.lists(keep), None
+    if method == "list-snapkv":
+        return bench.lists(keep, lazy_press.SNAPKV_SHARE), None
+    if method.endswith("-same"):
+        same = bench.share(tokens, keep, lazy_press.SNAPKV_SHARE)
+        if method == "snapkv-same":
+            return kvpress.SnapKVPress(compression_ratio=1 - same), None
+        return bench.lists(max(more for more in LISTS if bench.share(tokens, more) <= same)), None
     if method == "pyramidkv":
         return kvpress.PyramidKVPress(compression_ratio=1 - share), None
     if method == "streamingllm":
@@ -207,13 +253,25 @@ def run_method(
     return found(spec, [answer for answer in answers if answer]), shares
 
 
+def run_each(
+    bench: Bench, spec: dict[str, Any], methods: Sequence[str], keep: int
+) -> dict[str, tuple[list[bool], dict[str, float]]]:
+    """``run_method`` of several methods that only shrink a cache, with one prefill of each question."""
+    outs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    shares: dict[str, dict[str, float]] = {method: {} for method in methods}
+    for key in tqdm(spec["keys"], desc="questions"):
+        tokens = len(key["prompt"])
+        presses = {method: press_of(bench, method, tokens, keep)[0] for method in methods}
+        new_tokens = max(map(len, key["answers"]))
+        for method, (ids, held) in bench.greedy_each(key["prompt"], new_tokens, presses).items():
+            outs[method].append({"output_ids": ids})
+            shares[method][str(tokens)] = held
+    return {method: (found(spec, outs[method]), shares[method]) for method in methods}
+
+
 def summarise(spec: dict[str, Any], name: str, hits: list[bool], full: list[bool]) -> dict[str, Any]:
     """Right answers by cell; against full attention in transformers, paired."""
-    cells: dict[str, list[int]] = {}
-    for index, key in enumerate(spec["keys"]):
-        cells.setdefault(f"{key['task']} {key['cell']['tokens']}", []).append(index)
-    by_cell = {cell: sum(hits[index] for index in picked) for cell, picked in cells.items()}
-    entry = {"cells": by_cell, **counted(hits, full)}
+    entry = {"cells": by_cell(spec["keys"], hits), **counted(hits, full)}
     print(f"{name:20s} {entry['cells']} {sum(hits)} of {len(hits)}", flush=True)
     return entry
 
@@ -229,6 +287,9 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.25], help="shares of full layers")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=15)
+    parser.add_argument(
+        "--one-prefill", action="store_true", help="for all methods; for SnapKV, PyramidKV and lists alone"
+    )
     parser.add_argument("--budget-s", type=float, default=3600)
     args = parser.parse_args()
     end = time.monotonic() + args.budget_s
@@ -238,19 +299,24 @@ def main() -> None:
 
     bench = Bench(args, spec["recent_tokens"])
     score_heads_on(bench.texts)
-    report: dict[str, Any] = {**stamped("quality-kvpress", KEYS, model=MODEL), "methods": {}}
+    lengths = sorted({len(key["prompt"]) for key in spec["keys"]})
+    what = f"passkey and 3-key, {len(spec['keys'])} questions of {' and '.join(map(str, lengths))} tokens"
+    told = f"{MODEL}, {SINKS} + {spec['recent_tokens']}"
+    report: dict[str, Any] = {**stamped("quality-kvpress", what, model=told), "methods": {}}
     assert kvpress.__file__
     full: list[bool] = []
     for share in args.keeps:
         keep = round(share * bench.layers)
-        for method in args.methods.split(","):
+        methods = args.methods.split(",")
+        each = run_each(bench, spec, methods, keep) if args.one_prefill else {}
+        for method in methods:
             fixed = method in ("full", "minicache-deep")
             name = method if fixed else f"{method}-{round(100 * (1 - share))}"
             if name in report["methods"] or time.monotonic() > end:
                 continue
             start = time.perf_counter()
             try:
-                hits, shares = run_method(bench, spec, method, keep, args.batch)
+                hits, shares = each.get(method) or run_method(bench, spec, method, keep, args.batch)
             except (RuntimeError, ValueError) as error:
                 # One method's failure is a finding; the others are still measured.
                 report["methods"][name] = {"failed": f"{type(error).__name__}: {error}"}
@@ -258,10 +324,11 @@ def main() -> None:
                 continue
             full = full or hits
             entry = summarise(spec, name, hits, full)
-            entry |= {"memory_share": shares, "seconds": round(time.perf_counter() - start, 1)}
+            entry["memory_share"] = shares
+            if method not in each:
+                entry["seconds"] = round(time.perf_counter() - start, 1)
             if not fixed:
-                lengths = {len(key["prompt"]) for key in spec["keys"]}
-                entry["lazy_memory_share"] = {str(n): bench.share(n, keep) for n in sorted(lengths)}
+                entry["lazy_memory_share"] = {str(n): bench.share(n, keep) for n in lengths}
             report["methods"][name] = entry
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 

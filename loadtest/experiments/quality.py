@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from loadtest.experiments.offline import Run, Step, engine_args, hybrid
+from lt_sglang.config import parse_layers
 from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.divergence import Divergence, divergence
 from lt_sglang.eval.intervals import paired_rates, sign_test, wilson
@@ -38,42 +39,51 @@ from lt_sglang.eval.tasks.passkey import PasskeyTask
 SINKS = 4
 KL_TOKENS, KL_POSITIONS = 4096, 64
 FULL = "full"
-KEYS = "passkey and 3-key, 30 prompts each at 4096 and 8000 tokens"
 MODEL = "SmolLM2-135M-Instruct, bfloat16"
 CONFIGS: dict[str, dict[str, Any] | None] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 )
 
+# By the layers that stay full, of the model's 30: lists that are cut after the prompt.
+LISTS = {
+    keep: parse_layers((CONFIGS[name] or {})["lazy_layers"])
+    for keep, name in {15: "list-calibrated-50", 8: "list-calibrated-75", 4: "list-greedy-keep-4"}.items()
+}
 
-def write_prompts(path: Path, lengths: Sequence[int], trials: int, kl: int, recent: int, seed: int) -> None:
-    """Prompts as token ids, with the ids of their answers."""
-    tokenizer = HfTokenizer(str(ensure_model()))
-    items = [
-        item
+
+def key_questions(
+    tokenizer: HfTokenizer, lengths: Sequence[int], trials: int, recent: int, seed: int
+) -> list[dict[str, Any]]:
+    """Passkey and 3-key prompts of each length as token ids, with the ids of their answers."""
+    return [
+        {
+            "task": item.task,
+            "cell": dict(item.cell),
+            "prompt": list(item.prompt),
+            "answers": [tokenizer.encode(f" {item.answers[0]}"), tokenizer.encode(item.answers[0])],
+            "new_tokens": item.new_tokens,
+        }
         for tokens in lengths
         for keys in (1, 3)
         for item in PasskeyTask(tokens, trials, keys, window=recent, seed=seed).items(tokenizer)
     ]
+
+
+def write_prompts(path: Path, lengths: Sequence[int], trials: int, kl: int, recent: int, seed: int) -> None:
+    """Prompts as token ids, with the ids of their answers."""
+    tokenizer = HfTokenizer(str(ensure_model()))
+    keys = key_questions(tokenizer, lengths, trials, recent, seed)
     rng = random.Random(seed)
     kl_tokens = min(KL_TOKENS, max(lengths))
     # One more token than positions: the last position predicts it.
     texts = list(Prose.load(tokenizer, None).passages(kl, kl_tokens + KL_POSITIONS + 1, rng))
     spec = {
         "recent_tokens": recent,
-        "keys": [
-            {
-                "task": item.task,
-                "cell": dict(item.cell),
-                "prompt": list(item.prompt),
-                "answers": [tokenizer.encode(f" {item.answers[0]}"), tokenizer.encode(item.answers[0])],
-                "new_tokens": item.new_tokens,
-            }
-            for item in items
-        ],
+        "keys": keys,
         "kl": [{"prompt": text[:kl_tokens], "continuation": text[kl_tokens:]} for text in texts],
     }
     path.write_text(json.dumps(spec))
-    print(f"{path}: {len(items)} key prompts, {len(texts)} texts of {kl_tokens} tokens")
+    print(f"{path}: {len(keys)} key prompts, {len(texts)} texts of {kl_tokens} tokens")
 
 
 def write_samples(path: Path, samples: int, tokens: int, recent: int, seed: int) -> None:
@@ -145,6 +155,15 @@ def counted(mine: Sequence[bool], full: Sequence[bool] | None) -> dict[str, Any]
         "difference_interval": [difference.low, difference.high],
         "sign_test_p": sign_test(full, mine),
     }
+
+
+def by_cell(keys: Sequence[dict[str, Any]], hits: Sequence[bool]) -> dict[str, int]:
+    """Right answers of each task and length."""
+    cells: dict[str, int] = {}
+    for key, hit in zip(keys, hits, strict=True):
+        cell = f"{key['task']} {key['cell']['tokens']}"
+        cells[cell] = cells.get(cell, 0) + hit
+    return cells
 
 
 def kl_of(
