@@ -27,6 +27,7 @@ from lt_sglang.bench.wire import Answer, StreamError, read_event
 from lt_sglang.config import LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.engine import EngineSpec
+from lt_sglang.memory.demand import Demand
 from lt_sglang.planner.shapes import GPUS, SHAPES
 
 from .runs import REPOSITORY
@@ -373,3 +374,21 @@ def test_every_comparison_holds_its_roofline() -> None:
     assert set(of("2026-11-22-h100-lt-half-16k-prefill-32768")) == {"prefill_speed"}
     # Lazy layers on both sides.
     assert of("2026-11-22-h200-dynamic-16k-decode-16384-vs-static") == {}
+
+
+def test_the_peak_of_a_prefill_is_what_is_reckoned() -> None:
+    """Of every server that was measured, with the arithmetic of today."""
+    file = REPOSITORY / "loadtest" / "results" / "2026-11-30-cpu-peak-kv.json"
+    rows = json.loads(file.read_text())["rows"]
+    ours = [row for row in rows if row["mode"] != "stock"]
+    assert len(ours) == 6 and {row["chunks"] for row in rows} == {1, 8}
+    for row in ours:
+        demand = Demand.from_dict(row["demand"])
+        reckoned = demand.of_new(row["prompt"], 1)
+        assert reckoned == row["reckoned_units"] and 0.99 * reckoned <= row["needed"]["units"] <= reckoned
+        assert row["needed"]["bytes"] == row["needed"]["units"] * row["unit_bytes"] <= row["in_use"]["bytes"]
+    layers = {(row["mode"], row["chunks"]): row["needed"]["layers_of_the_prompt"] for row in rows}
+    assert all(layers[mode, 1] >= 6 for mode in {row["mode"] for row in rows})
+    assert layers["dynamic", 8] >= 6 and layers["stock", 8] == 6
+    # The paper's P + 1, for P = 3.
+    assert max(layers["static", 8], layers["dynamic, first chunk", 8]) < 4
