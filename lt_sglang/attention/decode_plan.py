@@ -24,8 +24,9 @@ from lt_sglang.errors import LightTransferError
 
 # Chunks that may be planned for each place on the GPU (each multiprocessor has two), beside one a request.
 CHUNKS_PER_PLACE = 3
-# Lists of one length run in whole rounds: up to so many of them, so that the last one is a small part, and of
-# chunks a request. Where lists differ, small chunks fill the gaps, and more of them take longer to start.
+# Lists of one length run in whole rounds. They may be cut until there are ROUNDS, so that a last one with
+# gaps is a small part, but none into more than CUTS. Lists that differ fill gaps by themselves, and more
+# chunks of them only take longer to start.
 ROUNDS, CUTS = 16, 4
 ALIGN = 16
 
