@@ -73,8 +73,9 @@ def unsupported_features(model_config: Mapping[str, Any]) -> list[str]:
     layer_types = set(text.get("layer_types") or ())
     # SGLang's code of these models reads neither the window nor the kinds of layers: it serves all of them
     # with full attention, and so finds no layer with a window of its own (model_runner._check_layers).
-    ignored = text.get("model_type") in _IGNORE_WINDOW or text.get("use_sliding_window") is False
-    window = not ignored and (bool(text.get("sliding_window")) or "sliding_attention" in layer_types)
+    ignored = text.get("model_type") in _IGNORE_WINDOW
+    named = bool(text.get("sliding_window")) and text.get("use_sliding_window") is not False
+    window = not ignored and (named or "sliding_attention" in layer_types)
     found = {
         "a sliding window of its own": window,
         "latent attention (MLA)": bool(text.get("kv_lora_rank")),

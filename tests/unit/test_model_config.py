@@ -40,6 +40,11 @@ def test_layer_count() -> None:
         ({"model_type": "qwen2littrans", "sliding_window": 131072, "use_sliding_window": False}, []),
         ({"model_type": "qwen2littrans", "sliding_window": 4096, "use_sliding_window": True}, ["window"]),
         ({"model_type": "qwen2littrans", "sliding_window": 4096}, ["window"]),
+        # Kinds of layers count, whatever else is said.
+        (
+            {"model_type": "gemma3", "layer_types": ["sliding_attention"], "use_sliding_window": False},
+            ["window"],
+        ),
         ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, ["linear-attention"]),
         (
             {"model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0},
