@@ -228,9 +228,7 @@ class _Alone:
         state, number = self._state, layer.layer_id
         chunk = batch.part(self.token, self.plan.extend)
         last = state.observed.join(number, chunk, self.plan.last_queries)
-        rows = self._rows_of(number)
-        lane = slice(state.layout.bank_start(number), state.layout.bank_start(number) + state.layout.rows)
-        keys = state.pool.kv.where(lane)
+        rows, keys = self._rows_of(number), state.pool.lane(number)
         if state.kv_dtype != new.k.dtype:
             scales = (layer.k_scale_float, layer.v_scale_float)
             keys = self._as_new(keys.at(rows[0]), new.k.dtype, scales)
@@ -242,8 +240,7 @@ class _Alone:
         layout = self._state.layout
         full, part = number < layout.full_banks, layout.shape.part_of(number)
         if (full, part) not in self._rows:
-            slots = self._slots[0 if full else 1]
-            rows = slots if part == 0 else self._state.pool.units.rest[part - 1, slots]
+            rows = self._state.pool.rows_of(number, self._slots[0 if full else 1])
             self._rows[full, part] = rows.to(torch.int32)[None]
         return self._rows[full, part]
 

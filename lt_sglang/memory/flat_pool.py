@@ -70,10 +70,13 @@ class FlatPool:
         if taken not in kinds:
             raise LightTransferError("KV pools: SGLang built its pools in an unexpected order or size")
         self._taken += banks
-        k, v = self._buffers
-        starts = [self.layout.bank_start(bank) for bank in taken]
-        rows = self.layout.rows
-        return taken, [k[at : at + rows] for at in starts], [v[at : at + rows] for at in starts]
+        lanes = [self.lane(bank) for bank in taken]
+        return taken, [lane.k for lane in lanes], [lane.v for lane in lanes]
+
+    def lane(self, bank: int) -> KV:
+        """K and V of the lane of ``bank``, as views [rows, KV heads, dim]."""
+        start = self.layout.bank_start(bank)
+        return self.kv.where(slice(start, start + self.layout.rows))
 
     def rows_of(self, bank: int, slots: torch.Tensor) -> torch.Tensor:
         """Rows of ``slots`` (int64 [n]) within the lane of ``bank``; int64 [n]."""

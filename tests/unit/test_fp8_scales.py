@@ -15,6 +15,7 @@ from lt_sglang.identify.observation_window import LastQueries, ObservationWindow
 from lt_sglang.identify.selector import _Alone
 from lt_sglang.layers.prefill import Kind, Prefill
 from lt_sglang.memory.banks import BankLayout
+from lt_sglang.memory.flat_pool import FlatPool
 from lt_sglang.memory.kv import KV
 from lt_sglang.memory.units import UnitShape
 
@@ -98,12 +99,13 @@ def test_scores_read_stored_keys_with_their_scale(layer_id: int, kv_dtype: torch
     rows = layout.bank_rows(layer_id, full if layer_id < 2 else streaming, rest)
     for sign, part in zip((1, -1), pool, strict=True):
         part[rows] = (sign * true / scale).to(kv_dtype)
-    held = KV(*(part.view(torch.uint8) if kv_dtype == FP8 else part for part in pool))
+    flat = FlatPool(layout, SimpleNamespace(rest=rest))  # type: ignore[arg-type]
+    flat._buffers = KV(*(part.view(torch.uint8) if kv_dtype == FP8 else part for part in pool))
     ranks = SimpleNamespace(heads=HEADS, total_heads=HEADS, reduce=None, reduce_max=None)
     state: Any = SimpleNamespace(
         config=LightTransferConfig((1,), mode="dynamic", sink_tokens=4, recent_tokens=60),
         layout=layout,
-        pool=SimpleNamespace(kv=held, units=SimpleNamespace(rest=rest)),
+        pool=flat,
         kv_dtype=kv_dtype,
         observed=ObservationWindow(8),
         ranks=ranks,
