@@ -7,27 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from loadtest.experiments import razor_attention
 from loadtest.experiments.head_windows import QUERIES, HeadWindows, Kept, attention
 
-SINK, RECENT, LAYERS, HEADS, KV_HEADS = 2, 37, 4, 4, 2
+from .tiny_llama import HEADS, KV_HEADS, LAYERS, llama
+
+SINK, RECENT = 2, 37
 IDS = [(7 * i * i + 3 * i) % 50 for i in range(60)]
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def masked(ids: Sequence[int], prompt: int, windows: torch.Tensor) -> torch.Tensor:

@@ -9,37 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache
 
 from lt_sglang.cli import calibrate
 from lt_sglang.config import format_layers
 from lt_sglang.errors import LightTransferError
 from lt_sglang.eval.greedy import Costs, Windowed, greedy_order
 
+from .tiny_llama import LAYERS, llama
 from .words import Words
 
 assert AutoTokenizer is not None
-SINK, RECENT, LAYERS = 2, 5, 4
+SINK, RECENT = 2, 5
 IDS = [(7 * i * i + 3 * i) % 50 for i in range(40)]
-
-
-def _llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def test_lazy_layers_see_what_a_dropped_cache_holds() -> None:
     """Against transformers without any mask, whose cache lost all but the sinks and the last tokens."""
-    model = _llama()
+    model = llama()
     full, trimmed = DynamicCache(), DynamicCache()
     with torch.inference_mode():
         model(torch.tensor([IDS[:-1]]), past_key_values=full)
@@ -80,7 +67,7 @@ def _streamed(model: Any, ids: Sequence[int], lazy: Collection[int]) -> torch.Te
 
 def test_windows_in_prefill_cost_what_a_static_list_serves() -> None:
     """Against the same model fed a token at a time, without any mask."""
-    model, choices = _llama(), [(0,), (1, 3), (0, 1, 2), (), tuple(range(LAYERS))]
+    model, choices = llama(), [(0,), (1, 3), (0, 1, 2), (), tuple(range(LAYERS))]
     others = [IDS, IDS[::-1]]
     expected = [0.0] * len(choices)
     for ids in others:
@@ -90,14 +77,14 @@ def test_windows_in_prefill_cost_what_a_static_list_serves() -> None:
             expected[index] += float((full.exp() * (full - logs)).sum(1).mean()) / len(others)
     costs = Costs(Windowed(model, SINK, RECENT), others, 4, SINK + RECENT, in_prefill=True)
     assert costs(choices) == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    behind = Costs(Windowed(_llama(), SINK, RECENT), others, 4, SINK + RECENT)
+    behind = Costs(Windowed(llama(), SINK, RECENT), others, 4, SINK + RECENT)
     assert min(expected[:3]) > 1e-3 and behind(choices[:3]) != pytest.approx(expected[:3], rel=0.05)
 
 
 @pytest.mark.parametrize("in_prefill", [False, True])
 def test_a_layer_that_attends_to_nothing_comes_first(in_prefill: bool) -> None:
     """Its attention adds nothing to the stream, so a window takes nothing away."""
-    model = _llama()
+    model = llama()
     model.model.layers[2].self_attn.o_proj.weight.data.zero_()
     samples = [IDS, IDS[:3]]
     costs = Costs(Windowed(model, SINK, RECENT), samples, 4, SINK + RECENT, in_prefill=in_prefill)
@@ -111,7 +98,7 @@ def test_a_layer_that_attends_to_nothing_comes_first(in_prefill: bool) -> None:
 @pytest.mark.parametrize("in_prefill", [False, True])
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch, in_prefill: bool) -> None:
     samples = [IDS, IDS[::-1]]
-    costs = Costs(Windowed(_llama(), SINK, RECENT), samples, 4, SINK + RECENT, in_prefill=in_prefill)
+    costs = Costs(Windowed(llama(), SINK, RECENT), samples, 4, SINK + RECENT, in_prefill=in_prefill)
     choices = [(layer,) for layer in range(LAYERS)]
     together = costs(choices)
     monkeypatch.setattr("lt_sglang.eval.greedy.COPIES_BYTES", 1)
@@ -149,7 +136,7 @@ def test_candidates_are_those_that_added_least() -> None:
 
 def test_short_samples() -> None:
     with pytest.raises(LightTransferError, match="before its last 4"):
-        Costs(Windowed(_llama(), SINK, RECENT), [IDS[: SINK + RECENT + 4]], 4, SINK + RECENT)
+        Costs(Windowed(llama(), SINK, RECENT), [IDS[: SINK + RECENT + 4]], 4, SINK + RECENT)
 
 
 def test_other_models() -> None:
@@ -160,7 +147,7 @@ def test_other_models() -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Writes a configuration that serve reads, the same each time."""
     folder, data, out = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "layers.json"
-    _llama().save_pretrained(folder)
+    llama().save_pretrained(folder)
     words = Words()
     monkeypatch.setattr(calibrate, "HfTokenizer", lambda _name: words)
     line = " ".join(f"w{i % 9}" for i in range(20))
