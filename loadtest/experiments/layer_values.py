@@ -132,7 +132,7 @@ def draw(values: dict[str, list[float]], path: Path) -> None:
     axis.errorbar(layers, values["shapley"], values["shapley_error"], fmt="o-", ms=4, label="Shapley value")
     axis.plot(layers, values["first half"], "s-", ms=4, label="first half of an order")
     axis.plot(layers, values["single"], "^-", ms=4, label="alone")
-    axis.set(xlabel="layer", ylabel="nats a position", yscale="symlog")
+    axis.set(xlabel="layer", ylabel="nats a position")
     axis.set_yscale("symlog", linthresh=1e-3)
     axis.legend()
     save(pyplot, figure, path)

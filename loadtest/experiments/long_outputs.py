@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import uuid
 from collections.abc import Sequence
@@ -32,10 +33,11 @@ from lt_sglang.demo.smollm2 import ensure_model
 from lt_sglang.eval.intervals import paired_groups
 from lt_sglang.eval.items import HfTokenizer, rng_of
 from lt_sglang.eval.tasks.conversations import PLACES
+from lt_sglang.eval.tasks.passkey import DIGITS
 from lt_sglang.launch.cpu import cpu_server_args, has_gpu
 from lt_sglang.launch.engine import Engine, EngineSpec
 
-KEYS, DIGITS, BEGUN, SEED = 3, 5, 6, 11
+KEYS, BEGUN, SEED = 3, 6, 11
 KEY_TOKENS = 8
 SINKS = "4"
 
@@ -139,14 +141,13 @@ def specs_of(args: argparse.Namespace, model: str, given: Sequence[str]) -> list
     names = args.only.split(",") if args.only else list(engines)
     flags = (*given, *("--max-running-requests", str(args.clients), "--context-length", "8192"))
     specs = []
+    if not has_gpu():
+        flags = (*cpu_server_args(), "--mem-fraction-static", "0.4", *flags)
     for name in names:
-        own = tuple((engines[name] or "").split())
-        if own:
-            own = (*own, "--lt-sink-tokens", SINKS, "--lt-recent-tokens", str(args.recent_tokens))
-        elif not has_gpu():
-            own = ("--attention-backend", "torch_native")
-        on_cpu = () if has_gpu() else (*cpu_server_args(), "--mem-fraction-static", "0.4")
-        specs.append(EngineSpec(name, model, (*on_cpu, *flags), own, stock="--lt-sink-tokens" not in own))
+        lazy = shlex.split(engines[name] or "")
+        stock = () if has_gpu() else ("--attention-backend", "torch_native")
+        ours = (*lazy, "--lt-sink-tokens", SINKS, "--lt-recent-tokens", str(args.recent_tokens))
+        specs.append(EngineSpec(name, model, flags, ours if lazy else stock, stock=not lazy))
     return specs
 
 
