@@ -34,22 +34,28 @@ def graph_clock(run: Callable[[], Any], runs: int = 1, replays: int = 7) -> Call
 
 
 class PagedDecode:
-    """FlashInfer's tensor-core decode at page size 1, bfloat16, fit for a CUDA graph.
+    """FlashInfer's tensor-core decode of bfloat16 queries, fit for a CUDA graph.
 
     Args:
         requests: of every plan.
-        most_rows: of all lists together.
+        most_pages: of all lists together.
         heads: query heads, KV heads, their size.
         workspace: uint8, on the GPU.
+        dtype: of K and V.
     """
 
     def __init__(
-        self, requests: int, most_rows: int, heads: tuple[int, int, int], workspace: torch.Tensor
+        self,
+        requests: int,
+        most_pages: int,
+        heads: tuple[int, int, int],
+        workspace: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-        self._requests, self._heads = requests, heads
-        sizes = {"indptr": requests + 1, "indices": most_rows, "last_page_len": requests}
+        self._requests, self._heads, self._dtype = requests, heads, dtype
+        sizes = {"indptr": requests + 1, "indices": most_pages, "last_page_len": requests}
         buffers = {
             f"paged_kv_{name}_buffer": torch.empty(size, dtype=torch.int32, device="cuda")
             for name, size in sizes.items()
@@ -58,12 +64,12 @@ class PagedDecode:
             workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True, backend="fa2", **buffers
         )
 
-    def plan(self, lengths: Sequence[int], rows: torch.Tensor) -> None:
-        """Plan for lists of ``lengths`` rows, one after the other in ``rows`` (int32)."""
+    def plan(self, lengths: Sequence[int], pages: torch.Tensor, page_size: int = 1) -> None:
+        """Plan for lists of ``lengths`` full pages, one after the other in ``pages`` (int32)."""
         indptr = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        last = torch.ones(self._requests, dtype=torch.int32)
-        types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
-        self.wrapper.plan(indptr, rows, last, *self._heads, 1, **types)
+        last = torch.full((self._requests,), page_size, dtype=torch.int32)
+        types = {"q_data_type": torch.bfloat16, "kv_data_type": self._dtype}
+        self.wrapper.plan(indptr, pages, last, *self._heads, page_size, **types)
 
     def query(self) -> torch.Tensor:
         """Random queries [requests, heads, size]."""

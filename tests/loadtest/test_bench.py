@@ -80,7 +80,8 @@ def test_one_server_a_mode_for_all_lengths(tmp_path: Path) -> None:
     for mode in ("static", "dynamic"):
         specs = [cell.specs for cell in shared if cell.scenario.name.endswith(mode)]
         assert len(specs) == 10 and len({one[LIGHTTRANSFER] for one in specs}) == 1
-    assert len({cell.specs["flashinfer"] for cell in shared}) == 1
+    against = [cell for cell in shared if "phase" not in cell.scenario.name]
+    assert len({cell.specs["flashinfer"] for cell in against}) == 1
     starts = plan([every], rounds=1)
     assert [start.spec.name for start in starts].count(LIGHTTRANSFER) == 6
     assert [start.spec.name for start in starts].count("stock_flashinfer") == 2
@@ -93,6 +94,16 @@ def test_stock_runs_once_for_both_modes(file: str, tmp_path: Path) -> None:
     starts = plan([cells(tmp_path, file, TP8.parent)], rounds=1)
     assert [start.spec.name for start in starts] == ["stock_flashinfer", LIGHTTRANSFER, LIGHTTRANSFER]
     assert len({start.spec for start in starts}) == 3
+
+
+def test_four_servers_show_fp8_against_lazy_layers_and_both(tmp_path: Path) -> None:
+    """Of fp8.yaml: each side in fp8 and in bfloat16; ours in fp8 runs once for both comparisons."""
+    starts = plan([cells(tmp_path, "fp8.yaml", TP8.parent)], rounds=1)
+    assert [start.spec.name for start in starts].count(LIGHTTRANSFER) == 2
+    assert len({start.spec for start in starts}) == len(starts) == 4
+    of_16k = [cell for cell in cells(tmp_path, "fp8.yaml", TP8.parent) if "-16k" in cell.scenario.name]
+    assert len({cell.specs[LIGHTTRANSFER] for cell in of_16k}) == 2
+    assert len({cell.specs["flashinfer"] for cell in of_16k}) == 2
 
 
 def test_dp_attention_is_compared_in_memory_that_holds_long_prompts(tmp_path: Path) -> None:
