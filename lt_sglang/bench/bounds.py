@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lt_sglang.bench.scenario import Length, Scenario
@@ -33,6 +33,7 @@ def bounds(
     gpu: str | None,
     stock_tokens: int,
     server: dict[str, Any],
+    own_dtype: str | None = None,
 ) -> Bounds:
     """The bounds of ``scenario`` on one model and machine.
 
@@ -44,6 +45,7 @@ def bounds(
         gpu: the planner's name; None on a CPU, whose speed it does not know.
         stock_tokens: what the stock server's KV memory holds: both servers have the same bytes.
         server: the stock server's /server_info.
+        own_dtype: ``kv_cache_dtype`` of ours; None: as stock's.
     """
     if scenario.load.phases:
         return Bounds({}, "No bound: the traffic changes.")
@@ -53,33 +55,37 @@ def bounds(
     if "--enable-dp-attention" in scenario.engine.baseline_flags:
         return Bounds({}, "No bound: the two sides divide the model differently.")
     dtype = server.get("kv_cache_dtype") or "auto"
-    element = KV_ELEMENT_BYTES.get(dtype, 2)
     deployment = Deployment(
         shape=shape,
         hardware=Hardware(GPUS[gpu or ANY_GPU], tp),
         config=config,
         mem_fraction=1.0,
         weights_bytes=shape.total_weight_bytes,
-        kv_cache_dtype=dtype if dtype in KV_ELEMENT_BYTES else "auto",
+        kv_cache_dtype=_known(dtype),
         chunk_tokens=server.get("chunked_prefill_size") or 8192,
-        kv_bytes=stock_tokens * shape.layers * shape.kv_token_layer(element, tp),
+        kv_bytes=stock_tokens * shape.layers * shape.kv_token_layer(KV_ELEMENT_BYTES[_known(dtype)], tp),
     )
     users = scenario.load.users if scenario.load.kind == "closed" else None
     try:
-        plan = plan_mix(deployment, mix, users)
+        stock = plan_mix(deployment, mix, users)
+        ours = plan_mix(replace(deployment, kv_cache_dtype=_known(own_dtype or dtype)), mix, users)
     except LightTransferError as error:
         return Bounds({}, f"No bound: {error}.")
-    if not plan.full_requests:
+    if not stock.full_requests:
         return Bounds({}, "No bound: not one request fits into stock's memory.")
-    found = {"requests_running": plan.hybrid_requests / plan.full_requests}
+    found = {"requests_running": ours.hybrid_requests / stock.full_requests}
     if gpu is None:
         return Bounds(found, "Bound: whole requests in the same KV memory. A CPU's speed is not modelled.")
-    assert plan.decode_ratio is not None and plan.total_ratio is not None
-    found |= {"decode_tokens_per_second": plan.decode_ratio, "output_throughput": plan.total_ratio}
+    found["decode_tokens_per_second"] = ours.hybrid_decode / stock.full_decode
+    found["output_throughput"] = ours.hybrid_total / stock.full_total
     if all(part.output_tokens == 1 for part in mix):
-        found["prefill_speed"] = plan.full_prefill / plan.hybrid_prefill
+        found["prefill_speed"] = stock.full_prefill / ours.hybrid_prefill
     mean = "" if _fixed(scenario) else " of the mean lengths"
     return Bounds(found, f"Bound: lt-sglang plan's roofline{mean}, with stock's measured KV memory.")
+
+
+def _known(dtype: str) -> str:
+    return dtype if dtype in KV_ELEMENT_BYTES else "auto"
 
 
 def mean_mix(scenario: Scenario) -> tuple[Part, ...] | None:

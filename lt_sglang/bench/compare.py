@@ -268,7 +268,8 @@ class Bench:
         assert config is not None
         shape = shape_from_config(model_config, Path(spec.model).name)
         gpu = self._settings.machine.planned_gpu
-        return bounds(cell.scenario, shape, config, spec.tp, gpu, capacity, server)
+        own = self._info[ours].get("kv_cache_dtype")
+        return bounds(cell.scenario, shape, config, spec.tp, gpu, capacity, server, own)
 
     def _problem(self, spec: EngineSpec, cell: Cell, text: str) -> None:
         # Ends of logs are long.

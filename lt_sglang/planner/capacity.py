@@ -106,6 +106,8 @@ class MixPlan:
     hybrid_requests: int
     decode_ratio: float | None
     total_ratio: float | None
+    full_decode: float
+    hybrid_decode: float
     full_total: float
     hybrid_total: float
     full_prefill: float
@@ -141,6 +143,8 @@ def plan_mix(deployment: Deployment, mix: Mix, at_most: int | None = None) -> Mi
         hybrid_requests=found.hybrid,
         decode_ratio=found.decode_ratio,
         total_ratio=found.total_ratio,
+        full_decode=found.stock.decode_rate,
+        hybrid_decode=found.ours.decode_rate,
         full_total=found.stock.total_rate,
         hybrid_total=found.ours.total_rate,
         full_prefill=found.stock.prefill_time,

@@ -52,6 +52,21 @@ def measured(output: float, running: int, decode: float, ttft: float = 0.5) -> M
     return Measured(summary, Steady(running, decode, decode - 1, decode + 1, 9), {}, None, [])
 
 
+def test_bounds_of_fp8_over_bfloat16_count_each_side_s_bytes() -> None:
+    """Ours in fp8 holds twice what it does in bfloat16, in the bytes that stock has in bfloat16."""
+    one = next(one for one in load_scenarios(FILES / "fp8.yaml") if one.name == "fp8-16k-over-bf16")
+    sides = (one, SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS)
+    fp8 = {"kv_cache_dtype": "fp8_e4m3"}
+    same = bounds(*sides, {"kv_cache_dtype": "auto"}).ratios
+    assert bounds(*sides, {"kv_cache_dtype": "auto"}, "auto").ratios == same
+    over = bounds(*sides, {"kv_cache_dtype": "auto"}, "fp8_e4m3").ratios
+    assert over["requests_running"] == pytest.approx(2 * same["requests_running"], rel=0.03)
+    assert over["decode_tokens_per_second"] > 1.7 * same["decode_tokens_per_second"]
+    # In fp8 on both sides each holds twice as many.
+    both = bounds(*sides[:5], 2 * STOCK_TOKENS, fp8, "fp8_e4m3").ratios
+    assert both["requests_running"] == pytest.approx(same["requests_running"], rel=0.03)
+
+
 def test_bounds_of_table_5_are_the_planner_s() -> None:
     found = bounds(table5("16k"), SHAPES["mistral-7b"], HALF, 1, "h100-80", STOCK_TOKENS, {})
     assert found.ratios["requests_running"] == pytest.approx(1.88, abs=0.08)

@@ -12,7 +12,7 @@ import torch
 
 from lt_sglang.attention.decode_plan import CHUNKS_PER_PLACE, DecodePlan, decode_plans, plan_bytes
 from lt_sglang.attention.flashinfer_private import PrefillPlanInfo, plan_info
-from lt_sglang.attention.kernels.decode_plans import START_TOKENS
+from lt_sglang.attention.kernels.decode_plans import ROUND_TOKENS, START_TOKENS
 from lt_sglang.errors import LightTransferError
 
 
@@ -25,7 +25,7 @@ def expected_plan(lengths: list[int], plan: DecodePlan) -> tuple[int, list[tuple
         count = sum(-(-length // size) for length in lengths)
         even = count * size < 1.15 * tokens
         if even:
-            time = -(-count // plan.places) * (size + START_TOKENS)
+            time = -(-count // plan.places) * (size + ROUND_TOKENS)
         else:
             time = (tokens + count * START_TOKENS) / plan.places + 0.7 * size
         if count <= (plan.chunks if even else plan.uneven_chunks) and time < best[0]:
@@ -92,6 +92,18 @@ def test_lists_of_one_length_are_cut_into_more_rounds() -> None:
     # Lists that differ have no more chunks than before.
     mixed = [16484] * 42 + [1024] * 124 + [1] * 26
     assert expected_plan(mixed, plan) == expected_plan(mixed, replace(plan, chunks=plan.uneven_chunks))
+
+
+@pytest.mark.parametrize(
+    ("requests", "length", "chunks"),
+    [(168, 16384, 504), (177, 8192, 354), (47, 16384, 94), (12, 32768, 96), (8, 16384, 32), (99, 4096, 99)]
+    + [(47, 1024, 47), (95, 1024, 95), (168, 1024, 168)],
+)
+def test_the_fastest_measured_plan_is_chosen(requests: int, length: int, chunks: int) -> None:
+    """Of those in 2026-11-30-h200-decode-plan.json: long lists gain from more rounds, windows lose."""
+    info = DecodePlan(requests, 600, tile=16, places=33, partial_bytes=0, uneven_chunks=300).info
+    plan = DecodePlan.like(info, requests, heads=32, kv_heads=8, dim=128, processors=132)
+    assert len(expected_plan([length] * requests, plan)[1]) == chunks
 
 
 def replace_rows(info: PrefillPlanInfo, requests: int) -> PrefillPlanInfo:

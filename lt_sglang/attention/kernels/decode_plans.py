@@ -10,8 +10,11 @@ import triton.language as tl
 
 MIN_CHUNK: tl.constexpr = tl.constexpr(128)
 BLOCK_ITEMS = 256
-# What starting a chunk costs, in tokens of attention.
-START_TOKENS = 64
+# In tokens of attention: what starting a chunk costs, and what a round of chunks of one size does. A last round
+# with gaps takes less than a full one, since its chunks have more bandwidth each, so more rounds save less than
+# they seem to: 513 to 543 choose the fastest of the plans that were measured for lists of one length (result
+# file 2026-11-30-h200-decode-plan).
+START_TOKENS, ROUND_TOKENS = 64, 528
 
 
 class PlanOffsets(NamedTuple):
@@ -38,6 +41,7 @@ def _decode_plans(  # type: ignore[no-untyped-def]
     uneven,
     places,
     START: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
 ):
@@ -61,7 +65,7 @@ def _decode_plans(  # type: ignore[no-untyped-def]
         count = tl.sum((length[None, :] + tried[:, None] - 1) // tried[:, None], 1)
         chunk = tried.to(tl.float32)
         # Chunks of one size run in whole rounds; others fill the gaps, but for some of the last one.
-        rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + START)
+        rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + ROUND)
         filled = (tokens + count.to(tl.float32) * START) / places + 0.7 * chunk
         even = count.to(tl.float32) * chunk < 1.15 * tokens
         time = tl.where(even, rounds, filled)
@@ -127,6 +131,7 @@ def write_plans(
         uneven=chunks[1],
         places=places,
         START=START_TOKENS,
+        ROUND=ROUND_TOKENS,
         BLOCK=triton.next_power_of_2(max(requests, 16)),
         BLOCK_ITEMS=BLOCK_ITEMS,
     )
