@@ -10,10 +10,10 @@ import triton.language as tl
 
 MIN_CHUNK: tl.constexpr = tl.constexpr(128)
 BLOCK_ITEMS = 256
-# In tokens of attention: what starting a chunk costs, and what a round of chunks of one size does. A last round
-# with gaps takes less than a full one, since its chunks have more bandwidth each, so more rounds save less than
-# they seem to: 513 to 543 choose the fastest of the plans that were measured for lists of one length (result
-# file 2026-11-30-h200-decode-plan).
+# In tokens of attention: what starting a chunk costs, and what a round of chunks of one size does. A last
+# round with gaps takes less than a full one, since its chunks have more bandwidth each, so more rounds save
+# less than they seem to: 513 to 543 choose the fastest of the plans that were measured for lists of one
+# length (result file 2026-11-30-h200-decode-plan).
 START_TOKENS, ROUND_TOKENS = 64, 528
 
 
