@@ -189,9 +189,13 @@ class LightTransferRadixCache(UnifiedRadixCache):
             self.release_swa_prefix_lock(req)
 
     def release_swa_prefix_lock(self, req: Req) -> None:
-        """As UnifiedRadixCache, once the sinks are safe."""
-        if self._keep_sinks(req):
-            super().release_swa_prefix_lock(req)
+        """As UnifiedRadixCache, once the sinks are safe, and of a prompt that fits the window as well.
+
+        SGLang keeps such a prompt's window to the request's end: its lock ends at the root, without an id.
+        """
+        lock = (self.session.borrowed_slot(req) or req).lock
+        if lock is not None and not lock.swa_released and self._keep_sinks(req):
+            self.release_swa(lock)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """As UnifiedRadixCache; the request gives its sink set back."""

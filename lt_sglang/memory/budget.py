@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from lt_sglang.memory.demand import Demand, expected_output
 
@@ -148,5 +149,7 @@ def running_offset(req: Req, ratio: float, allocator: Any) -> float:
     """What a decoding request will take beyond what it holds, in SGLang's tokens; of an ElasticAllocator."""
     demand: Demand = allocator.demand
     prompt = req.seqlen - req.decode_batch_idx
-    units = demand.of_running(prompt, req.decode_batch_idx, output_of(req, ratio, demand))
+    due = req.kv.get_evicted_seqlen(ComponentType.SWA) + demand.interval + demand.window - prompt
+    locked = req.kv.cache_protected_len > 0 and req.lock is not None and not req.lock.swa_released
+    units = demand.of_running(prompt, req.decode_batch_idx, output_of(req, ratio, demand), due, locked)
     return float(units * allocator.page_size / demand.both)

@@ -88,22 +88,30 @@ class Demand:
         end = self.units(extend + output, late) if output > late else 0
         return max(decode, end) + self.both + self._sinks
 
-    def of_running(self, prompt: int, decoded: int, output: int) -> int:
+    def of_running(
+        self, prompt: int, decoded: int, output: int, due: int | None = None, locked: bool | None = None
+    ) -> int:
         """Most units that a decoding request will take beyond what it holds.
 
-        prompt: tokens it was prefilled with. decoded: since then. output: tokens to come.
+        prompt: tokens it was prefilled with. decoded: since then. output: tokens to come. due: how many will
+        be decoded when its window slides next; None: whenever ``interval`` tokens were decoded. locked: its
+        prompt's window is still held; None: as it follows from ``due``.
         """
         window, late = self.window, self.window + self.interval
-        # Its window slides whenever ``interval`` tokens were decoded.
-        slid = decoded - decoded % self.interval
-        if slid >= window:
-            return self.units(output, min(output, slid + self.interval - decoded)) + self.both
-        growth = min(output, late - decoded)
+        if due is None:
+            due = decoded - decoded % self.interval + self.interval
+        if locked is None:
+            locked = due - self.interval < window
+        # It gets a sink set when its first tokens leave the window.
+        more = self.both + (self._sinks if prompt + due - self.interval <= window else 0)
+        if not locked:
+            return self.units(output, min(output, max(due - decoded, 1))) + more
+        growth = max(0, min(output, late - decoded))
         begun = self.units(growth, growth)
         # By then its prompt's window has been let go.
         end = self.shape.full_units * self.pages(output)
         end += self.shape.streaming_units * (self.pages(late) - self.pages(min(prompt, window) + decoded))
-        return max(begun, end if output > growth else 0, 0) + self.both
+        return max(begun, end if output > growth else 0, 0) + more
 
     def longest(self, units: int, full_slots: int) -> int:
         """Tokens of the longest request that ``units`` and ``full_slots`` hold, if it has them for itself."""

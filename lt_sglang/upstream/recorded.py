@@ -203,6 +203,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.match_prefix": "self, params",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": "self, req, *, checkpointed",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.prefix_device_indices": "self, req",
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.release_swa": "self, lock",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.release_swa_prefix_lock": "self, req",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.reset": "self",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.sanity_check": "self",
@@ -251,6 +252,7 @@ SIGNATURES: dict[str, str] = {
     "sglang.srt.runtime_context.get_serving": "",
     "sglang.srt.server_args.ServerArgs.url": "self, port=",
     "sglang.srt.server_args.prepare_server_args": "argv",
+    "sglang.srt.session.streaming_session.StreamingSession.borrowed_slot": "self, req",
     "sglang.srt.utils.get_num_new_pages": "seq_lens, page_size, prefix_lens=, decode=",
     "sglang.srt.utils.hf_transformers_utils.get_config": (
         "model, trust_remote_code, revision=, model_override_args=, model_config_parser=, **kwargs"

@@ -152,6 +152,27 @@ def test_a_set_that_is_found_before_the_window_has_slid() -> None:
     made.check()
 
 
+@modes
+@pytest.mark.parametrize("length", [1, 5, WINDOW - 1, WINDOW, WINDOW + 1])
+def test_a_prompt_that_fits_the_window_lets_it_go(mode: str, length: int) -> None:
+    """SGLang holds it to the request's end: a short question with a long answer would have two windows."""
+    made = rig(mode)
+    req = made.request(prompt(length), 200)
+    assert made.prefill(req) and made.decode(req, WINDOW + INTERVAL)
+    for _ in range(60):
+        assert made.decode(req, 1)
+        assert made.streaming_used <= WINDOW + 1 + INTERVAL
+        reads_all(made, req)
+        made.check()
+    made.finish(req)
+    made.check()
+    # What was let go is not read again.
+    again = made.request([*prompt(length), *req.output_ids[:-1], 5, 6], 8)
+    assert made.prefill(again) and made.decode(again, 6)
+    reads_all(made, again)
+    made.check()
+
+
 def test_a_retracted_request_starts_anew() -> None:
     made = rig(sets=0)
     req = made.request(prompt(LONG))
