@@ -9,12 +9,14 @@ Source: sglang/srt/entrypoints/warmup.py.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import logging
 import time
 from typing import Any
 
-from lt_sglang.config import CONFIG_KEY, LightTransferConfig
+from lt_sglang.config import CONFIG_KEY, LIST, LightTransferConfig
 from lt_sglang.errors import LightTransferError
 from lt_sglang.names import BACKEND
 
@@ -50,8 +52,14 @@ def prompt_lengths(lazy_tokens: int, chunk: int | None, most: int) -> list[int]:
     return [length for length in lengths if length + BEYOND + 2 * NEW_TOKENS < most]
 
 
+def decided_together(lazy_tokens: int, chunk: int | None) -> list[int]:
+    """How many prompts are sent at a time. Several that end in one chunk are scored by other kernels."""
+    most = (chunk or 0) // (lazy_tokens + BEYOND)
+    return [count for count in (2, 4, 8, 16, 32) if count <= most]
+
+
 async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
-    """Send each prompt, then what follows on it, as a second turn would; empty the prefix cache.
+    """Send each prompt, then a second turn of it; then several at a time; empty the prefix cache.
 
     Raises:
         LightTransferError: the server did not answer; it must not become ready.
@@ -65,16 +73,30 @@ async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
     config = LightTransferConfig.from_dict(given)
     begun = time.monotonic()
     lengths = prompt_lengths(config.lazy_tokens, args.chunked_prefill_size, _most(tokenizer_manager))
-    for number, length in enumerate(lengths):
+    numbers = itertools.count(10)
+
+    def prompt_of(length: int) -> list[int]:
         # Prompts that share no prefix; any token of any vocabulary will do.
-        prompt = [10 + number] + [10 + position % 50 for position in range(length - 1)]
+        return [next(numbers)] + [10 + position % 50 for position in range(length - 1)]
+
+    for length in lengths:
+        prompt = prompt_of(length)
         answer = await _generate(tokenizer_manager, prompt)
         await _generate(tokenizer_manager, [*prompt, *answer, *prompt[:BEYOND]])
+    scored = config.dynamic and config.score != LIST and len(lengths) > 1
+    groups = decided_together(config.lazy_tokens, args.chunked_prefill_size) if scored else []
+    for count in groups:
+        # The short ones arrive while the long one runs, and so share a chunk.
+        group = [prompt_of(lengths[1]), *(prompt_of(lengths[0]) for _ in range(count))]
+        await asyncio.gather(*(_generate(tokenizer_manager, prompt) for prompt in group))
     flushed = await tokenizer_manager.flush_cache(timeout_s=FLUSH_SECONDS)
     if not flushed.success:
         raise LightTransferError(f"--warmups {BACKEND}: the prefix cache could not be emptied afterwards")
     logger.info(
-        "LightTransfer: warm-up with prompts of %s tokens took %.1f s", lengths, time.monotonic() - begun
+        "LightTransfer: warm-up with prompts of %s tokens, up to %d together, took %.1f s",
+        lengths,
+        max(groups, default=1),
+        time.monotonic() - begun,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from lt_sglang.launch.gate import MESSAGE
-from lt_sglang.launch.warmup import BEYOND
+from lt_sglang.launch.warmup import BEYOND, decided_together
 
 from .prompts import random_prompt
 from .server import Server
@@ -107,12 +107,19 @@ def test_warm_up(tmp_path: Path) -> None:
         log = server.log.read_text()
         window = 4 + 60
         lengths = [window + BEYOND, CHUNK + window + BEYOND]
-        assert f"warm-up with prompts of {lengths} tokens" in log
+        # One at a time; then two and four in a chunk, behind a long one each.
+        together = decided_together(window, CHUNK)
+        assert f"warm-up with prompts of {lengths} tokens, up to {max(together, default=1)} together" in log
         # Ready is logged later, and nobody else was answered but SGLang's own warm-up, a short prompt.
         assert log.index("warm-up with prompts") < log.index("Uvicorn running on")
         state = server.lighttransfer()
         sets = state["layer_sets"]
-        assert 2 <= sets["decided"] <= 2 + clients.late and sets["inherited"] == 2 and sets["short"] == 1
+        decided = 2 + sum(1 + count for count in together)
+        assert (
+            decided <= sets["decided"] <= decided + clients.late
+            and sets["inherited"] == 2
+            and sets["short"] == 1
+        )
         assert sets["stored"] <= clients.late, "the cache was emptied"
         assert state["memory"]["sink_sets_used"] <= clients.late
         assert len(server.generate(HOSTILE[0][1]["input_ids"], 4).tokens) == 4  # type: ignore[arg-type]

@@ -12,7 +12,14 @@ import sglang.srt.arg_groups.overrides as overrides
 
 from lt_sglang.config import CONFIG_KEY
 from lt_sglang.errors import LightTransferError
-from lt_sglang.launch.warmup import BEYOND, NEW_TOKENS, prompt_lengths, warm_up, with_warm_up
+from lt_sglang.launch.warmup import (
+    BEYOND,
+    NEW_TOKENS,
+    decided_together,
+    prompt_lengths,
+    warm_up,
+    with_warm_up,
+)
 from lt_sglang.names import BACKEND
 from lt_sglang.resolve import settle_runtime
 
@@ -70,16 +77,21 @@ class Manager:
 
     context_len, max_req_input_len = 4096, 4000
 
-    def __init__(self, tokens: int, flushes: bool = True) -> None:
-        given = {CONFIG_KEY: LAZY}
+    def __init__(self, tokens: int, flushes: bool = True, **config: Any) -> None:
+        given = {CONFIG_KEY: config or LAZY}
         self.server_args = SimpleNamespace(
             json_model_override_args=json.dumps(given), chunked_prefill_size=256
         )
         self.tokens, self.flushes = tokens, flushes
         self.asked: list[list[int]] = []
+        self.open = self.most_open = 0
 
     async def generate_request(self, request: Any, _: Any) -> Any:
         self.asked.append(request.input_ids)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        await asyncio.sleep(0)
+        self.open -= 1
         yield {"output_ids": [7] * self.tokens}
 
     async def flush_cache(self, timeout_s: float) -> Any:
@@ -94,6 +106,26 @@ def test_every_prompt_has_a_second_turn(monkeypatch: pytest.MonkeyPatch) -> None
     assert again[: len(first) + NEW_TOKENS] == [*first, 7, 7, 7, 7] and len(again) > len(first) + NEW_TOKENS
     assert last[: len(second)] == second
     assert first[0] != second[0], "no prefix in common"
+
+
+def test_scores_see_as_many_prompts_as_share_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for two, four ... prompts are compiled before users come; a list has no scores."""
+    assert decided_together(1024, 8192) == [2, 4]
+    assert decided_together(64, 8192) == [2, 4, 8, 16, 32]
+    assert decided_together(1024, 2048) == decided_together(1024, None) == decided_together(1024, -1) == []
+    monkeypatch.setattr(overrides, "resolving_view", lambda given: given)
+    windows = {"sink_tokens": 4, "recent_tokens": 28}
+    manager = Manager(NEW_TOKENS, mode="dynamic", keep=1, **windows)
+    asyncio.run(warm_up("null", manager))
+    short, long = 32 + BEYOND, 256 + 32 + BEYOND
+    assert [len(prompt) for prompt in manager.asked[4:]] == [long, short, short]
+    assert manager.most_open == 3
+    beginnings = [prompt[0] for prompt in (manager.asked[0], manager.asked[2], *manager.asked[4:])]
+    assert len(set(beginnings)) == len(beginnings), "a hit would be no prefill"
+    for config in ({"mode": "dynamic", "score": "list", "lazy_layers": [0]}, {"lazy_layers": [0]}):
+        manager = Manager(NEW_TOKENS, **config, **windows)
+        asyncio.run(warm_up("null", manager))
+        assert len(manager.asked) == 4 and manager.most_open == 1
 
 
 @pytest.mark.parametrize("manager", [Manager(0), Manager(NEW_TOKENS, flushes=False)])
