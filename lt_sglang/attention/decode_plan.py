@@ -24,9 +24,9 @@ from lt_sglang.errors import LightTransferError
 
 # Chunks that may be planned for each place on the GPU (each multiprocessor has two), beside one a request.
 CHUNKS_PER_PLACE = 3
-# Lists of one length run in whole rounds. They may be cut until there are ROUNDS, so that a last one with
-# gaps is a small part, but none into more than CUTS. Lists that differ fill gaps by themselves, and more
-# chunks of them only take longer to start.
+# Lists of one length run in whole rounds. Long ones may be cut until there are ROUNDS, so that a last one
+# with gaps is a small part, but none into more than CUTS. Lists that differ fill gaps by themselves, and
+# more chunks of them, or of windows, only take longer to start.
 ROUNDS, CUTS = 16, 4
 ALIGN = 16
 
@@ -40,7 +40,7 @@ def _places(kv_heads: int, processors: int) -> int:
 
 
 def _most_chunks(requests: int, places: int) -> tuple[int, int]:
-    """Of lists of one length, and of others; the first is not below the second."""
+    """Of long lists of one length, and of others; the first is not below the second."""
     others = CHUNKS_PER_PLACE * places + requests
     return max(others, min(ROUNDS * places, CUTS * requests)), others
 
@@ -51,7 +51,7 @@ class DecodePlan:
 
     tile: queries times heads that one chunk takes (cta_tile_q). places: chunks of one KV head that the GPU
     runs at a time. partial_bytes: of the chunks' outputs before they are merged; their sums follow.
-    uneven_chunks: as ``chunks``, of lists that are not of one length.
+    uneven_chunks: as ``chunks``, of lists that are short or not of one length.
     """
 
     requests: int

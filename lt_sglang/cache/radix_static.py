@@ -118,6 +118,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
 
     def prefix_device_indices(self, req: Req) -> torch.Tensor:
         """As UnifiedRadixCache; called once as a request with a cached prefix is admitted."""
+        req.lighttransfer_prefix = req.prefix_len
         if req.prefix_len > self._kept_tokens:
             # The prefix is the tree's, so its sinks are, whatever else the request brings.
             adopted = self.sinks.adopt(request_id(req), self._shared_key_of(req), _row_of(req))
@@ -191,7 +192,8 @@ class LightTransferRadixCache(UnifiedRadixCache):
     def release_swa_prefix_lock(self, req: Req) -> None:
         """As UnifiedRadixCache, once the sinks are safe, and of a prompt that fits the window as well.
 
-        SGLang keeps such a prompt's window to the request's end: its lock ends at the root, without an id.
+        SGLang keeps such a prompt's window to the request's end: its lock ends at the root, without an id. As
+        with longer prompts, who asks the same again while nobody holds that window computes it anew.
         """
         lock = (self.session.borrowed_slot(req) or req).lock
         if lock is not None and not lock.swa_released and self._keep_sinks(req):
@@ -201,7 +203,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         """As UnifiedRadixCache; the request gives its sink set back."""
         self.report(req)
         self.sinks.release(request_id(req))
-        req.kv.swa_evict_floor = 0
+        req.kv.swa_evict_floor = req.lighttransfer_prefix = 0
         if not req.finished():
             self.token_to_kv_pool_allocator.count_retraction()
         elif not is_health_check_generate_req(req):

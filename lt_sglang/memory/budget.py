@@ -148,8 +148,17 @@ def output_of(req: Req, ratio: float, demand: Demand) -> int:
 def running_offset(req: Req, ratio: float, allocator: Any) -> float:
     """What a decoding request will take beyond what it holds, in SGLang's tokens; of an ElasticAllocator."""
     demand: Demand = allocator.demand
-    prompt = req.seqlen - req.decode_batch_idx
-    due = req.kv.get_evicted_seqlen(ComponentType.SWA) + demand.interval + demand.window - prompt
-    locked = req.kv.cache_protected_len > 0 and req.lock is not None and not req.lock.swa_released
-    units = demand.of_running(prompt, req.decode_batch_idx, output_of(req, ratio, demand), due, locked)
+    evicted, published = req.kv.get_evicted_seqlen(ComponentType.SWA), req.kv.cache_protected_len
+    returned = 0
+    # The tree lets a window go once, however many requests hit it: on account of who computed it. One that is
+    # late to go has no sink set, and may never go.
+    waits = req.lock is not None and not req.lock.swa_released
+    if waits and req.decode_batch_idx <= demand.window + demand.interval:
+        returned = min(demand.window, max(published - getattr(req, "lighttransfer_prefix", 0), 0))
+    units = demand.of_running(
+        req.kv.kv_allocated_len - max(evicted, published),
+        output_of(req, ratio, demand),
+        returned,
+        new_sinks=not evicted,
+    )
     return float(units * allocator.page_size / demand.both)

@@ -88,30 +88,20 @@ class Demand:
         end = self.units(extend + output, late) if output > late else 0
         return max(decode, end) + self.both + self._sinks
 
-    def of_running(
-        self, prompt: int, decoded: int, output: int, due: int | None = None, locked: bool | None = None
-    ) -> int:
+    def of_running(self, own: int, output: int, returned: int = 0, *, new_sinks: bool = False) -> int:
         """Most units that a decoding request will take beyond what it holds.
 
-        prompt: tokens it was prefilled with. decoded: since then. output: tokens to come. due: how many will
-        be decoded when its window slides next; None: whenever ``interval`` tokens were decoded. locked: its
-        prompt's window is still held; None: as it follows from ``due``.
+        own: streaming tokens that it holds outside the prefix tree. output: tokens to come. returned: of its
+        prompt's window, what the tree will let go on its account. new_sinks: its first tokens are about to
+        leave the window, and need a sink set.
         """
-        window, late = self.window, self.window + self.interval
-        if due is None:
-            due = decoded - decoded % self.interval + self.interval
-        if locked is None:
-            locked = due - self.interval < window
-        # It gets a sink set when its first tokens leave the window.
-        more = self.both + (self._sinks if prompt + due - self.interval <= window else 0)
-        if not locked:
-            return self.units(output, min(output, max(due - decoded, 1))) + more
-        growth = max(0, min(output, late - decoded))
+        growth = max(0, min(output, self.window + self.interval - own))
         begun = self.units(growth, growth)
         # By then its prompt's window has been let go.
         end = self.shape.full_units * self.pages(output)
-        end += self.shape.streaming_units * (self.pages(late) - self.pages(min(prompt, window) + decoded))
-        return max(begun, end if output > growth else 0, 0) + more
+        end += self.shape.streaming_units * (self.pages(growth) - returned // self.page_size)
+        taken = max(begun, end) if output > growth else begun
+        return taken + self.both + (self._sinks if new_sinks else 0)
 
     def longest(self, units: int, full_slots: int) -> int:
         """Tokens of the longest request that ``units`` and ``full_slots`` hold, if it has them for itself."""

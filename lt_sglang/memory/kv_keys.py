@@ -67,7 +67,7 @@ NO_MATTER = frozenset(
     _cache_breakdown_computed _is_reasoning_over _session_mm_items _think_end_matcher _think_end_match_len
     _think_start_match_len
     lighttransfer_hit lighttransfer_memory lighttransfer_sinks lighttransfer_weights lighttransfer_digest
-    lighttransfer_branching_seqlen
+    lighttransfer_branching_seqlen lighttransfer_prefix
     """.split()  # noqa: SIM905
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lt_sglang.hooks import wrappers
@@ -71,6 +72,8 @@ def running(prompt: int, decoded: int, output: int | None, **sampling: Any) -> R
     req = request(prompt, output, **sampling)
     req.output_ids = array("q", [1] * decoded)
     req.decode_batch_idx = decoded
+    req.kv.kv_allocated_len = prompt + decoded
+    req.kv.set_evicted_seqlen(ComponentType.SWA, prompt + decoded - WINDOW)
     return req
 
 
@@ -166,7 +169,7 @@ def test_running_requests_are_weighed_by_the_ratio(ratio: float) -> None:
     reqs = [running(50, 10, 1000), running(50, 300, 1000)]
     one = adder(made, *reqs, ratio=ratio)
     demand = made.allocator.demand
-    expected = sum(demand.of_running(50, decoded, int((1000 - decoded) * ratio)) for decoded in (10, 300))
+    expected = sum(demand.of_running(WINDOW, int((1000 - decoded) * ratio)) for decoded in (10, 300))
     assert one.memory_budget.remaining_units == pytest.approx(3000 - expected)
     waiting = request(30, 100)
     assert add(one, waiting) != AddReqResult.NO_TOKEN
@@ -180,7 +183,7 @@ def test_who_ignores_the_end_is_reckoned_whole() -> None:
     demand = made.allocator.demand
     one = running(50, 10, 1000, ignore_eos=True)
     assert output_of(one, 0.1, demand) == 990
-    assert running_offset(one, 0.1, made.allocator) == demand.of_running(50, 10, 990) / 2
+    assert running_offset(one, 0.1, made.allocator) == demand.of_running(WINDOW, 990) / 2
     without = Tree()
     without.disable = True  # SGLang goes by another rule then
     passes = adder(made, ratio=0.1, tree=without, chunk=1 << 16)

@@ -10,11 +10,10 @@ import triton.language as tl
 
 MIN_CHUNK: tl.constexpr = tl.constexpr(128)
 BLOCK_ITEMS = 256
-# In tokens of attention: what starting a chunk costs, and what a round of chunks of one size does. A last
-# round with gaps takes less than a full one, since its chunks have more bandwidth each, so more rounds save
-# less than they seem to: 513 to 543 choose the fastest of the plans that were measured for lists of one
-# length (result file 2026-11-30-h200-decode-plan).
-START_TOKENS, ROUND_TOKENS = 64, 528
+# What starting a chunk costs, in tokens of attention.
+START_TOKENS = 64
+# Of this length and more, lists of one length may be cut into more rounds; windows only lose by it.
+LONG_TOKENS = 4096
 
 
 class PlanOffsets(NamedTuple):
@@ -41,7 +40,7 @@ def _decode_plans(  # type: ignore[no-untyped-def]
     uneven,
     places,
     START: tl.constexpr,
-    ROUND: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
 ):
@@ -65,11 +64,11 @@ def _decode_plans(  # type: ignore[no-untyped-def]
         count = tl.sum((length[None, :] + tried[:, None] - 1) // tried[:, None], 1)
         chunk = tried.to(tl.float32)
         # Chunks of one size run in whole rounds; others fill the gaps, but for some of the last one.
-        rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + ROUND)
+        rounds = ((count + places - 1) // places).to(tl.float32) * (chunk + START)
         filled = (tokens + count.to(tl.float32) * START) / places + 0.7 * chunk
         even = count.to(tl.float32) * chunk < 1.15 * tokens
         time = tl.where(even, rounds, filled)
-        time = tl.where(count <= tl.where(even, chunks, uneven), time, float("inf"))
+        time = tl.where(count <= tl.where(even & (longest >= LONG), chunks, uneven), time, float("inf"))
         least = tl.min(time)
         size = tl.where(least < best, tl.max(tl.where(time == least, tried, 0)), size)
         best = tl.minimum(best, least)
@@ -116,7 +115,7 @@ def write_plans(
         kv_indptr: int32 [L * bs + 1], where each layer's list of each request begins; one query a request.
         at: where in a workspace the arrays begin.
         requests: bs.
-        chunks: most chunks of a plan, of lists of one length and of others.
+        chunks: most chunks of a plan, of long lists of one length and of others.
         places: chunks of one KV head that the GPU runs at a time.
     """
     layers, size = out.shape
@@ -131,7 +130,7 @@ def write_plans(
         uneven=chunks[1],
         places=places,
         START=START_TOKENS,
-        ROUND=ROUND_TOKENS,
+        LONG=LONG_TOKENS,
         BLOCK=triton.next_power_of_2(max(requests, 16)),
         BLOCK_ITEMS=BLOCK_ITEMS,
     )
