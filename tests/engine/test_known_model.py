@@ -65,7 +65,7 @@ def refusal(folder: Path, *flags: str) -> str:
     [
         pytest.param("qwen2", (), id="qwen2", marks=pytest.mark.slow),
         pytest.param(OWN_TYPE, (TRUST,), id=OWN_TYPE, marks=pytest.mark.slow),
-        pytest.param(OWN_ARCHITECTURE, (TRUST, *REMEDY), id=OWN_ARCHITECTURE),
+        pytest.param(OWN_ARCHITECTURE, (TRUST, *REMEDY), id=OWN_ARCHITECTURE, marks=pytest.mark.slow),
     ],
 )
 def test_served_by_its_name(form: str, flags: tuple[str, ...], tmp_path: Path) -> None:
