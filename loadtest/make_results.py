@@ -50,8 +50,9 @@ GPU microseconds of scoring one layer in dynamic mode, kernels and projections i
 ## Decode plans
 
 GPU microseconds of decode attention in one layer under a plan made on the device (by chunks a
-place on the GPU, and by rounds into which lists of one length may be cut; the package uses 3 and 16),
-and under FlashInfer's, made on the host for the same lists or for lists as long as the longest.
+place on the GPU, and by rounds into which lists of one length may be cut; the package uses 3 and, for
+lists of 4,096 tokens and more, 16), and under FlashInfer's, made on the host for the same lists or for
+lists as long as the longest.
 
 | date, GPU, lists | FlashInfer's | of the longest | ours | by limits | planning 32 |
 |---|---|---|---|---|---|

@@ -20,9 +20,15 @@ from typing import Any
 import torch
 
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.timing import PagedDecode, graph_clock
+from loadtest.experiments.timing import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    PagedDecode,
+    decode_workspace,
+    graph_clock,
+)
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
 ROWS = 1_800_000
 RUNS = 20
 PAGES = (1, 16)
@@ -88,24 +94,30 @@ def fa3_decode(
     )
 
 
-def measure(requests: int, length: int, cache: Cache, workspace: torch.Tensor, page: int) -> dict[str, Any]:
+def has_fa3() -> bool:
+    """Whether SGLang finds its FlashAttention-3 kernels."""
+    try:
+        import sglang.kernels.ops.attention.flash_attention  # noqa: F401
+    except ImportError as error:
+        print(f"fa3 is left out: {error}", flush=True)
+        return False
+    return True
+
+
+def measure(
+    requests: int, length: int, cache: Cache, workspace: torch.Tensor, page: int, with_fa3: bool
+) -> dict[str, Any]:
     """By kernel: microseconds, TB/s, and the largest difference of the first output from float32's."""
     pages = torch.randperm(ROWS // page, device="cuda")[: requests * length // page].to(torch.int32)
     offsets = torch.arange(page, dtype=torch.int32, device="cuda")
     rows = (pages[:, None] * page + offsets).view(requests, length)
     query = torch.randn(requests, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     right = expected(query[0], cache, rows[0])
-    kernels: dict[str, Callable[[], Callable[[], torch.Tensor]]] = {}
-    kernels["fa2"] = lambda: flashinfer_decode(query, cache, rows, page, workspace)
-    try:
-        import sglang.kernels.ops.attention.flash_attention  # noqa: F401
-
-        kernels["fa3"] = lambda: fa3_decode(query, cache, rows, page)
-    except ImportError as error:
-        print(f"fa3 is left out: {error}", flush=True)
+    runs = {"fa2": flashinfer_decode(query, cache, rows, page, workspace)}
+    if with_fa3:
+        runs["fa3"] = fa3_decode(query, cache, rows, page)
     found: dict[str, Any] = {}
-    for name, make in kernels.items():
-        run = make()
+    for name, run in runs.items():
         difference = (run()[0].float() - right).abs().max().item()
         us = graph_clock(run, RUNS)()
         size = 2 * rows.numel() * KV_HEADS * DIM * cache[0].element_size()
@@ -115,7 +127,7 @@ def measure(requests: int, length: int, cache: Cache, workspace: torch.Tensor, p
 
 def main() -> None:
     torch.manual_seed(0)
-    workspace = torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+    workspace, with_fa3 = decode_workspace(), has_fa3()
     what = "microseconds of decode attention in one layer, 32 query and 8 KV heads of 128"
     report = stamped("decode-kernels", what)
     results: dict[str, Any] = report.setdefault("lists", {})
@@ -126,7 +138,7 @@ def main() -> None:
         )
         for page in PAGES:
             for name, (requests, length) in LISTS.items():
-                found = measure(requests, length, (keys, values), workspace, page)
+                found = measure(requests, length, (keys, values), workspace, page, with_fa3)
                 results.setdefault(dtype, {}).setdefault(f"pages of {page}", {})[name] = found
                 wrong |= any(one["difference"] > TOLERANCE[dtype] for one in found.values())
                 told = "  ".join(

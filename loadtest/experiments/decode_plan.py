@@ -18,13 +18,19 @@ from typing import Any
 import torch
 
 from loadtest.experiments.offline import stamped
-from loadtest.experiments.timing import PagedDecode, graph_clock
+from loadtest.experiments.timing import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    PagedDecode,
+    decode_workspace,
+    graph_clock,
+)
 from lt_sglang.attention import decode_plan
 from lt_sglang.attention.decode_plan import DecodePlan, decode_plans
 from lt_sglang.attention.flashinfer_plans import host_indptr
 from lt_sglang.attention.flashinfer_private import plan_info, planned
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
 ROWS = 2_800_000
 RUNS = 20
 LAYERS = 32
@@ -107,7 +113,7 @@ def main() -> None:
     torch.manual_seed(0)
     shape = (ROWS, 1, KV_HEADS, DIM)
     keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    workspace = torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+    workspace = decode_workspace()
     what = "microseconds of decode attention in one layer, 32 query and 8 KV heads of 128, bfloat16"
     report = stamped("decode-plan", what)
     results: dict[str, Any] = report.setdefault("lists", {})

@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 
+# Query heads, KV heads and their size, as of Mistral-7B and Llama-3-8B.
+HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def decode_workspace() -> torch.Tensor:
+    """What FlashInfer's decode splits its work in, SGLang's size; one serves any number of wrappers."""
+    return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+
 
 def graph_clock(run: Callable[[], Any], runs: int = 1, replays: int = 7) -> Callable[[], float]:
     """Capture ``runs`` calls of ``run``; the result, called, gives microseconds of one, median of replays."""

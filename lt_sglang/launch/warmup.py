@@ -53,7 +53,10 @@ def prompt_lengths(lazy_tokens: int, chunk: int | None, most: int) -> list[int]:
 
 
 def decided_together(lazy_tokens: int, chunk: int | None) -> list[int]:
-    """How many prompts are sent at a time. Several that end in one chunk are scored by other kernels."""
+    """How many prompts are sent at a time: scores compile other kernels for several that end in one chunk.
+
+    lazy_tokens, chunk: as of ``prompt_lengths``.
+    """
     most = (chunk or 0) // (lazy_tokens + BEYOND)
     return [count for count in (2, 4, 8, 16, 32) if count <= most]
 

@@ -96,12 +96,9 @@ class Demand:
         leave the window, and need a sink set.
         """
         growth = max(0, min(output, self.window + self.interval - own))
-        begun = self.units(growth, growth)
-        # By then its prompt's window has been let go.
-        end = self.shape.full_units * self.pages(output)
-        end += self.shape.streaming_units * (self.pages(growth) - returned // self.page_size)
-        taken = max(begun, end) if output > growth else begun
-        return taken + self.both + (self._sinks if new_sinks else 0)
+        # By its end its prompt's window has been let go.
+        end = self.units(output, growth) - self.shape.streaming_units * (returned // self.page_size)
+        return max(self.units(growth, growth), end) + self.both + (self._sinks if new_sinks else 0)
 
     def longest(self, units: int, full_slots: int) -> int:
         """Tokens of the longest request that ``units`` and ``full_slots`` hold, if it has them for itself."""

@@ -22,10 +22,11 @@ def test_scores_are_those_of_plain_torch() -> None:
 
 def test_decode_under_our_plan_gives_what_flashinfer_s_plan_does() -> None:
     from loadtest.experiments import decode_plan
+    from loadtest.experiments.timing import decode_workspace
 
     sizes = (decode_plan.ROWS, 1, decode_plan.KV_HEADS, decode_plan.DIM)
     keys, values = (torch.randn(sizes, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    workspace = torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+    workspace = decode_workspace()
     for name, lengths in decode_plan.CASES.items():
         found = decode_plan.measure(lengths, (keys, values), workspace)
         assert found["difference"] <= decode_plan.TOLERANCE, name
