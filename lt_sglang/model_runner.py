@@ -6,6 +6,8 @@ Source: sglang/srt/model_executor/model_runner.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -221,13 +223,24 @@ class LightTransferModelRunner(ModelRunner):
     def flush_sinks(self) -> None:
         """Copy sinks behind the last forward that was launched: their old slots are about to be written."""
         assert self.sink_store is not None and self.flat_pool is not None
+        with self._behind_forwards():
+            self.sink_store.flush_copies(self.flat_pool.copy_rows)
+
+    def count_finished(self) -> None:
+        """Dynamic mode: count the layers of requests that finished, without waiting for the next forward."""
+        assert self.dynamic is not None
+        with self._behind_forwards():
+            self.dynamic.sets.count_finished()
+
+    @contextmanager
+    def _behind_forwards(self) -> Iterator[None]:
+        """Device work goes where forwards run: without overlap they follow the scheduler's own work."""
         device = get_device_module()
-        # Where forwards run: without overlap they follow the scheduler's own work.
         alone = get_schedule().disable_overlap_schedule
         stream = device.current_stream() if alone else self.forward_stream
         stream.wait_stream(device.current_stream())
         with device.stream(stream):
-            self.sink_store.flush_copies(self.flat_pool.copy_rows)
+            yield
 
     def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """As ModelRunner, after the sink rows this forward reads have been filled."""

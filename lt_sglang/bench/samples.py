@@ -133,11 +133,12 @@ def tokens_between(samples: Sequence[Sample], begin: float, end: float) -> float
 
 
 def by_phase(samples: Sequence[Sample], traffic: Sequence[Traffic], load: Load) -> dict[str, float]:
-    """Tokens a second in each phase of a load, by its traffic, without the phase's first SETTLING seconds."""
+    """Tokens a second of each phase's own traffic, without the phase's first SETTLING seconds."""
     found, begin = {}, 0.0
     for kind, phase in zip(traffic, load.phases, strict=False):
         settling = min(SETTLING, phase.seconds / 2)
-        tokens = tokens_between(samples, begin + settling, begin + phase.seconds)
+        own = [one for one in samples if one.kind == kind.name]
+        tokens = tokens_between(own, begin + settling, begin + phase.seconds)
         found[kind.name] = tokens / (phase.seconds - settling)
         begin += phase.seconds
     return found

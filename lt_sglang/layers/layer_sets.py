@@ -84,9 +84,9 @@ class LayerSetStore:
         laziness: float32 [capacity, L], the scores it was decided by; 0 in set 0.
         set_of: int32 [request_rows], set of the request in that row of req_to_token.
         stats: counters.
-        lazy_counts: int64 [L], finished requests in which each layer was lazy, up to the last flush.
+        lazy_counts: int64 [L], counted requests in which each layer was lazy.
         finished: its values on the host.
-        laziness_sums: float64 [L + 1], of finished requests with decided layers the sums of their scores, and
+        laziness_sums: float64 [L + 1], of counted requests with decided layers the sums of their scores, and
             their number. scored: its values on the host.
     """
 
@@ -198,10 +198,21 @@ class LayerSetStore:
         self._pending[row] = self._of_request[request].index
 
     def count(self, request: str) -> None:
-        """``request`` finished: count its lazy layers at the next flush, before its row changes."""
+        """``request`` finished: its lazy layers are counted with the next ``count_finished`` or flush."""
         entry = self._of_request.get(request)
         if entry is not None and entry.known:
             self._counted.append(entry.index)
+
+    def count_finished(self) -> None:
+        """Add up what finished requests had, on the current stream, which must follow their forwards."""
+        if not self._counted:
+            return
+        done = torch.tensor(self._counted, dtype=torch.int64).to(self.set_of.device, non_blocking=True)
+        self._counted.clear()
+        self.lazy_counts += (self.bank_of[done] >= self.keep).sum(0)
+        decided = (done != DEFAULT_SET).to(torch.float64)
+        self.laziness_sums[:-1] += decided @ self.laziness[done].to(torch.float64)
+        self.laziness_sums[-1] += decided.sum()
 
     def release(self, request: str, row: int | None) -> None:
         """``request`` ends or gives its row back; a stored set stays for those that begin alike."""
@@ -229,13 +240,7 @@ class LayerSetStore:
 
     def flush(self) -> None:
         """Do the queued device work on the current stream, before the forward that needs it."""
-        if self._counted:
-            done = torch.tensor(self._counted, dtype=torch.int64).to(self.set_of.device, non_blocking=True)
-            self._counted.clear()
-            self.lazy_counts += (self.bank_of[done] >= self.keep).sum(0)
-            decided = (done != DEFAULT_SET).to(torch.float64)
-            self.laziness_sums[:-1] += decided @ self.laziness[done].to(torch.float64)
-            self.laziness_sums[-1] += decided.sum()
+        self.count_finished()
         set_rows(self.set_of, self._pending)
         self._pending.clear()
 

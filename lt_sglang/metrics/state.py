@@ -98,6 +98,7 @@ def read_state(scheduler: Any) -> EngineState | None:
     laziness: list[float] = []
     scored = 0
     if layer_sets is not None:
+        runner.count_finished()
         layer_requests = {layer: int(count) for layer, count in enumerate(layer_sets.finished.read())}
         *laziness, count = layer_sets.scored.read()
         scored = int(count)

@@ -236,8 +236,8 @@ def test_finished_requests_are_counted_with_their_scores() -> None:
     sets.use_default("c")
     for request in "abc":
         sets.count(request)
-    assert sets.finished.read() == [0] * LAYERS, "not before the flush"
-    sets.flush()
+    assert sets.finished.read() == [0] * LAYERS, "the device is not asked for each"
+    sets.count_finished()
     assert sets.finished.read() == [1, 0, 0, 2, 3, 3]
     assert sets.scored.read() == [1.0, -2.0, 0.0, 4.0, 2.0, 0.5, 2.0]
     sets.flush()
