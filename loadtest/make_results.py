@@ -153,7 +153,7 @@ def _alone(stem: str, result: dict[str, Any]) -> Cells:
 
 
 def _others(stem: str, result: dict[str, Any]) -> Cells:
-    if "command" in result and "ratio" not in result:
+    if "command" in result and "ratio" not in result and "gates" not in result:
         yield f"[{stem}]({stem}.json)", f"`{result['command']}`", result["commit"]
 
 

@@ -149,6 +149,4 @@ class Run:
 
 def stamped(scenario: str, what: str, **workload: Any) -> dict[str, Any]:
     """The beginning of an experiment's result: the machine, the versions, the command, what was measured."""
-    main = sys.modules["__main__"].__spec__
-    command = f"python -m {main.name if main else '?'} {' '.join(sys.argv[1:])}"
-    return {**stamp(scenario), "command": command, "workload": {"what": what, **workload}}
+    return {**stamp(scenario), "workload": {"what": what, **workload}}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang import __version__
+from lt_sglang.names import HIDDEN, KEYS
 
 PACKAGES = {
     "sglang": "sglang",
@@ -91,7 +94,27 @@ def stamp(scenario: str, machine: Machine | None = None, seed: int = 0) -> dict[
         "versions": versions(),
         "commit": machine.commit,
         "seed": seed,
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """The command that runs, as typed; keys and passwords are left out."""
+    main = sys.modules["__main__"].__spec__
+    if main is None:
+        program = Path(sys.argv[0]).name
+    else:
+        program = "lt-sglang" if main.name == "lt_sglang.__main__" else f"python -m {main.name}"
+    words = list(sys.argv[1:])
+    for at, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag.removeprefix("--").replace("-", "_") not in KEYS:
+            continue
+        if equals:
+            words[at] = f"{flag}={HIDDEN}"
+        elif at + 1 < len(words):
+            words[at + 1] = HIDDEN
+    return " ".join([program, *map(shlex.quote, words)])
 
 
 def versions() -> dict[str, str]:

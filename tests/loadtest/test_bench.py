@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from lt_sglang.bench import compare
 from lt_sglang.bench.capacity import check_fits, held, longest_request
 from lt_sglang.bench.compare import Cell, plan
 from lt_sglang.bench.fill import filled
-from lt_sglang.bench.machine import COMMIT_VARIABLE, gpu_memory_mib, this_machine
+from lt_sglang.bench.machine import COMMIT_VARIABLE, command_line, gpu_memory_mib, stamp, this_machine
 from lt_sglang.bench.runner import run_scenario
 from lt_sglang.bench.samples import Sample, summarize
 from lt_sglang.bench.scenario import Scenario
@@ -347,3 +349,26 @@ def test_only_gpus_that_may_be_used_are_looked_at(tmp_path: Path, monkeypatch: p
 def test_the_commit_of_a_copy_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMMIT_VARIABLE, "abc1234")
     assert this_machine().commit == "abc1234"
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "expected"),
+    [
+        (
+            "lt_sglang.__main__",
+            ["/some/where/__main__.py", "bench", "a b.yaml", "--api-key", "s3cret", "--admin-api-key=s3cret"],
+            "lt-sglang bench 'a b.yaml' --api-key '<redacted>' '--admin-api-key=<redacted>'",
+        ),
+        ("loadtest.experiments.commits", ["x", "OUT.json", "--api-key"], None),
+        (None, ["/usr/local/bin/lt-sglang", "bench"], "lt-sglang bench"),
+    ],
+    ids=["module", "experiment", "script"],
+)
+def test_a_result_names_its_command(
+    main: str | None, argv: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if main is None else SimpleNamespace(name=main)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_line() == (expected or f"python -m {main} OUT.json --api-key")
+    assert stamp("a")["command"] == command_line()

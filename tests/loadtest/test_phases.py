@@ -55,7 +55,7 @@ def test_tokens_of_a_time() -> None:
 
 
 def test_a_phase_is_measured_once_it_has_settled() -> None:
-    """100 tokens a second from one user, who still waits as the second phase begins: those are not its own."""
+    """100 tokens a second from one user, who still waits as the second phase begins: not its own."""
     some = [Sample(i, 0, "a", "ok", i * 10.0, 10.0, 0.0, 8, 1001) for i in range(9)]
     load = Load("closed", phases=(Phase(60, 1), Phase(40, 1)))
     found = by_phase(some, [Traffic("a"), Traffic("b")], load)
