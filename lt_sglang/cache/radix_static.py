@@ -59,6 +59,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         sinks: the sink sets.
         lazy_layers: those of every request; in dynamic mode each has its own.
         finished_requests: how many have finished, health checks aside; for metrics.
+        next_check: when an idle scheduler looks at the stores again, of time.monotonic().
         flush_sinks: does the store's queued copies on the forward stream; set where HiCache needs it.
         host: with HiCache, what is in host memory; else None.
     """
@@ -69,6 +70,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         self.host: HostTier | None = None
         self.lazy_layers = lazy_layers
         self.finished_requests = 0
+        self.next_check = 0.0
         super().__init__(params)
         self.token_to_kv_pool_allocator.tree_cache = self
         window = self.sliding_window_size

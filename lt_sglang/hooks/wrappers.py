@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from lt_sglang.config import CONFIG_KEY, LightTransferConfig
 from lt_sglang.names import HIDDEN, KEYS, is_requested
+
+CHECK_SECONDS = 1.0
 
 
 def init_model_runner(original: Callable[[Any], None], worker: Any, check_hooks: Callable[[], None]) -> None:
@@ -185,13 +188,19 @@ def add_state(original: Callable[..., None], controller: Any, state: dict[str, A
 def check_pools(
     original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Add the stores of sinks and layer sets to SGLang's idle leak check."""
+    """Add the stores of sinks and layer sets to SGLang's idle leak check, once a second.
+
+    An idle scheduler checks in every round, and takes requests between rounds. The stores' check goes through
+    all sets, which is several times the rest of a round.
+    """
     leak, messages = original(checker, *args, **kwargs)
-    sinks = getattr(checker.tree_cache, "sinks", None)
-    if sinks is None:
+    cache, now = checker.tree_cache, time.monotonic()
+    sinks = getattr(cache, "sinks", None)
+    if sinks is None or now < cache.next_check:
         return leak, messages
+    cache.next_check = now + CHECK_SECONDS
     wrong = sinks.check_integrity()
-    prefills = getattr(checker.tree_cache, "prefills", None)
+    prefills = getattr(cache, "prefills", None)
     if prefills is not None:
         wrong += prefills.sets.check_integrity()
     return leak or bool(wrong), [*messages, *wrong]

@@ -99,7 +99,7 @@ def test_server_info_gets_our_state() -> None:
 
 
 def checker(**caches: Any) -> Any:
-    return SimpleNamespace(tree_cache=SimpleNamespace(**caches))
+    return SimpleNamespace(tree_cache=SimpleNamespace(next_check=0.0, **caches))
 
 
 @pytest.mark.parametrize("leak", [False, True])
@@ -122,6 +122,19 @@ def test_the_leak_check_knows_our_stores(leak: bool) -> None:
     assert check(sinks=good, prefills=prefills) == (True, ["stock", "sets"])
     fine = SimpleNamespace(sets=SimpleNamespace(check_integrity=list))
     assert check(sinks=good, prefills=fine) == (leak, ["stock"])
+
+
+def test_an_idle_scheduler_goes_through_the_stores_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It checks in every round, and a request waits for the round that it arrives in."""
+    now, checks = [7.0], []
+    monkeypatch.setattr(wrappers.time, "monotonic", lambda: now[0])
+    sinks = SimpleNamespace(check_integrity=lambda: checks.append(now[0]) or ["lost"])
+    given = checker(sinks=sinks)
+    found = []
+    for now[0] in (7.0, 7.4, 7.9, 8.1, 8.2, 9.2):
+        found.append(wrappers.check_pools(lambda checker: (False, []), given))
+    assert checks == [7.0, 8.1, 9.2]
+    assert [leak for leak, _ in found] == [True, False, False, True, False, True]
 
 
 def test_metrics_tick_where_metrics_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
