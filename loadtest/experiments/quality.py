@@ -1,6 +1,7 @@
 """What lazy layers cost the demo model, on a GPU: pass keys and KL divergence, many configurations at once.
 
     python -m loadtest.experiments.quality PROMPTS.json --write [--trials 30] [--lengths 4096 8000] [--kl 16]
+                                [--recent-tokens 1020] [--keys-outside 2044]
                                 [--calibration SAMPLES.jsonl [--samples 16] [--sample-tokens 2048]]
     python -m loadtest.experiments.quality PROMPTS.json --out FOLDER [--configs full,residual-50,...]
                                 [--baseline-backend triton] [--together 4] [--config NAME=JSON ...]
@@ -8,11 +9,13 @@
 
 The first command needs the model's tokenizer and writes prompts as token ids; the second needs the weights
 alone. Each configuration (quality.yaml) is one engine with one batch a task; ``--together`` of them share the
-GPU. Passkey and 3-key prompts, keys stated where no window reaches, counted right if the answer begins with
-the key. KL divergence against full attention over 64 tokens of running text that follow 4096 (engine_job.py).
-``--lengths`` below 1,400 tokens need ``--recent-tokens``. On a CPU: scripts/run.py, --device cpu --together 1
---pool-tokens 16000; with --only-texts 6, --pool-tokens 64000 --limit-s 900. Results: FOLDER/report.json
-(quality_results.py makes a result file of it), a table on stdout.
+GPU. Passkey and 3-key prompts, counted right if the answer begins with the key. ``--recent-tokens`` is the
+window of every configuration without one of its own. Keys stand before it, or before the last tokens that
+``--keys-outside`` counts, which configurations with a longer window need. KL divergence against full
+attention over 64 tokens of running text that follow 4096 (engine_job.py). ``--lengths`` below 1,400 tokens
+need ``--recent-tokens``. On a CPU: scripts/run.py, --device cpu --together 1 --pool-tokens 16000; with
+--only-texts 6, --pool-tokens 64000 --limit-s 900. Results: FOLDER/report.json (quality_results.py makes a
+result file of it), a table on stdout.
 """
 
 from __future__ import annotations
@@ -69,16 +72,19 @@ def key_questions(
     ]
 
 
-def write_prompts(path: Path, lengths: Sequence[int], trials: int, kl: int, recent: int, seed: int) -> None:
-    """Prompts as token ids, with the ids of their answers."""
+def write_prompts(
+    path: Path, lengths: Sequence[int], trials: int, kl: int, recent: int, outside: int, seed: int
+) -> None:
+    """Prompts as token ids, with the ids of their answers, whose keys stand before the last ``outside``."""
     tokenizer = HfTokenizer(str(ensure_model()))
-    keys = key_questions(tokenizer, lengths, trials, recent, seed)
+    keys = key_questions(tokenizer, lengths, trials, outside, seed)
     rng = random.Random(seed)
     kl_tokens = min(KL_TOKENS, max(lengths))
     # One more token than positions: the last position predicts it.
     texts = list(Prose.load(tokenizer, None).passages(kl, kl_tokens + KL_POSITIONS + 1, rng))
     spec = {
         "recent_tokens": recent,
+        "keys_outside": outside,
         "keys": keys,
         "kl": [{"prompt": text[:kl_tokens], "continuation": text[kl_tokens:]} for text in texts],
     }
@@ -98,6 +104,12 @@ def write_samples(path: Path, samples: int, tokens: int, recent: int, seed: int)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path}: {len(lines)} samples of {tokens} tokens")
+
+
+def reaches_keys(name: str, spec: dict[str, Any]) -> bool:
+    """Whether a window of this configuration can hold a key, so that its answers would say nothing."""
+    recent = (CONFIGS[name] or {}).get("recent_tokens", spec["recent_tokens"])
+    return bool(spec["keys"]) and recent > spec.get("keys_outside", spec["recent_tokens"])
 
 
 def step_of(name: str, spec: dict[str, Any], args: argparse.Namespace) -> Step:
@@ -248,7 +260,8 @@ def main() -> None:
     args = _arguments()
     if args.write:
         recent, seed = args.recent_tokens, args.seed
-        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, seed)
+        outside = args.keys_outside or recent
+        write_prompts(args.prompts, args.lengths, args.trials, args.kl, recent, outside, seed)
         if args.calibration is not None:
             write_samples(args.calibration, args.samples, args.sample_tokens or 2 * recent + 8, recent, seed)
         return
@@ -257,7 +270,12 @@ def main() -> None:
         spec |= {"keys": [], "kl": spec["kl"][: args.only_texts]}
     run = Run(args.out, args.budget_s, "quality", "pass keys, and KL divergence along running text")
     run.report["workload"]["model"] = f"{MODEL}, {SINKS} + {spec['recent_tokens']}"
-    steps = [step_of(name, spec, args) for name in dict.fromkeys(args.configs)]
+    steps = []
+    for name in dict.fromkeys(args.configs):
+        if reaches_keys(name, spec):
+            run.say(f"{name}: left out, its window reaches the keys; write prompts with --keys-outside")
+        else:
+            steps.append(step_of(name, spec, args))
     results: dict[str, dict[str, Any]] = {}
     table: list[str] = []
     try:
@@ -282,7 +300,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=30, help="a length and task")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8000])
     parser.add_argument("--kl", type=int, default=16, help="texts")
-    parser.add_argument("--recent-tokens", type=int, default=1020)
+    parser.add_argument("--recent-tokens", type=int, default=1020, help="of windows, with --write")
+    parser.add_argument("--keys-outside", type=int, help="with --write: keys stand before the last of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--only-texts", type=int, metavar="N", help="no keys; divergence on N of the texts")
@@ -314,6 +333,8 @@ def _arguments() -> argparse.Namespace:
     unknown = [name for name in args.configs if name not in CONFIGS]
     if unknown:
         parser.error(f"--configs: {unknown[0]!r} is not one of {', '.join(CONFIGS)}")
+    if args.keys_outside is not None and args.keys_outside < args.recent_tokens:
+        parser.error("--keys-outside: below --recent-tokens, so windows would reach the keys")
     if not args.write:
         if args.out is None:
             parser.error("--out: missing")

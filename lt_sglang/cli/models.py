@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from lt_sglang.cli.parser import Parser
@@ -45,15 +46,18 @@ def _as_dict(model: KnownModel) -> dict[str, object]:
         "architecture": model.architecture,
         "num_layers": model.num_layers,
         "origin": model.origin,
+        "made": model.made,
         "lighttransfer": model.config.to_dict(),
     }
 
 
 def _as_text(model: KnownModel) -> str:
     config = model.config
+    made = textwrap.fill(f"made {model.made}", width=110, initial_indent="  ", subsequent_indent="  ")
     return (
         f"{model.name}\n"
         f"  {len(config.lazy_layers)} of {model.num_layers} layers: {format_layers(config.lazy_layers)}\n"
         f"  windows: {config.sink_tokens} sink + {config.recent_tokens} recent tokens\n"
-        f"  {model.architecture}; {model.origin}"
+        f"  {model.architecture}; {model.origin}\n"
+        f"{made}"
     )

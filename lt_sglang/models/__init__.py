@@ -15,7 +15,10 @@ from lt_sglang.errors import LightTransferError
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published checkpoint with a fixed list; ``match`` are lower-case last path components."""
+    """A published checkpoint with a fixed list; ``match`` are lower-case last path components.
+
+    origin: where list and windows are from. made: how the list was found, in sentences.
+    """
 
     name: str
     match: tuple[str, ...]
@@ -23,6 +26,7 @@ class KnownModel:
     architecture: str
     config: LightTransferConfig
     origin: str
+    made: str
 
 
 def known_models() -> list[KnownModel]:
@@ -40,6 +44,7 @@ def known_models() -> list[KnownModel]:
                 architecture=entry["architecture"],
                 config=config,
                 origin=entry["origin"],
+                made=entry["made"],
             )
         )
     return models
@@ -104,4 +109,5 @@ def entry_of(folder: Path) -> dict[str, Any]:
             "recent_tokens": config.recent_tokens,
         },
         "origin": "trained with lt-sglang train",
+        "made": "given to lt-sglang train or counted by it; write here by which samples and score.",
     }

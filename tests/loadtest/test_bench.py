@@ -81,7 +81,7 @@ def test_one_server_a_mode_for_all_lengths(tmp_path: Path) -> None:
     shared = [cell for cell in every if not any(name in cell.scenario.name for name in others)]
     for mode in ("static", "dynamic"):
         specs = [cell.specs for cell in shared if cell.scenario.name.endswith(mode)]
-        assert len(specs) == 10 and len({one[LIGHTTRANSFER] for one in specs}) == 1
+        assert len(specs) == 11 and len({one[LIGHTTRANSFER] for one in specs}) == 1
     against = [cell for cell in shared if "phase" not in cell.scenario.name]
     assert len({cell.specs["flashinfer"] for cell in against}) == 1
     starts = plan([every], rounds=1)

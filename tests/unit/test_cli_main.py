@@ -94,10 +94,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    assert "QwQ-32B-LightTransfer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "QwQ-32B-LightTransfer" in shown and all(len(line) <= 124 for line in shown.splitlines())
+    assert "made by its authors" in shown and "question and answer of each training sample" in " ".join(
+        shown.split()
+    )
     assert main(["models", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert entry["lighttransfer"]["sink_tokens"] == 129
+    assert entry["made"].startswith("by its authors")
 
 
 def test_plan_for_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,23 @@ def test_measured_numbers_of_the_readme_are_in_the_files_that_their_sentences_li
     assert linked >= 2
 
 
+def test_figures_of_the_page_of_results_are_in_the_files_that_they_link() -> None:
+    """A figure is the text of its link; none stands alone."""
+    page = REPOSITORY / "docs/results.md"
+    text = text_of(page)
+    assert len(text.splitlines()) <= 60
+    figures = re.findall(r"\[([^\]]+)\]\((\S+/results/\S+\.json)\)", text)
+    assert len(figures) > 40
+    for shown, link in figures:
+        known = list(numbers_in(json.loads(text_of(page.parent / link))))
+        for number in re.findall(r"\d[\d,]*(?:\.\d+)?", shown):
+            plain = number.replace(",", "")
+            digits = len(plain.partition(".")[2])
+            assert any(round(n, digits) == float(plain) for n in known), f"{shown} is not in {link}"
+    alone = re.sub(r"\[[^\]]*\]\(\S+\)", "", text)
+    assert not re.search(r"\d\.\d+x|\d (?:ms|%)", alone)
+
+
 def test_the_plot_is_of_the_result_files() -> None:
     drawn = readme_figure.svg()
     assert readme_figure.FILE.read_text(encoding="utf-8") == drawn, "run python -m loadtest.make_results"

@@ -37,3 +37,5 @@ def test_every_entry_is_valid() -> None:
         model.config.check_model(model.num_layers)
         assert model.config.source == f"known model {model.name}"
         assert all(name == name.lower() for name in model.match)
+        # A list that nobody can say the making of is none (CONTRIBUTING.md).
+        assert len(model.made.split()) > 10 and model.made.endswith(".")
