@@ -223,17 +223,11 @@ class LightTransferModelRunner(ModelRunner):
     def flush_sinks(self) -> None:
         """Copy sinks behind the last forward that was launched: their old slots are about to be written."""
         assert self.sink_store is not None and self.flat_pool is not None
-        with self._behind_forwards():
+        with self.behind_forwards():
             self.sink_store.flush_copies(self.flat_pool.copy_rows)
 
-    def count_finished(self) -> None:
-        """Dynamic mode: count the layers of requests that finished, without waiting for the next forward."""
-        assert self.dynamic is not None
-        with self._behind_forwards():
-            self.dynamic.sets.count_finished()
-
     @contextmanager
-    def _behind_forwards(self) -> Iterator[None]:
+    def behind_forwards(self) -> Iterator[None]:
         """Device work goes where forwards run: without overlap they follow the scheduler's own work."""
         device = get_device_module()
         alone = get_schedule().disable_overlap_schedule

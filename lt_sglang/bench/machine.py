@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lt_sglang import __version__
-from lt_sglang.names import HIDDEN, KEYS
+from lt_sglang.names import HIDDEN
 
 PACKAGES = {
     "sglang": "sglang",
@@ -27,6 +28,13 @@ PACKAGES = {
     "kvpress": "kvpress",
 }
 COMMIT_VARIABLE = "LT_SGLANG_COMMIT"
+# Flags whose value is left out of a command, and fields: of JSON, and of a URL.
+SECRET_FLAG = re.compile(
+    r"--[\w-]*(api-key|password|secret|watermark-key[\w-]*|watermark-config|extra-config)"
+)
+SECRET_FIELD = re.compile(
+    r"""("[^"]*(?:key|password|secret|token)"\s*:\s*"|://)[^"/@\s]+(?="|@)""", re.IGNORECASE
+)
 # What contexts of processes that wait may hold on a GPU.
 SLACK_MIB = 2048
 # Part of what nvidia-smi calls it -> what lt-sglang plan calls it.
@@ -105,16 +113,33 @@ def command_line() -> str:
         program = Path(sys.argv[0]).name
     else:
         program = "lt-sglang" if main.name == "lt_sglang.__main__" else f"python -m {main.name}"
-    words = list(sys.argv[1:])
-    for at, word in enumerate(words):
-        flag, equals, _ = word.partition("=")
-        if flag.removeprefix("--").replace("-", "_") not in KEYS:
-            continue
-        if equals:
-            words[at] = f"{flag}={HIDDEN}"
-        elif at + 1 < len(words):
-            words[at + 1] = HIDDEN
-    return " ".join([program, *map(shlex.quote, words)])
+    return shlex.join([*program.split(), *_without_secrets(sys.argv[1:])])
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line with HIDDEN in place of values of secret flags, also of flags in a word."""
+    shown, hide = [], False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        secret = bool(SECRET_FLAG.fullmatch(flag))
+        if hide:
+            word = HIDDEN
+        elif secret and equals:
+            word = f"{flag}={HIDDEN}"
+        elif word.startswith("-") and " " in flag:
+            word = shlex.join(_without_secrets(_split(word)))
+        elif equals and value.startswith("-"):
+            word = f"{flag}={shlex.join(_without_secrets(_split(value)))}"
+        hide = secret and not equals
+        shown.append(SECRET_FIELD.sub(rf"\1{HIDDEN}", word))
+    return shown
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote without its end
+        return text.split()
 
 
 def versions() -> dict[str, str]:

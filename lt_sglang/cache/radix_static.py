@@ -206,6 +206,7 @@ class LightTransferRadixCache(UnifiedRadixCache):
         self.report(req)
         self.sinks.release(request_id(req))
         req.kv.swa_evict_floor = req.lighttransfer_prefix = 0
+        self.next_check = 0.0
         if not req.finished():
             self.token_to_kv_pool_allocator.count_retraction()
         elif not is_health_check_generate_req(req):

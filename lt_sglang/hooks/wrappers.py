@@ -188,7 +188,7 @@ def add_state(original: Callable[..., None], controller: Any, state: dict[str, A
 def check_pools(
     original: Callable[..., tuple[bool, list[str]]], checker: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Add the stores of sinks and layer sets to SGLang's idle leak check, once a second.
+    """Add the stores of sinks and layer sets to SGLang's idle leak check: after requests, and once a second.
 
     An idle scheduler checks in every round, and takes requests between rounds. The stores' check goes through
     all sets, which is several times the rest of a round.

@@ -98,9 +98,11 @@ def read_state(scheduler: Any) -> EngineState | None:
     laziness: list[float] = []
     scored = 0
     if layer_sets is not None:
-        runner.count_finished()
-        layer_requests = {layer: int(count) for layer, count in enumerate(layer_sets.finished.read())}
-        *laziness, count = layer_sets.scored.read()
+        # There may be no further forward, which would count them; and the copies come behind the sums.
+        with runner.behind_forwards():
+            layer_sets.count_finished()
+            finished, (*laziness, count) = layer_sets.finished.read(), layer_sets.scored.read()
+        layer_requests = {layer: int(number) for layer, number in enumerate(finished)}
         scored = int(count)
     return EngineState(
         config=config,

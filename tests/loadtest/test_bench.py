@@ -359,10 +359,28 @@ def test_the_commit_of_a_copy_can_be_told(monkeypatch: pytest.MonkeyPatch) -> No
             ["/some/where/__main__.py", "bench", "a b.yaml", "--api-key", "s3cret", "--admin-api-key=s3cret"],
             "lt-sglang bench 'a b.yaml' --api-key '<redacted>' '--admin-api-key=<redacted>'",
         ),
+        (
+            "lt_sglang.__main__",
+            [
+                *("x", "eval", "--engine", "a=--api-key s3cret --tp 2", "--url", "http://user:s3cret@host:1"),
+                *(
+                    "--hicache-storage-backend-extra-config",
+                    '{"a": "s3cret"}',
+                    "--ssl-keyfile-password=s3cret",
+                ),
+                *("--json-model-override-args", '{"api_key": "s3cret", "hidden_size": 8}'),
+                *("--watermark-config", '{"key": "s3cret"}', "--max-total-tokens", "7"),
+            ],
+            "lt-sglang eval --engine 'a=--api-key '\"'\"'<redacted>'\"'\"' --tp 2' "
+            "--url 'http://<redacted>@host:1' "
+            "--hicache-storage-backend-extra-config '<redacted>' '--ssl-keyfile-password=<redacted>' "
+            """--json-model-override-args '{"api_key": "<redacted>", "hidden_size": 8}' """
+            "--watermark-config '<redacted>' --max-total-tokens 7",
+        ),
         ("loadtest.experiments.commits", ["x", "OUT.json", "--api-key"], None),
         (None, ["/usr/local/bin/lt-sglang", "bench"], "lt-sglang bench"),
     ],
-    ids=["module", "experiment", "script"],
+    ids=["module", "secrets", "experiment", "script"],
 )
 def test_a_result_names_its_command(
     main: str | None, argv: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -370,5 +388,6 @@ def test_a_result_names_its_command(
     spec = None if main is None else SimpleNamespace(name=main)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", argv)
+    assert "s3cret" not in command_line()
     assert command_line() == (expected or f"python -m {main} OUT.json --api-key")
     assert stamp("a")["command"] == command_line()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +118,45 @@ def scheduler_of(**runner: object) -> SimpleNamespace:
         ),
         pool_stats_observer=SimpleNamespace(get_pool_stats=lambda: stats),
     )
+
+
+def test_layers_are_counted_before_they_are_copied_where_forwards_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last requests have no forward behind them; a copy on another stream could be ahead of the sums."""
+    events: list[str] = []
+
+    @contextmanager
+    def behind_forwards() -> Iterator[None]:
+        events.append("on")
+        yield
+        events.append("off")
+
+    def read(name: str, values: list[float]) -> SimpleNamespace:
+        return SimpleNamespace(read=lambda: events.append(name) or values)
+
+    sets = SimpleNamespace(
+        count_finished=lambda: events.append("count"),
+        finished=read("finished", [1, 0, 2, 2]),
+        scored=read("scored", [0.5, 0.0, 1.0, 1.5, 2]),
+        stats=SimpleNamespace(decided=2),
+    )
+    shape = SimpleNamespace(lazy_layers=2, full_layers=2)
+    sizes = SimpleNamespace(shape=shape, units=10, unit_bytes=4)
+    scheduler = scheduler_of(
+        lt_config=LightTransferConfig((1, 2), mode="dynamic"),
+        sink_store=SimpleNamespace(slots_of_set=4, in_use=0, unused=0, requests=0, stats=SimpleNamespace()),
+        kv_cache_configurator=SimpleNamespace(sizes=sizes, token_layer_bytes=8),
+        token_to_kv_pool_allocator=SimpleNamespace(units=[1], retractions=SimpleNamespace()),
+        dynamic=SimpleNamespace(sets=sets, stopwatch=SimpleNamespace(read=lambda: 0.0)),
+        behind_forwards=behind_forwards,
+    )
+    scheduler.tree_cache = SimpleNamespace(finished_requests=2, host=None)
+    vars(scheduler.pool_stats_observer.get_pool_stats()).update(swa_num_used=0, swa_evictable_size=0)
+    found = read_state(scheduler)
+    assert events == ["on", "count", "finished", "scored", "off"]
+    assert found is not None and found.layer_requests == {0: 1, 1: 0, 2: 2, 3: 2}
+    assert found.scored_requests == 2 and found.laziness == [0.5, 0.0, 1.0, 1.5]
 
 
 def test_a_stock_engine_has_no_state() -> None:

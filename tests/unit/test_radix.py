@@ -229,7 +229,9 @@ def test_who_has_finished_is_counted_once_and_health_checks_are_not() -> None:
     scheduler.retract(req)
     assert tree.finished_requests == 2, "it comes back"
     assert scheduler.caches.sinks.requests == 0
+    tree.next_check = 9.0
     run(scheduler)
+    assert tree.next_check == 0.0, "an idle scheduler looks at the stores at once"
     assert tree.finished_requests == 3 and req.finished_reason != FINISH_ABORT
     assert isinstance(req.finished_reason, FINISH_LENGTH)
 
