@@ -64,6 +64,7 @@ DYNAMIC_RETRACT = "dynamic-retract"
 HOST = "llama-hicache"
 HOST_TP = "qwen2-hicache-tp2"
 DYNAMIC_HOST = "dynamic-hicache"
+DYNAMIC_HOST_TP = "dynamic-hicache-tp2"
 
 # Outputs of these are held against one another: whoever asks one asks the others.
 COMPARED = (STOCK, STOCK_WITHOUT_PLUGIN, NO_LAZY_LAYER, RADIX)
@@ -279,6 +280,17 @@ DYNAMIC_SERVERS = {
         _churned(DYNAMIC_CHURN_RETRACT, *HOPEFUL),
         _churned(DYNAMIC_CHURN_LIST, *HOPEFUL, score="list"),
         _churned(DYNAMIC_HOST, *HICACHE, kv_tokens=1800),
+        DynamicServer(
+            DYNAMIC_HOST_TP,
+            partial(ensure_model, "qwen2"),
+            3,
+            (0, 2, 5),
+            "lighttransfer",
+            flags=(*FLAGS, *TINY_POOL, *HICACHE),
+            tp=2,
+            kv_tokens=1800,
+            env=OWN_NCCL_HOOK,
+        ),
         DynamicServer(
             DYNAMIC_PAGES,
             partial(ensure_model, "llama"),

@@ -17,7 +17,7 @@ from .dynamic_reference import DynamicReference
 from .prompts import random_prompt
 from .reference import TIE_MARGIN, Reference
 from .server import Reply, Server, ServerFailed, running
-from .specs import DYNAMIC_HOST, DYNAMIC_SERVERS, HOST, HOST_TP, LAZY_SERVERS
+from .specs import DYNAMIC_HOST, DYNAMIC_HOST_TP, DYNAMIC_SERVERS, HOST, HOST_TP, LAZY_SERVERS
 
 pytestmark = pytest.mark.engine
 on_host = pytest.mark.served_by(HOST)
@@ -25,6 +25,13 @@ LENGTHS = (300, 500, 700, 900, 400, 800, 600, 1000, 350, 450)
 NEW_TOKENS = 16
 
 Ask = Callable[[Sequence[Sequence[int]]], list[Reply]]
+
+
+def on_one_rank_and_two(one: str, two: str) -> pytest.MarkDecorator:
+    """The test runs on server ``one``, and on server ``two`` where slow tests run."""
+    served_by, slow = pytest.mark.served_by, pytest.mark.slow
+    first, second = pytest.param(1, marks=served_by(one)), pytest.param(2, marks=(served_by(two), slow))
+    return pytest.mark.parametrize("ranks", [first, second], ids=["tp1", "tp2"])
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +71,10 @@ def host(server: Server) -> dict[str, int]:
     return dict(server.lighttransfer()["host_memory"])
 
 
-@pytest.mark.served_by(HOST, HOST_TP)
-def test_evicted_prefixes_come_back(server: Server, ask: Ask) -> None:
+@on_one_rank_and_two(HOST, HOST_TP)
+def test_evicted_prefixes_come_back(ranks: int, server: Server, ask: Ask) -> None:
     """Windows, sinks and full layers of all; after a flush nothing is left on either side."""
+    assert server.spec.tp == ranks
     server.flush_cache()
     empty = host(server)
     prompts = more_than_fits(server, random.Random(1))
@@ -121,10 +129,11 @@ def test_two_ranks(server: Server, references: dict[str, Reference]) -> None:
         references[HOST_TP].compare(prompts, [reply.tokens for reply in replies]).assert_equal()
 
 
-@pytest.mark.served_by(DYNAMIC_HOST)
-def test_layers_come_back_with_their_prefix(server: Server) -> None:
+@on_one_rank_and_two(DYNAMIC_HOST, DYNAMIC_HOST_TP)
+def test_layers_come_back_with_their_prefix(ranks: int, server: Server) -> None:
     """A prompt that was driven out is read with the layers it was written with."""
-    lazy = DYNAMIC_SERVERS[DYNAMIC_HOST]
+    assert server.spec.tp == ranks
+    lazy = DYNAMIC_SERVERS[server.spec.name]
     reference = DynamicReference(lazy.model(), lazy.keep, lazy.sinks, lazy.recent, lazy.score, lazy.default)
     server.flush_cache()
     prompts = more_than_fits(server, random.Random(5))

@@ -9,6 +9,8 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -50,27 +52,34 @@ SIZES = {
         Sizes(page=16, chunk=32, units=30, sink=3),
         Sizes(page=4, chunk=12, units=260, full=2, lazy=3, sink=0),
         Sizes(page=4, chunk=12, units=100, sink=5, recent=9, disable=True),
+        # Units of 16 without sinks; the window lies in two pages or three.
+        Sizes(page=16, chunk=32, units=30, sink=0, recent=20),
     ],
     "dynamic": [
         Sizes(dynamic=True),
         Sizes(dynamic=True, sink=4, recent=5, layer_sets=7, units=260),
         Sizes(dynamic=True, full=1, lazy=2, units=390),
         Sizes(dynamic=True, page=4, chunk=12, units=80),
+        Sizes(dynamic=True, page=16, chunk=32, units=36, sink=3, recent=20),
         Sizes(dynamic=True, listed=True, layer_sets=8, units=260),
     ],
 }
 
 
 class Machine(RuleBasedStateMachine):
-    """What clients and the scheduler do, in any order. sizes: one of them is chosen at the start."""
+    """What clients and the scheduler do, in any order.
 
+    sizes: one of them is chosen at the start. make: the scheduler.
+    """
+
+    make: type[Scheduler] = Scheduler
     sizes: list[Sizes]
     steps: Counter[str]
     events: Counter[str]
 
     @initialize(data=st.data(), overlap=st.booleans())
     def start(self, data: st.DataObject, overlap: bool) -> None:
-        self.scheduler = Scheduler(data.draw(st.sampled_from(self.sizes)), overlap)
+        self.scheduler = self.make(data.draw(st.sampled_from(self.sizes)), overlap)
         self.count = 0
 
     @rule(
@@ -191,12 +200,27 @@ class Machine(RuleBasedStateMachine):
 def test_any_order_of_events(
     name: str, capsys: pytest.CaptureFixture[str], record_property: pytest.RecordProperty
 ) -> None:
-    steps, events, begin = Counter[str](), Counter[str](), time.perf_counter()
-    first = number = SEED
-    record_property("seed", SEED)
-    while steps["steps"] < STEPS // len(SIZES):
-        fields = {"sizes": SIZES[name], "steps": steps, "events": events}
-        machine = seed(number)(type("Machine", (Machine,), fields))
+    begin, record = time.perf_counter(), partial(record_property, "seed")
+    steps, events, last = drive(Machine, SIZES[name], STEPS // len(SIZES), record)
+    expected = {"finished", "decode", "retracted", "aborted", "miss"}
+    expected |= set() if name == "no tree" else {"hit", "long hit"}
+    expected |= {"STAGED", "SELECT"} if name == "dynamic" else set()
+    assert not [event for event in expected if not events[event]], "steps that show nothing"
+    with capsys.disabled():
+        took = time.perf_counter() - begin
+        print(f"\n{name}: {steps} steps, seeds {SEED} to {last}, {took:.0f} s, {dict(events)}")
+
+
+def drive(
+    machines: type[Machine], sizes: list[Sizes], least: int, record: Callable[[int], None]
+) -> tuple[int, Counter[str], int]:
+    """Run machines until they took ``least`` steps. Steps, events, and the last seed."""
+    steps, events = Counter[str](), Counter[str]()
+    number = SEED
+    record(SEED)
+    while steps["steps"] < least:
+        fields = {"sizes": sizes, "steps": steps, "events": events}
+        machine = seed(number)(type("Machine", (machines,), fields))
         run_state_machine_as_test(
             machine,
             settings=settings(
@@ -210,12 +234,4 @@ def test_any_order_of_events(
             ),
         )
         number += 1
-    expected = {"finished", "decode", "retracted", "aborted", "miss"}
-    expected |= set() if name == "no tree" else {"hit", "long hit"}
-    expected |= {"STAGED", "SELECT"} if name == "dynamic" else set()
-    assert not [event for event in expected if not events[event]], "steps that show nothing"
-    with capsys.disabled():
-        took = time.perf_counter() - begin
-        print(
-            f"\n{name}: {steps['steps']} steps, seeds {first} to {number - 1}, {took:.0f} s, {dict(events)}"
-        )
+    return steps["steps"], events, number - 1

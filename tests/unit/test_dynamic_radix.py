@@ -135,6 +135,17 @@ def test_with_a_list_the_third_that_begins_alike_has_a_hit(listed: bool) -> None
     assert hit(scheduler, longer[:-1]) == (len(trunk) if listed else 0)
 
 
+@pytest.mark.parametrize("length", [BLOCK - 1, BLOCK])
+def test_a_beginning_shorter_than_the_first_block_is_never_shared(length: int) -> None:
+    """However many requests come with it; in static mode it is (test_radix.py)."""
+    scheduler = Scheduler(Sizes(dynamic=True, listed=True, units=420, chunk=80))
+    for number in range(4):
+        prompt = LONG[:length] + [number] * 6
+        assert hit(scheduler, prompt) == (length if number > 1 and length == BLOCK else 0), number
+        run(scheduler, request(f"r{number}", prompt, output=BLOCK + 4))
+    assert sets(scheduler).stats.inherited == (2 if length == BLOCK else 0)
+
+
 def test_a_hit_where_prompts_part_is_found_behind_many_others() -> None:
     """Long rests behind the same beginning have sets of their own, which were used since."""
     scheduler = Scheduler(Sizes(dynamic=True, listed=True, units=900, layer_sets=24, chunk=80))

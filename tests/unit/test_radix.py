@@ -100,6 +100,27 @@ def test_a_hit_no_longer_than_the_window_needs_no_sinks() -> None:
     assert longer.caches.sinks.stats.captured == 1, "one token more, and position 0 may be dropped"
 
 
+@pytest.mark.parametrize("length", [20, Sizes().config.lazy_tokens - 2, 1])
+@pytest.mark.parametrize("own", [6, 30])
+def test_the_third_that_begins_alike_has_a_hit(length: int, own: int) -> None:
+    """A shared system prompt: SGLang keeps a window where the second parts from the first.
+
+    Also one shorter than sinks and window, and whatever is left behind it: in dynamic mode neither is shared
+    (test_dynamic_radix.py).
+    """
+    scheduler = Scheduler(
+        Sizes(units=600, chunk=80)
+    )  # whole prompts: where a chunk ends a window is kept too
+    trunk = LONG[:length]
+    for name, tail, found in (("a", 1, 0), ("b", 2, 0), ("c", 3, length), ("d", 4, length)):
+        prompt = trunk + [tail] * own
+        assert hit(scheduler, prompt) == found, name
+        req = request(name, prompt, output=12)
+        run(scheduler, req, until=lambda req=req: req in scheduler.running)
+        assert getattr(req, "lighttransfer_prefix", 0) == found, "what it was admitted with"
+        run(scheduler)
+
+
 def test_a_hit_keeps_its_sinks_from_being_evicted() -> None:
     """What is looked up was used last."""
     scheduler = Scheduler(Sizes(sets=2))

@@ -23,7 +23,8 @@ from sglang.srt.server_args import ServerArgs
 from lt_sglang.cache.radix_dynamic import NOWHERE, DynamicRadixCache
 from lt_sglang.cache.radix_static import LightTransferRadixCache, hit_length, longest_hit
 from lt_sglang.memory.host import NO_STORAGE
-from tests.pools import make_pools
+from lt_sglang.memory.units import UnitShape
+from tests.pools import ONE_EACH, make_pools
 
 from .radix_rig import SINKS, WINDOW
 from .radix_rig import Rig as PlainRig
@@ -34,9 +35,11 @@ TOKENS = list(range(100, 160))
 class Rig(PlainRig):
     """The rig's cache with HiCache; ``flushed``: how many loads waited, each time copies were asked for."""
 
-    def __init__(self) -> None:
-        hicache: dict[str, Any] = {"enable_hierarchical_cache": True, "hicache_ratio": 2.0}
-        pools = make_pools(1200, 6, SINKS, requests=10, context=512, window=WINDOW + 1, **hicache)
+    def __init__(self, units: int = 1200, ratio: float = 2.0, shape: UnitShape = ONE_EACH) -> None:
+        hicache: dict[str, Any] = {"enable_hierarchical_cache": True, "hicache_ratio": ratio}
+        pools = make_pools(
+            units, 6, SINKS, requests=10, context=512, shape=shape, window=WINDOW + 1, **hicache
+        )
         self.rows, self.allocator, self.sinks = pools.rows, pools.allocator, pools.sinks
         self.flat = pools.flat
         for part in self.flat.kv:
