@@ -1,15 +1,15 @@
-"""Speed of the same server at several commits, on one machine in one run, alternating.
+r"""Speed of the same server at several commits, on one machine in one run, alternating.
 
     git worktree add /tmp/before COMMIT; make -C /tmp/before env
-    python -m loadtest.experiments.commits OUT.json --tree before=/tmp/before --tree after=.
-        --model mistral-7b
-        --own "before=--max-total-tokens 220000" --own "after=--lt-kv-bytes 18000000000"
+    python -m loadtest.experiments.commits OUT.json --tree before=/tmp/before --tree after=. \
+        --model mistral-7b \
+        --own "before=--max-total-tokens 220000" --own "after=--lt-kv-bytes 18000000000" \
         -- --load-format dummy --skip-tokenizer-init --mem-fraction-static 0.85 --lt-lazy-layers 8-23
 
 The servers start at once and stand side by side on one GPU, so each must be told how much memory it may
 take. A run is one body of prompts of random tokens: seconds until all have a token, and tokens/s from then
 until the first answer has ended. Every round sends the same prompts to each server, in an order that turns;
-a first round is not counted. Ratios are to the first tree.
+a first round is not counted. Ratios are to the first tree. The file is written after every round.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from sglang.benchmark.stream_metrics import BatchStreamRecorder
 
 from loadtest.experiments.offline import ROOT, stamped
 from lt_sglang.bench.servers import write_shape
+from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.server_process import ServerProcess
 from lt_sglang.planner.shapes import CONFIGS
 
@@ -47,6 +49,16 @@ class Tree(ServerProcess):
     def __init__(self, name: str, root: Path, folder: Path) -> None:
         super().__init__(name, folder / f"{name}.log")
         self.root = root
+
+    def commit(self) -> str:
+        """Of the checkout, with + where files were changed; unknown in a copy without history."""
+        done = subprocess.run(
+            ["git", "-C", str(self.root), "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip() or "unknown"
 
     def serve(self, flags: Sequence[str]) -> None:
         """Start ``lt-sglang serve`` with ``flags``."""
@@ -69,17 +81,22 @@ def run(url: str, prompts: list[list[int]], output: int) -> Run:
         for line in response.iter_lines():
             if line.startswith(EVENT) and not line.endswith(b"[DONE]"):
                 event = json.loads(line.removeprefix(EVENT))
+                if "error" in event:
+                    raise LightTransferError(f"{url}: {event['error']}")
                 meta = event["meta_info"]
-                ended = (meta["finish_reason"] or {}).get("type")
+                ended = meta["finish_reason"]
+                if ended and ended["type"] != "length":
+                    raise LightTransferError(f"{url}: an answer ended early: {ended}")
                 recorder.record_chunk(
                     index=event["index"],
                     completion_tokens=meta["completion_tokens"],
-                    finish_type=ended,
+                    finish_type=ended and ended["type"],
                     now=time.perf_counter(),
                 )
     window = recorder.steady_state_window()
-    if recorder.total_output_tokens != output * len(prompts) or window is None:
-        raise RuntimeError(f"{url}: {recorder.total_output_tokens} tokens of {output * len(prompts)}")
+    expected = output * len(prompts)
+    if recorder.total_output_tokens != expected or window is None:
+        raise LightTransferError(f"{url}: {recorder.total_output_tokens} tokens came of {expected}")
     return {"prefill_seconds": window.start - began, "decode_tokens_per_second": window.output_throughput}
 
 
@@ -97,16 +114,23 @@ def compare(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
 def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="commits", epilog="After --: flags of every server.")
     parser.add_argument("out", type=Path, help="the result file")
+    parser.add_argument("--tree", type=_pair, action="append", required=True, help="NAME=FOLDER; repeatable")
     parser.add_argument(
-        "--tree", action="append", required=True, help="NAME=FOLDER of a checkout; repeatable"
+        "--own", type=_pair, action="append", default=[], help="NAME='FLAGS' of one tree; once for each"
     )
-    parser.add_argument("--own", action="append", default=[], help="NAME='FLAGS' of one tree; repeatable")
     parser.add_argument("--model", required=True, help=f"a folder, or a shape: {', '.join(CONFIGS)}")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--input", type=int, default=16384, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=200, help="tokens of an answer")
-    parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args(argv)
+    parser.add_argument("--requests", type=_positive, default=8)
+    parser.add_argument("--input", type=_positive, default=16384, help="tokens of a prompt")
+    parser.add_argument("--output", type=_positive, default=200, help="tokens of an answer")
+    parser.add_argument("--rounds", type=_positive, default=3)
+    args = parser.parse_args(argv)
+    trees, own = ([name for name, _ in pairs] for pairs in (args.tree, args.own))
+    for flag, names in (("--tree", trees), ("--own", own)):
+        if twice := [name for name in names if names.count(name) > 1]:
+            parser.error(f"{flag}: {twice[0]} is named twice")
+    if unknown := [name for name in own if name not in trees]:
+        parser.error(f"--own: {unknown[0]!r} is not a --tree: {', '.join(trees)}")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -118,10 +142,12 @@ def main(argv: list[str]) -> int:
         write_shape(args.model, work / args.model) if args.model in CONFIGS else Path(args.model).absolute()
     )
     vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    trees = [Tree(name, Path(root).absolute(), work) for name, root in map(_pair, args.tree)]
-    own = dict(map(_pair, args.own))
-    rng = random.Random(SEED)
+    trees = [Tree(name, Path(root).absolute(), work) for name, root in args.tree]
+    own, rng = dict(args.own), random.Random(SEED)
     length, count = args.input, args.requests
+    sizes = {name: getattr(args, name) for name in ("model", "requests", "input", "output", "rounds")}
+    result = stamped("commits", "the same server at several commits, alternating", seed=SEED, **sizes)
+    result["trees"] = {tree.name: tree.commit() for tree in trees}
     runs: dict[str, list[Run]] = {tree.name: [] for tree in trees}
     with ExitStack() as stack:
         for tree in trees:
@@ -132,26 +158,33 @@ def main(argv: list[str]) -> int:
         for number in range(args.rounds + 1):
             prompts = [[rng.randrange(10, vocabulary) for _ in range(length)] for _ in range(count)]
             turned = number % len(trees)
-            for tree in (*trees[turned:], *trees[:turned]):
-                row = run(tree.url, prompts, args.output)
+            rows = {tree: run(tree.url, prompts, args.output) for tree in (*trees[turned:], *trees[:turned])}
+            for tree, row in rows.items():
                 print(f"round {number} {tree.name}: {row}", flush=True)
-                if number:
+            if number:
+                for tree, row in rows.items():
                     runs[tree.name].append(row)
-    table = compare(runs)
-    print(json.dumps(table, indent=1), flush=True)
-    sizes = {name: getattr(args, name) for name in ("model", "requests", "input", "output", "rounds")}
-    result = stamped("commits", "the same server at several commits, alternating", seed=SEED, **sizes)
-    result |= {"runs": runs, "medians": table}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                result |= {"runs": runs, "medians": compare(runs)}
+                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result["medians"], indent=1), flush=True)
     return 0
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise SystemExit(f"commits: {text!r} is not NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
 
 
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except LightTransferError as error:
+        raise SystemExit(f"commits: {error}") from None

@@ -276,6 +276,8 @@ def main() -> None:
             run.say(f"{name}: left out, its window reaches the keys; write prompts with --keys-outside")
         else:
             steps.append(step_of(name, spec, args))
+    if not steps:
+        raise SystemExit("quality: no configuration is left to run")
     results: dict[str, dict[str, Any]] = {}
     table: list[str] = []
     try:
