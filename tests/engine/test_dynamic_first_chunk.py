@@ -1,5 +1,7 @@
 """Decisions at the end of the first chunk, and a thousand requests: nothing leaks, nothing goes wrong.
 
+``make test`` sends half of the thousand, ``make test-slow`` all.
+
 Windows slide at every step (specs.RESTLESS).
 """
 
@@ -118,9 +120,12 @@ def test_batched(server: Server, reference: DynamicReference) -> None:
     assert any(end not in (CHUNK, len(prompt)) for end, prompt in zip(ends, prompts, strict=True)), ends
 
 
-def test_a_thousand_requests(server: Server, reference: DynamicReference) -> None:
+@pytest.mark.parametrize(
+    "storms", [pytest.param(2, id="part"), pytest.param(4, id="whole", marks=pytest.mark.slow)]
+)
+def test_a_thousand_requests(storms: int, server: Server, reference: DynamicReference) -> None:
     """Shared beginnings, aborts and dropped streams; every layer set and slot comes back."""
-    for seed in range(4):
+    for seed in range(storms):
         jobs = storm.storm(count=250, longest=600, longest_output=60, seed=100 + seed)
         outputs = storm.run(server, jobs, clients=32)
         whole = [len(out) == job.new_tokens for job, out in zip(jobs, outputs, strict=True)]

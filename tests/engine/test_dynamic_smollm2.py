@@ -60,6 +60,7 @@ def test_long_prompts(server: Server) -> None:
     _assert_fails(reference, prompts[-1], cut[-1], set())
 
 
+@pytest.mark.slow
 @pytest.mark.served_by(DYNAMIC_TP)
 def test_two_ranks(server: Server) -> None:
     """Residual errors, summed over ranks before the norm; a last chunk shorter than the queries scored."""
