@@ -52,8 +52,8 @@ SGLANG = {
     "sglang_num_requests_total",
     "sglang_http_responses_total",
 }
-# And of HiCache's, which does not start without a GPU (SGLang's name for it: "sglang:...").
-HICACHE = {"sglang_load_back_duration_seconds_bucket"}
+# And those that it measures with CUDA events, which it calls "sglang:...".
+ON_A_GPU = {"sglang_load_back_duration_seconds_bucket"}
 
 
 def unit_test(case: dict[str, Any], alerts: Mapping[str, str]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def names(expression: str) -> set[str]:
 
 
 def test_expressions_use_metrics_that_exist() -> None:
-    known = {metric.name for metric in CATALOG} | SGLANG | HICACHE
+    known = {metric.name for metric in CATALOG} | SGLANG | ON_A_GPU
     used = set().union(*(names(rule["expr"]) for group in GROUPS for rule in group["rules"]))
     used |= set().union(*map(names, EXPRESSIONS))
     assert used <= known, used - known
@@ -241,8 +241,8 @@ def test_expressions_use_metrics_that_exist() -> None:
     assert {metric.name for metric in CATALOG} <= shown, "shown nowhere"
 
 
-@pytest.mark.parametrize("name", sorted(HICACHE))
-def test_sglang_has_what_only_hicache_publishes(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(ON_A_GPU))
+def test_sglang_has_what_it_publishes_on_a_gpu_alone(name: str) -> None:
     from sglang.srt.observability import metrics_collector
 
     own = name.removesuffix("_bucket").replace("sglang_", "sglang:", 1)
