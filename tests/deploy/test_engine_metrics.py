@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lt_sglang.metrics.catalog import CATALOG, Scope
 from tests.engine.models import ensure_model
 from tests.engine.server import Server, ServerSpec, running
+from tests.engine.server_flags import HICACHE
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -37,7 +38,8 @@ TOKEN_BYTES = 2 * 3 * 2 * 16 * 4
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    spec = ServerSpec("metrics", partial(ensure_model, "llama"), LAZY, FLAGS, tp=request.param)
+    flags = (*FLAGS, *HICACHE)
+    spec = ServerSpec("metrics", partial(ensure_model, "llama"), LAZY, flags, tp=request.param)
     with running(spec, tmp_path_factory.mktemp("engine")) as server:
         yield server
 
