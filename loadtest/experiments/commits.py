@@ -19,7 +19,6 @@ import json
 import os
 import random
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,13 +31,15 @@ import requests
 from sglang.benchmark.stream_metrics import BatchStreamRecorder
 
 from loadtest.experiments.offline import ROOT, stamped
+from lt_sglang.bench.client import EVENT
+from lt_sglang.bench.machine import commit_of
 from lt_sglang.bench.servers import write_shape
+from lt_sglang.cli.parser import positive
 from lt_sglang.errors import LightTransferError
 from lt_sglang.launch.server_process import ServerProcess
 from lt_sglang.planner.shapes import CONFIGS
 
 SEED = 1
-EVENT = b"data: "
 START_SECONDS = 300.0
 Run = dict[str, float]
 
@@ -49,16 +50,6 @@ class Tree(ServerProcess):
     def __init__(self, name: str, root: Path, folder: Path) -> None:
         super().__init__(name, folder / f"{name}.log")
         self.root = root
-
-    def commit(self) -> str:
-        """Of the checkout, with + where files were changed; unknown in a copy without history."""
-        done = subprocess.run(
-            ["git", "-C", str(self.root), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip() or "unknown"
 
     def serve(self, flags: Sequence[str]) -> None:
         """Start ``lt-sglang serve`` with ``flags``."""
@@ -102,13 +93,14 @@ def run(url: str, prompts: list[list[int]], output: int) -> Run:
 
 def compare(runs: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
     """Medians of each tree, and their ratios to the first's: above 1 is more seconds, or more tokens/s."""
-    first, table = next(iter(runs)), {}
-    for name, rows in runs.items():
-        middle = {key: median(row[key] for row in rows) for key in rows[0]}
-        table[name] = middle
-    for middle in table.values():
-        middle |= {f"{key}_ratio": middle[key] / table[first][key] for key in runs[first][0]}
-    return table
+    medians = {
+        name: {key: median(row[key] for row in rows) for key in rows[0]} for name, rows in runs.items()
+    }
+    first = next(iter(medians.values()))
+    return {
+        name: middle | {f"{key}_ratio": middle[key] / first[key] for key in first}
+        for name, middle in medians.items()
+    }
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -119,10 +111,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         "--own", type=_pair, action="append", default=[], help="NAME='FLAGS' of one tree; once for each"
     )
     parser.add_argument("--model", required=True, help=f"a folder, or a shape: {', '.join(CONFIGS)}")
-    parser.add_argument("--requests", type=_positive, default=8)
-    parser.add_argument("--input", type=_positive, default=16384, help="tokens of a prompt")
-    parser.add_argument("--output", type=_positive, default=200, help="tokens of an answer")
-    parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--requests", type=positive, default=8)
+    parser.add_argument("--input", type=positive, default=16384, help="tokens of a prompt")
+    parser.add_argument("--output", type=positive, default=200, help="tokens of an answer")
+    parser.add_argument("--rounds", type=positive, default=3)
     args = parser.parse_args(argv)
     trees, own = ([name for name, _ in pairs] for pairs in (args.tree, args.own))
     for flag, names in (("--tree", trees), ("--own", own)):
@@ -147,7 +139,7 @@ def main(argv: list[str]) -> int:
     length, count = args.input, args.requests
     sizes = {name: getattr(args, name) for name in ("model", "requests", "input", "output", "rounds")}
     result = stamped("commits", "the same server at several commits, alternating", seed=SEED, **sizes)
-    result["trees"] = {tree.name: tree.commit() for tree in trees}
+    result["trees"] = {tree.name: commit_of(tree.root) for tree in trees}
     runs: dict[str, list[Run]] = {tree.name: [] for tree in trees}
     with ExitStack() as stack:
         for tree in trees:
@@ -158,12 +150,12 @@ def main(argv: list[str]) -> int:
         for number in range(args.rounds + 1):
             prompts = [[rng.randrange(10, vocabulary) for _ in range(length)] for _ in range(count)]
             turned = number % len(trees)
-            rows = {tree: run(tree.url, prompts, args.output) for tree in (*trees[turned:], *trees[:turned])}
-            for tree, row in rows.items():
+            for tree in (*trees[turned:], *trees[:turned]):
+                row = run(tree.url, prompts, args.output)
                 print(f"round {number} {tree.name}: {row}", flush=True)
-            if number:
-                for tree, row in rows.items():
+                if number:
                     runs[tree.name].append(row)
+            if number:
                 result |= {"runs": runs, "medians": compare(runs)}
                 args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["medians"], indent=1), flush=True)
@@ -175,12 +167,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

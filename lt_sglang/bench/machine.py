@@ -110,10 +110,10 @@ def command_line() -> str:
     """The command that runs, as typed; keys and passwords are left out."""
     main = sys.modules["__main__"].__spec__
     if main is None:
-        program = Path(sys.argv[0]).name
+        program = [Path(sys.argv[0]).name]
     else:
-        program = "lt-sglang" if main.name == "lt_sglang.__main__" else f"python -m {main.name}"
-    return shlex.join([*program.split(), *_without_secrets(sys.argv[1:])])
+        program = ["lt-sglang"] if main.name == "lt_sglang.__main__" else ["python", "-m", main.name]
+    return shlex.join([*program, *_without_secrets(sys.argv[1:])])
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
@@ -182,10 +182,11 @@ def _nvidia_smi(fields: str) -> list[str]:
 
 def _commit() -> str:
     # A copy of the sources without their history can be told.
-    given = os.environ.get(COMMIT_VARIABLE)
-    if given:
-        return given
-    folder = Path(__file__).parent
+    return os.environ.get(COMMIT_VARIABLE) or commit_of(Path(__file__).parent)
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout, with + after it where files were changed; unknown without history."""
     head = _output(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]).strip()
     changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"]).strip()
     return f"{head}{'+' if changed else ''}" if head else "unknown"

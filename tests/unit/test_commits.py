@@ -113,7 +113,7 @@ def test_servers_take_turns_with_the_same_prompts(monkeypatch: pytest.MonkeyPatc
         (["--tree", "a=.", "--own", "b=--x"], "--own: 'b' is not a --tree: a"),
         (["--tree", "a=.", "--tree", "a=/tmp"], "--tree: a is named twice"),
         (["--tree", "a=.", "--own", "a=--x", "--own", "a=--y"], "--own: a is named twice"),
-        (["--tree", "a=.", "--rounds", "0"], "'0' is not a number from 1"),
+        (["--tree", "a=.", "--rounds", "0"], "'0' is not an integer from 1"),
     ],
 )
 def test_what_it_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

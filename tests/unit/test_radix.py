@@ -108,9 +108,8 @@ def test_the_third_that_begins_alike_has_a_hit(length: int, own: int) -> None:
     Also one shorter than sinks and window, and whatever is left behind it: in dynamic mode neither is shared
     (test_dynamic_radix.py).
     """
-    scheduler = Scheduler(
-        Sizes(units=600, chunk=80)
-    )  # whole prompts: where a chunk ends a window is kept too
+    # Whole prompts: where a chunk ends a window is kept too.
+    scheduler = Scheduler(Sizes(units=600, chunk=80))
     trunk = LONG[:length]
     for name, tail, found in (("a", 1, 0), ("b", 2, 0), ("c", 3, length), ("d", 4, length)):
         prompt = trunk + [tail] * own
